@@ -1,0 +1,517 @@
+//! The run configuration as typed: strict TOML, key paths as the field writes them, `--set a.b=c` on top.
+//!
+//! Nothing that changes a result has a silent default: a key is either required or its absence means that a feature is off.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    dims::{StackDims, Variant, VisionDims},
+    flow::NoiseMethod,
+    norm::Normalization,
+    params::CriticInput,
+};
+
+/// One run: every process of the ring reads the same file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// The run as a whole.
+    pub runner: RunnerConfig,
+    /// Vision-language pre-training; absent when a pretrained checkpoint is the start.
+    pub pretrain: Option<PretrainConfig>,
+    /// Supervised fine-tuning on demonstrations.
+    pub sft: Option<SftConfig>,
+    /// What is trained.
+    pub actor: ActorConfig,
+    /// How RL trains it.
+    pub algorithm: AlgorithmConfig,
+    /// Where it acts.
+    pub env: EnvConfig,
+    /// The rollout engine.
+    pub rollout: RolloutConfig,
+    /// The learner's own endpoint.
+    pub learner: LearnerConfig,
+}
+
+/// Who starts the processes of the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launch {
+    /// `learner train` starts engine and env workers as child processes.
+    Local,
+    /// They are started by hand, here or on other machines.
+    None,
+}
+
+/// `[runner]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunnerConfig {
+    /// Folder of everything that the run leaves.
+    pub output_dir: PathBuf,
+    /// Seed of weights, noise, resets and minibatches.
+    pub seed: u64,
+    /// RL iterations; one policy version each.
+    pub max_epochs: u32,
+    /// Iterations between checkpoints; 0: only the last.
+    pub save_interval: u32,
+    /// Iterations between evaluations; 0: none during training.
+    pub val_check_interval: u32,
+    /// Who starts engine and env workers.
+    pub launch: Launch,
+}
+
+/// Schedule of a supervised stage: AdamW with linear warm-up and cosine decay.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageOptim {
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Samples per step.
+    pub batch_size: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Linear warm-up in optimizer steps.
+    pub lr_warmup_steps: u32,
+    /// Final learning rate as a fraction of the peak.
+    pub min_lr_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub clip_grad: f64,
+}
+
+/// `[pretrain]`: referring localisation, the task that teaches a small vision tower where things are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainConfig {
+    /// Number of random scenes in the data set.
+    pub scenes: usize,
+    /// Key points per scene (named object, goal, gripper).
+    pub keypoints: usize,
+    /// Optimizer and schedule.
+    pub optim: StageOptim,
+}
+
+/// `[sft]`: flow matching on demonstrations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SftConfig {
+    /// Number of demonstrated episodes.
+    pub demos: usize,
+    /// Optimizer and schedule.
+    pub optim: StageOptim,
+}
+
+/// `[actor]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActorConfig {
+    /// Chunk records per optimizer step.
+    pub global_batch_size: usize,
+    /// Chunk records per forward and backward pass; gradients are summed over a global batch.
+    pub micro_batch_size: usize,
+    /// Threads of libtorch.
+    pub threads: usize,
+    /// Network.
+    pub model: ModelConfig,
+    /// Optimizer of RL.
+    pub optim: OptimConfig,
+}
+
+/// `[actor.model]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Architecture.
+    pub variant: Variant,
+    /// Start from this openpi checkpoint (`.safetensors`) instead of random weights.
+    pub checkpoint: Option<PathBuf>,
+    /// Text vocabulary.
+    pub vocab: usize,
+    /// Vision-language stack.
+    pub vlm: StackDims,
+    /// Action expert.
+    pub expert: StackDims,
+    /// Layers of both stacks.
+    pub depth: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Head width.
+    pub head_dim: usize,
+    /// Image tower.
+    pub vision: VisionDims,
+    /// Camera names in order; the environment's images are matched by position.
+    pub cameras: Vec<String>,
+    /// Prompt tokens, padding included.
+    pub prompt_len: usize,
+    /// Padded action width.
+    pub action_dim: usize,
+    /// Action width of the environment.
+    pub env_action_dim: usize,
+    /// Rows predicted.
+    pub action_horizon: usize,
+    /// Rows executed before the next query.
+    pub num_action_chunks: usize,
+    /// Denoise steps per chunk.
+    pub num_steps: usize,
+    /// Normalisation of state and actions.
+    pub normalization: Normalization,
+    /// `norm_stats.json` in openpi's layout; required unless `normalization = "none"`.
+    pub norm_stats: Option<PathBuf>,
+    /// Prompt tokenizer.
+    pub tokenizer: TokenizerConfig,
+    /// Value head; absent for algorithms without a critic.
+    pub value_head: Option<ValueHeadConfig>,
+    /// Sampling.
+    pub openpi: OpenPiConfig,
+}
+
+/// `[actor.model.tokenizer]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
+pub enum TokenizerConfig {
+    /// A closed list of words, for small policies.
+    Words {
+        /// The words, in the order of their ids.
+        words: Vec<String>,
+    },
+    /// `PaliGemma`'s `SentencePiece` model.
+    SentencePiece {
+        /// Path of `tokenizer.model`.
+        model: PathBuf,
+    },
+}
+
+/// `[actor.model.value_head]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValueHeadConfig {
+    /// What it reads: `expert` (`V_expert`) or `vlm` (`V_vlm`).
+    pub input: CriticInput,
+    /// Hidden widths.
+    pub hidden: Vec<usize>,
+    /// Stop the value gradient at the head's input.
+    pub detach_critic_input: bool,
+}
+
+/// `[actor.model.openpi]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenPiConfig {
+    /// How the stochastic step adds noise.
+    pub noise_method: NoiseMethod,
+    /// Scale `a` of the noise.
+    pub noise_level: f64,
+    /// Keep the last denoise step deterministic.
+    pub ignore_last: bool,
+    /// Train the action expert only; the vision-language model stays frozen.
+    pub train_expert_only: bool,
+}
+
+/// `[actor.optim]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimConfig {
+    /// Learning rate of the actor.
+    pub lr: f64,
+    /// Learning rate of the value head.
+    pub value_lr: f64,
+    /// First and second moment decay.
+    pub betas: [f64; 2],
+    /// Denominator guard.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub clip_grad: f64,
+    /// Linear warm-up of the actor's learning rate, in optimizer steps.
+    pub lr_warmup_steps: u32,
+    /// Final learning rate as a fraction of the peak, reached by a cosine over the run; 1 keeps it constant.
+    pub min_lr_ratio: f64,
+    /// Iterations at the start that train the critic only.
+    pub critic_warmup_epochs: u32,
+}
+
+/// `[algorithm]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AlgorithmConfig {
+    /// Advantage estimator by registered name (`gae`, `grpo`).
+    pub adv_type: String,
+    /// Loss by registered name (`actor_critic`, `actor`).
+    pub loss_type: String,
+    /// Discount per action chunk.
+    pub gamma: f64,
+    /// GAE lambda per action chunk.
+    pub gae_lambda: f64,
+    /// Normalise advantages over the iteration.
+    pub normalize_advantages: bool,
+    /// Lower ratio clip.
+    pub clip_ratio_low: f64,
+    /// Upper ratio clip.
+    pub clip_ratio_high: f64,
+    /// Dual clip constant; absent: off.
+    pub clip_ratio_c: Option<f64>,
+    /// Value clip; absent: off.
+    pub value_clip: Option<f64>,
+    /// Huber threshold of the value loss.
+    pub huber_delta: f64,
+    /// Passes over the records of an iteration.
+    pub update_epoch: u32,
+    /// Stop an iteration's updates when the KL estimate of a minibatch exceeds this; absent: off.
+    pub target_kl: Option<f64>,
+    /// Episodes on the same task and reset state; 1 without groups.
+    pub group_size: usize,
+}
+
+/// `[env]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnvConfig {
+    /// Registered name (`tabletop`, `metaworld`).
+    pub name: String,
+    /// Which env worker: the Rust binary or the Python package.
+    pub worker: WorkerKind,
+    /// Parameters of the environment; the environment checks them.
+    pub params: toml::Table,
+    /// Parameters that differ when demonstrations are collected (a demonstrator's flaw lies here).
+    pub demo_params: toml::Table,
+    /// Environments of training.
+    pub train: EnvTrainConfig,
+    /// Environments of evaluation.
+    pub eval: EnvEvalConfig,
+}
+
+/// Which program runs the environment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerKind {
+    /// `env-worker`.
+    Rust,
+    /// `python -m pirl_env_worker`.
+    Python,
+}
+
+/// `[env.train]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnvTrainConfig {
+    /// Environments over all workers.
+    pub total_num_envs: usize,
+    /// Episodes per environment and iteration.
+    pub rollout_epoch: usize,
+    /// Worker processes.
+    pub workers: usize,
+}
+
+/// `[env.eval]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnvEvalConfig {
+    /// Episodes of `learner eval`, with seeds that training never sees.
+    pub episodes: usize,
+    /// Episodes of the evaluations during training.
+    pub train_episodes: usize,
+}
+
+/// Which device runs the graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Provider {
+    /// ONNX Runtime on the CPU.
+    Cpu,
+    /// ONNX Runtime's CUDA provider.
+    Cuda,
+    /// ONNX Runtime's `TensorRT` provider.
+    Tensorrt,
+}
+
+/// Where the denoise graph has its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightMode {
+    /// External data of the graph, at their offsets in the safetensors file.
+    Constants,
+    /// Graph inputs, bound by the engine.
+    Inputs,
+}
+
+/// `[rollout]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// Execution provider.
+    pub provider: Provider,
+    /// Weight mode of the exported denoise graph.
+    pub weights: WeightMode,
+    /// Endpoint for env workers and clients, `tcp://HOST:PORT`; port 0 picks a free one.
+    pub listen: String,
+    /// `HOST:PORT` of `/healthz` and `/metrics`; port 0 picks a free one.
+    pub http: String,
+    /// Largest batch of one inference.
+    pub max_batch: usize,
+    /// How long a request may wait for others, in microseconds.
+    pub batch_deadline_micros: u64,
+    /// Requests that may wait; more are refused as overloaded.
+    pub queue_capacity: usize,
+    /// Threads of ONNX Runtime.
+    pub threads: usize,
+}
+
+/// `[learner]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LearnerConfig {
+    /// Endpoint for engines, `tcp://HOST:PORT`; port 0 picks a free one.
+    pub listen: String,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("reading the configuration `{path}`: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is no TOML.
+    #[error("configuration `{path}` is no TOML: {detail}")]
+    Syntax {
+        /// Which file.
+        path: PathBuf,
+        /// Where and why, on one line.
+        detail: String,
+    },
+    /// A key or a value is wrong.
+    #[error("configuration key `{key}`: {detail}")]
+    Key {
+        /// Path of the key.
+        key: String,
+        /// What is wrong and what would be right.
+        detail: String,
+    },
+    /// A `--set` that is not `a.b=c`.
+    #[error("`--set {text}`: expected KEY=VALUE with a dotted key, like `algorithm.gamma=0.99`")]
+    Override {
+        /// What was typed.
+        text: String,
+    },
+}
+
+impl RunConfig {
+    /// Reads a configuration and puts the overrides (`a.b=c`) on top.
+    ///
+    /// # Errors
+    /// Names the file or the key; for an unknown key also the nearest right one.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, path, overrides)
+    }
+
+    /// The same from a text; `path` is for messages.
+    ///
+    /// # Errors
+    /// See [`RunConfig::load`].
+    pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
+            path: path.to_owned(),
+            detail: one_line(&e.to_string()),
+        })?;
+        for item in overrides {
+            apply_override(&mut table, item)?;
+        }
+        serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|e| {
+            let mut key = e.path().to_string();
+            let message = one_line(&e.inner().to_string());
+            let detail = match unknown_field(&message) {
+                Some((unknown, known)) => {
+                    if !key.ends_with(&unknown) {
+                        key = if key == "." { unknown.clone() } else { format!("{key}.{unknown}") };
+                    }
+                    nearest(&unknown, &known)
+                }
+                None => message,
+            };
+            ConfigError::Key { key, detail }
+        })
+    }
+
+    /// The effective configuration as TOML.
+    ///
+    /// # Errors
+    /// A value that TOML cannot hold (an integer beyond i64).
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        toml::to_string_pretty(self)
+            .map_err(|e| ConfigError::Key { key: "(all)".to_owned(), detail: one_line(&e.to_string()) })
+    }
+
+    /// SHA-256 of the effective configuration without the run's folder and endpoints, which change no result.
+    ///
+    /// # Errors
+    /// See [`RunConfig::to_toml`].
+    pub fn digest(&self) -> Result<String, ConfigError> {
+        let mut neutral = self.clone();
+        neutral.runner.output_dir = PathBuf::new();
+        neutral.learner.listen = String::new();
+        neutral.rollout.listen = String::new();
+        neutral.rollout.http = String::new();
+        Ok(hex(&Sha256::digest(neutral.to_toml()?.as_bytes())))
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Takes serde's "unknown field `a`, expected one of `b`, `c`" apart.
+fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
+    let rest = message.split_once("unknown field `")?.1;
+    let (unknown, rest) = rest.split_once('`')?;
+    let known = rest.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    Some((unknown.to_owned(), known))
+}
+
+fn nearest(unknown: &str, known: &[String]) -> String {
+    let best = known.iter().min_by_key(|k| strsim::damerau_levenshtein(unknown, k));
+    match best {
+        Some(best) => format!("unknown key, did you mean `{best}`? (known here: {})", known.join(", ")),
+        None => "unknown key, none is known here".to_owned(),
+    }
+}
+
+fn apply_override(table: &mut toml::Table, item: &str) -> Result<(), ConfigError> {
+    let bad = || ConfigError::Override { text: item.to_owned() };
+    let (key, value) = item.split_once('=').ok_or_else(bad)?;
+    let value: toml::Value = format!("v = {value}")
+        .parse::<toml::Table>()
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.trim().split('.').collect();
+    let last = parts.pop().filter(|p| !p.is_empty()).ok_or_else(bad)?;
+    let mut at = table;
+    for part in parts {
+        let next = at.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        at = next.as_table_mut().ok_or_else(|| ConfigError::Key {
+            key: key.trim().to_owned(),
+            detail: format!("`{part}` holds a value, not a section"),
+        })?;
+    }
+    at.insert(last.to_owned(), value);
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! Sizes of a policy: everything that the network, the graphs and the buffers are built from.
+
+use serde::{Deserialize, Serialize};
+
+/// Which of the two published architectures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// pi0: a state token and a time MLP mixed into the action tokens.
+    Pi0,
+    /// pi0.5: no state token, flow time enters by adaptive RMSNorm (adaRMS).
+    Pi05,
+}
+
+/// Width and MLP width of one transformer stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StackDims {
+    /// Token width.
+    pub width: usize,
+    /// Hidden width of the gated MLP.
+    pub mlp: usize,
+}
+
+/// Sizes of the SigLIP image tower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisionDims {
+    /// Token width.
+    pub width: usize,
+    /// Hidden width of the MLP.
+    pub mlp: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Side of the square input image in pixels.
+    pub image_size: usize,
+    /// Side of a patch in pixels.
+    pub patch: usize,
+}
+
+impl VisionDims {
+    /// Image tokens of one camera.
+    pub fn tokens(&self) -> usize {
+        let side = self.image_size / self.patch;
+        side * side
+    }
+}
+
+/// Sizes of a pi0 or pi0.5 policy. Nothing in the code assumes real or small values.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyDims {
+    /// Architecture.
+    pub variant: Variant,
+    /// Vocabulary size of the text embedding.
+    pub vocab: usize,
+    /// Vision-language stack (Gemma).
+    pub vlm: StackDims,
+    /// Action expert stack (Gemma).
+    pub expert: StackDims,
+    /// Layers; the same in both stacks.
+    pub depth: usize,
+    /// Query heads; the same in both stacks.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head; even.
+    pub head_dim: usize,
+    /// Image tower.
+    pub vision: VisionDims,
+    /// Number of camera slots, in the order of the observation.
+    pub cameras: usize,
+    /// Prompt tokens, padding included.
+    pub prompt_len: usize,
+    /// Rows that the model predicts.
+    pub action_horizon: usize,
+    /// Padded action (and state) width of the model.
+    pub action_dim: usize,
+}
+
+/// A set of sizes that cannot be a policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("policy sizes: {0}")]
+pub struct DimsError(String);
+
+impl PolicyDims {
+    /// The published pi0 (`Variant::Pi0`) or pi0.5 sizes: three cameras, 32 action dimensions, horizon 50, prompt 48 or 200.
+    pub fn published(variant: Variant) -> Self {
+        Self {
+            variant,
+            vocab: 257_152,
+            vlm: StackDims { width: 2048, mlp: 16_384 },
+            expert: StackDims { width: 1024, mlp: 4096 },
+            depth: 18,
+            heads: 8,
+            kv_heads: 1,
+            head_dim: 256,
+            vision: VisionDims { width: 1152, mlp: 4304, depth: 27, heads: 16, image_size: 224, patch: 14 },
+            cameras: 3,
+            prompt_len: if variant == Variant::Pi0 { 48 } else { 200 },
+            action_horizon: 50,
+            action_dim: 32,
+        }
+    }
+
+    /// Checks that the sizes fit together.
+    ///
+    /// # Errors
+    /// Names the first size that cannot be, with the values found.
+    pub fn check(&self) -> Result<(), DimsError> {
+        let fail = |text: String| Err(DimsError(text));
+        let sizes = [
+            ("vocab", self.vocab),
+            ("vlm.width", self.vlm.width),
+            ("vlm.mlp", self.vlm.mlp),
+            ("expert.width", self.expert.width),
+            ("expert.mlp", self.expert.mlp),
+            ("depth", self.depth),
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("vision.width", self.vision.width),
+            ("vision.mlp", self.vision.mlp),
+            ("vision.depth", self.vision.depth),
+            ("vision.heads", self.vision.heads),
+            ("vision.image_size", self.vision.image_size),
+            ("vision.patch", self.vision.patch),
+            ("cameras", self.cameras),
+            ("prompt_len", self.prompt_len),
+            ("action_horizon", self.action_horizon),
+            ("action_dim", self.action_dim),
+        ];
+        for (name, size) in sizes {
+            if size == 0 || size > 1 << 20 {
+                return fail(format!("`{name}` is {size}, expected 1 to {}", 1 << 20));
+            }
+        }
+        if self.heads % self.kv_heads != 0 {
+            return fail(format!("`heads` {} is no multiple of `kv_heads` {}", self.heads, self.kv_heads));
+        }
+        if self.head_dim % 2 != 0 {
+            return fail(format!("`head_dim` {} is odd, rotary positions need pairs", self.head_dim));
+        }
+        if self.expert.width % 2 != 0 || self.expert.width < 4 {
+            return fail(format!("`expert.width` {} must be even and at least 4 (time embedding)", self.expert.width));
+        }
+        if self.vision.image_size % self.vision.patch != 0 {
+            return fail(format!(
+                "`vision.image_size` {} is no multiple of `vision.patch` {}",
+                self.vision.image_size, self.vision.patch
+            ));
+        }
+        if self.vision.width % self.vision.heads != 0 {
+            return fail(format!(
+                "`vision.width` {} is no multiple of `vision.heads` {}",
+                self.vision.width, self.vision.heads
+            ));
+        }
+        Ok(())
+    }
+
+    /// Tokens of the prefix: all cameras, then the prompt.
+    pub fn prefix_len(&self) -> usize {
+        self.cameras * self.vision.tokens() + self.prompt_len
+    }
+
+    /// Tokens of the suffix: the state token (pi0 only), then the action tokens.
+    pub fn suffix_len(&self) -> usize {
+        self.action_horizon + usize::from(self.variant == Variant::Pi0)
+    }
+}

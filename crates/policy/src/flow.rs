@@ -1,0 +1,195 @@
+//! Flow time and the step table: the one place that knows which way time runs.
+//!
+//! `t = 1` is pure noise, `t = 0` is the action (the papers write the opposite). A denoise step is data: one row of numbers,
+//! the same for ODE, Flow-SDE and Flow-CPS, so that training, evaluation and hybrid sampling walk the same code.
+
+use serde::{Deserialize, Serialize};
+
+/// How the stochastic denoise step adds noise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoiseMethod {
+    /// No noise: Euler steps of the probability-flow ODE.
+    FlowOde,
+    /// The SDE with the same marginals (piRL, arXiv 2510.25889, Flow-SDE).
+    FlowSde,
+    /// Coefficient-preserving sampling (arXiv 2509.05952).
+    FlowCps,
+}
+
+impl NoiseMethod {
+    /// Its name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FlowOde => "flow_ode",
+            Self::FlowSde => "flow_sde",
+            Self::FlowCps => "flow_cps",
+        }
+    }
+}
+
+/// One row of the step table. With `x0 = x - t v` (action estimate) and `x1 = x + (1 - t) v` (noise estimate):
+/// `x_next = action_weight * x0 + noise_weight * x1 + std * z`, `z ~ N(0, I)`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct DenoiseStep {
+    /// Flow time before the step, in `(0, 1]`.
+    pub t: f64,
+    /// Flow time after the step, in `[0, 1)`.
+    pub t_next: f64,
+    /// Weight of the action estimate.
+    pub action_weight: f64,
+    /// Weight of the noise estimate.
+    pub noise_weight: f64,
+    /// Standard deviation of the added noise; a step with 0 has no density.
+    pub std: f64,
+}
+
+impl DenoiseStep {
+    /// Coefficients `(c_x, c_v)` of the mean written as `c_x * x + c_v * v`.
+    pub fn mean_coefficients(&self) -> (f64, f64) {
+        (
+            self.action_weight + self.noise_weight,
+            self.noise_weight * (1.0 - self.t) - self.action_weight * self.t,
+        )
+    }
+}
+
+/// Flow times of `num_steps` denoise steps: `linspace(1, 1/K, K)` followed by 0.
+pub fn flow_times(num_steps: usize) -> Vec<f64> {
+    let count = num_steps as f64;
+    let mut times: Vec<f64> = (0..num_steps).map(|i| (count - i as f64) / count).collect();
+    times.push(0.0);
+    times
+}
+
+/// The rows of one method for all `num_steps` steps (`noise_level` is `a` of the papers, usually 0.1 to 0.8).
+///
+/// Flow-SDE: `sigma = a sqrt(t / (1 - t))`, at `t = 1` with the next time in the denominator, `std = sigma sqrt(d)`,
+/// `noise_weight = t_next - sigma^2 d / (2 t)`. Flow-CPS: `t_next cos(pi a / 2)` and `std = t_next sin(pi a / 2)`.
+pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Vec<DenoiseStep> {
+    let times = flow_times(num_steps);
+    times
+        .windows(2)
+        .enumerate()
+        .map(|(index, pair)| {
+            let (t, t_next) = (pair[0], pair[1]);
+            let d = t - t_next;
+            let action_weight = 1.0 - t_next;
+            let (noise_weight, std) = match method {
+                NoiseMethod::FlowOde => (t_next, 0.0),
+                NoiseMethod::FlowSde => {
+                    let below_one = if index == 0 { times[1] } else { t };
+                    let sigma = noise_level * (t / (1.0 - below_one)).sqrt();
+                    (t_next - sigma * sigma * d / (2.0 * t), sigma * d.sqrt())
+                }
+                NoiseMethod::FlowCps => {
+                    let angle = std::f64::consts::FRAC_PI_2 * noise_level;
+                    // sin(0) is not reached at the last step by rounding: t_next is exactly 0 there
+                    (t_next * angle.cos(), t_next * angle.sin())
+                }
+            };
+            DenoiseStep { t, t_next, action_weight, noise_weight, std }
+        })
+        .collect()
+}
+
+/// The two tables of hybrid ODE-SDE sampling and the draw of the stochastic step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Schedule {
+    /// The deterministic rows.
+    pub ode: Vec<DenoiseStep>,
+    /// The stochastic rows of the configured method.
+    pub stochastic: Vec<DenoiseStep>,
+    /// Number of steps from which the stochastic one is drawn: the last is left out when it has no density or is ignored.
+    pub drawable: usize,
+}
+
+impl Schedule {
+    /// Builds both tables. `ignore_last` keeps the last denoise step deterministic.
+    pub fn new(method: NoiseMethod, num_steps: usize, noise_level: f64, ignore_last: bool) -> Self {
+        let stochastic = step_table(method, num_steps, noise_level);
+        let usable = stochastic.iter().take_while(|row| row.std > 0.0).count();
+        let drawable = if ignore_last { usable.min(num_steps.saturating_sub(1)) } else { usable };
+        Self { ode: step_table(NoiseMethod::FlowOde, num_steps, 0.0), stochastic, drawable }
+    }
+
+    /// Number of denoise steps.
+    pub fn num_steps(&self) -> usize {
+        self.ode.len()
+    }
+
+    /// The row of step `k` for an environment whose stochastic step is `stochastic_step` (`None`: evaluation, all ODE).
+    pub fn row(&self, k: usize, stochastic_step: Option<usize>) -> Option<&DenoiseStep> {
+        if stochastic_step == Some(k) { self.stochastic.get(k) } else { self.ode.get(k) }
+    }
+}
+
+/// Sine-cosine embedding of the flow time, width `width` (even): periods geometric from 4e-3 to 4, computed in f64
+/// (openpi, `create_sinusoidal_pos_embedding`). The first half are sines.
+pub fn time_embedding(t: f64, width: usize) -> Vec<f32> {
+    let half = width / 2;
+    let angle = |j: usize| {
+        let fraction = if half > 1 { j as f64 / (half - 1) as f64 } else { 0.0 };
+        let period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD).powf(fraction);
+        t * std::f64::consts::TAU / period
+    };
+    let sines = (0..half).map(|j| angle(j).sin() as f32);
+    let cosines = (0..half).map(|j| angle(j).cos() as f32);
+    sines.chain(cosines).collect()
+}
+
+/// Shortest period of the time embedding.
+pub const MIN_PERIOD: f64 = 4e-3;
+/// Longest period of the time embedding.
+pub const MAX_PERIOD: f64 = 4.0;
+
+/// A flow time for training: `0.999 * Beta(1.5, 1) + 0.001` from a uniform number in `[0, 1)` (inverse of the Beta CDF `x^1.5`).
+pub fn training_time(uniform: f64) -> f64 {
+    0.999 * uniform.powf(1.0 / 1.5) + 0.001
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ode_step_is_euler_on_the_velocity() {
+        for row in step_table(NoiseMethod::FlowOde, 7, 0.5) {
+            let (c_x, c_v) = row.mean_coefficients();
+            assert!((c_x - 1.0).abs() < 1e-15, "x keeps weight one");
+            assert!((c_v + (row.t - row.t_next)).abs() < 1e-15, "v has weight -d");
+        }
+    }
+
+    #[test]
+    fn sde_step_is_euler_maruyama_with_the_score() {
+        // x - d (v - sigma^2 score / 2), score = -x1 / t: the textbook form, from another direction
+        let (x, v) = (0.37, -1.21);
+        for (k, row) in step_table(NoiseMethod::FlowSde, 10, 0.7).iter().enumerate().skip(1) {
+            let d = row.t - row.t_next;
+            let sigma2 = 0.49 * row.t / (1.0 - row.t);
+            let score = -(x + (1.0 - row.t) * v) / row.t;
+            let want = x - d * (v - sigma2 * score / 2.0);
+            let (c_x, c_v) = row.mean_coefficients();
+            assert!((c_x * x + c_v * v - want).abs() < 1e-12, "step {k}");
+            assert!((row.std - (sigma2 * d).sqrt()).abs() < 1e-12, "step {k}");
+        }
+    }
+
+    #[test]
+    fn known_stds_of_four_steps() {
+        let stds: Vec<f64> = step_table(NoiseMethod::FlowSde, 4, 0.5).iter().map(|r| r.std).collect();
+        for (got, want) in stds.iter().zip([0.5, 0.433_012_701_9, 0.25, 0.144_337_567_3]) {
+            assert!((got - want).abs() < 1e-9, "{stds:?}");
+        }
+    }
+
+    #[test]
+    fn cps_never_draws_the_last_step() {
+        let schedule = Schedule::new(NoiseMethod::FlowCps, 5, 0.5, false);
+        assert_eq!(schedule.drawable, 4);
+        assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, false).drawable, 5);
+        assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, true).drawable, 4);
+        assert_eq!(Schedule::new(NoiseMethod::FlowOde, 5, 0.5, true).drawable, 0);
+    }
+}

@@ -1,0 +1,161 @@
+//! The parameter table: name, shape and role of every weight, as openpi's PyTorch checkpoints name them.
+
+use crate::dims::{PolicyDims, Variant};
+use serde::{Deserialize, Serialize};
+
+/// Which part of the policy a weight belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Image tower, projector and language model: frozen in RL, its own file in a bundle.
+    Vlm,
+    /// Action expert, projections, time MLP: what SFT and RL train.
+    Expert,
+    /// Value head: an optimizer group of its own.
+    ValueHead,
+}
+
+/// One weight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParamSpec {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Sizes; linear weights are `[out, in]`.
+    pub shape: Vec<usize>,
+    /// Where it belongs.
+    pub part: Part,
+}
+
+/// Prefix of the vision-language model's names.
+pub const VLM: &str = "paligemma_with_expert.paligemma.model.";
+/// Prefix of the action expert's names.
+pub const EXPERT: &str = "paligemma_with_expert.gemma_expert.model.";
+/// The text embedding as openpi's files carry it (the tied output head).
+pub const EMBEDDING: &str = "paligemma_with_expert.paligemma.lm_head.weight";
+/// The other name of the same tensor.
+pub const EMBEDDING_ALIAS: &str = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight";
+/// A tensor of real checkpoints that no computation reads; accepted and dropped.
+pub const UNUSED: &str = "paligemma_with_expert.gemma_expert.lm_head.weight";
+
+/// What the value head reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CriticInput {
+    /// `V_expert`: mean of the action tokens of the expert's output at the stochastic denoise step.
+    Expert,
+    /// `V_vlm`: mean of the prefix output over its valid tokens.
+    Vlm,
+}
+
+/// The value head: what it reads and its hidden widths (ReLU between, one number out).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValueHeadDims {
+    /// Input.
+    pub input: CriticInput,
+    /// Hidden widths, e.g. `[512, 256, 128]`.
+    pub hidden: Vec<usize>,
+}
+
+impl ValueHeadDims {
+    /// Width of the input features.
+    pub fn input_width(&self, dims: &PolicyDims) -> usize {
+        match self.input {
+            CriticInput::Expert => dims.expert.width,
+            CriticInput::Vlm => dims.vlm.width,
+        }
+    }
+}
+
+struct Table(Vec<ParamSpec>, Part);
+
+impl Table {
+    fn add(&mut self, name: impl Into<String>, shape: &[usize]) {
+        self.0.push(ParamSpec { name: name.into(), shape: shape.to_vec(), part: self.1 });
+    }
+    fn linear(&mut self, name: &str, out: usize, input: usize) {
+        self.add(format!("{name}.weight"), &[out, input]);
+        self.add(format!("{name}.bias"), &[out]);
+    }
+    fn norm(&mut self, name: &str, width: usize) {
+        self.add(format!("{name}.weight"), &[width]);
+        self.add(format!("{name}.bias"), &[width]);
+    }
+    /// One Gemma layer; `ada` is pi0.5's adaptive norm.
+    fn gemma_layer(&mut self, prefix: &str, width: usize, mlp: usize, dims: &PolicyDims, ada: bool) {
+        let (q, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
+        self.add(format!("{prefix}.self_attn.q_proj.weight"), &[q, width]);
+        self.add(format!("{prefix}.self_attn.k_proj.weight"), &[kv, width]);
+        self.add(format!("{prefix}.self_attn.v_proj.weight"), &[kv, width]);
+        self.add(format!("{prefix}.self_attn.o_proj.weight"), &[width, q]);
+        self.add(format!("{prefix}.mlp.gate_proj.weight"), &[mlp, width]);
+        self.add(format!("{prefix}.mlp.up_proj.weight"), &[mlp, width]);
+        self.add(format!("{prefix}.mlp.down_proj.weight"), &[width, mlp]);
+        self.rms(&format!("{prefix}.input_layernorm"), width, ada);
+        self.rms(&format!("{prefix}.post_attention_layernorm"), width, ada);
+    }
+    fn rms(&mut self, name: &str, width: usize, ada: bool) {
+        if ada {
+            self.linear(&format!("{name}.dense"), 3 * width, width);
+        } else {
+            self.add(format!("{name}.weight"), &[width]);
+        }
+    }
+}
+
+/// All weights of a policy in the order of the data's way; with a value head when `value_head` is given.
+pub fn params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<ParamSpec> {
+    let mut table = Table(Vec::new(), Part::Vlm);
+    let vision = &dims.vision;
+    let tower = format!("{VLM}vision_tower.vision_model");
+    table.add(format!("{tower}.embeddings.patch_embedding.weight"), &[vision.width, 3, vision.patch, vision.patch]);
+    table.add(format!("{tower}.embeddings.patch_embedding.bias"), &[vision.width]);
+    table.add(format!("{tower}.embeddings.position_embedding.weight"), &[vision.tokens(), vision.width]);
+    for l in 0..vision.depth {
+        let layer = format!("{tower}.encoder.layers.{l}");
+        table.norm(&format!("{layer}.layer_norm1"), vision.width);
+        for proj in ["q_proj", "k_proj", "v_proj", "out_proj"] {
+            table.linear(&format!("{layer}.self_attn.{proj}"), vision.width, vision.width);
+        }
+        table.norm(&format!("{layer}.layer_norm2"), vision.width);
+        table.linear(&format!("{layer}.mlp.fc1"), vision.mlp, vision.width);
+        table.linear(&format!("{layer}.mlp.fc2"), vision.width, vision.mlp);
+    }
+    table.norm(&format!("{tower}.post_layernorm"), vision.width);
+    table.linear(&format!("{VLM}multi_modal_projector.linear"), dims.vlm.width, vision.width);
+    table.add(EMBEDDING, &[dims.vocab, dims.vlm.width]);
+    for l in 0..dims.depth {
+        table.gemma_layer(&format!("{VLM}language_model.layers.{l}"), dims.vlm.width, dims.vlm.mlp, dims, false);
+    }
+    table.rms(&format!("{VLM}language_model.norm"), dims.vlm.width, false);
+
+    table.1 = Part::Expert;
+    let ada = dims.variant == Variant::Pi05;
+    let width = dims.expert.width;
+    for l in 0..dims.depth {
+        table.gemma_layer(&format!("{EXPERT}layers.{l}"), width, dims.expert.mlp, dims, ada);
+    }
+    table.rms(&format!("{EXPERT}norm"), width, ada);
+    table.linear("action_in_proj", width, dims.action_dim);
+    table.linear("action_out_proj", dims.action_dim, width);
+    match dims.variant {
+        Variant::Pi0 => {
+            table.linear("state_proj", width, dims.action_dim);
+            table.linear("action_time_mlp_in", width, 2 * width);
+            table.linear("action_time_mlp_out", width, width);
+        }
+        Variant::Pi05 => {
+            table.linear("time_mlp_in", width, width);
+            table.linear("time_mlp_out", width, width);
+        }
+    }
+    if let Some(head) = value_head {
+        table.1 = Part::ValueHead;
+        let mut input = head.input_width(dims);
+        for (i, out) in head.hidden.iter().copied().chain([1]).enumerate() {
+            table.linear(&format!("value_head.mlp.{}", 2 * i), out, input);
+            input = out;
+        }
+    }
+    table.0
+}

@@ -1,0 +1,446 @@
+//! The graph builder: typed values with a static shape (the batch may be symbolic), checked while the graph is built.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use policy::{params::ParamSpec, weights::Location};
+use prost::Message;
+
+use crate::{
+    proto::{
+        AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
+        TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataLocation,
+        tensor_shape_proto, type_proto,
+    },
+    shape::{Dim, Elem, Port, text},
+};
+
+/// IR version of the written models.
+pub(crate) const IR_VERSION: i64 = 10;
+/// Operator set of the written models: the first with `Gelu`.
+pub(crate) const OPSET: i64 = 20;
+/// Name of the symbolic batch.
+pub(crate) const BATCH: &str = "batch";
+
+/// A graph that cannot be built.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphError {
+    /// Shapes or types that do not go together.
+    #[error("graph node `{node}`: {detail}")]
+    Node {
+        /// Where.
+        node: String,
+        /// What was expected and found.
+        detail: String,
+    },
+    /// A weight that the policy does not have.
+    #[error("graph weight `{0}` is not in the parameter table")]
+    UnknownWeight(String),
+    /// A weight that no node reads.
+    #[error("graph weight `{0}` is read by no node")]
+    UnusedWeight(String),
+    /// The weight file lacks a tensor.
+    #[error("weight file `{file}` lacks the tensor `{name}`")]
+    NoLocation {
+        /// Which file.
+        file: String,
+        /// Which tensor.
+        name: String,
+    },
+    /// The weight file has another tensor under this name.
+    #[error("tensor `{name}` of the weight file has {found}, expected {expected} in F32")]
+    Location {
+        /// Which tensor.
+        name: String,
+        /// Shape and bytes of the policy.
+        expected: String,
+        /// Shape and bytes of the file.
+        found: String,
+    },
+}
+
+/// Where the graph finds its weights.
+#[derive(Debug, Clone, Copy)]
+pub enum WeightsAs<'a> {
+    /// Initializers whose data lies in a file beside the graph.
+    External {
+        /// Its name.
+        file: &'a str,
+        /// Offset and length of every tensor.
+        locations: &'a BTreeMap<String, Location>,
+    },
+    /// Graph inputs under the weights' own names, after the other inputs.
+    Inputs,
+}
+
+/// A value of the graph: a graph input, a weight, a constant or the result of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<Dim>,
+    pub(crate) elem: Elem,
+}
+
+impl Value {
+    /// Its shape.
+    pub fn shape(&self) -> &[Dim] {
+        &self.shape
+    }
+
+    /// Type of its elements.
+    pub fn elem(&self) -> Elem {
+        self.elem
+    }
+
+    /// The axis, counted from the front; size 1 when there is none.
+    pub(crate) fn axis(&self, axis: usize) -> Dim {
+        self.shape.get(axis).copied().unwrap_or(Dim::fixed(1))
+    }
+}
+
+/// Builds one graph. The operations are methods; each checks its inputs and gives the value that it makes.
+#[derive(Debug)]
+pub struct GraphBuilder<'a> {
+    name: String,
+    batch: Option<usize>,
+    params: BTreeMap<String, ParamSpec>,
+    order: Vec<String>,
+    weights: WeightsAs<'a>,
+    used: BTreeSet<String>,
+    scope: String,
+    count: usize,
+    inputs: Vec<Port>,
+    outputs: Vec<(String, Value)>,
+    nodes: Vec<NodeProto>,
+    initializers: Vec<TensorProto>,
+    integers: BTreeMap<Vec<i64>, Value>,
+}
+
+impl<'a> GraphBuilder<'a> {
+    /// An empty graph over the weights `params`; `batch` is fixed, or symbolic when absent.
+    pub fn new(name: &str, batch: Option<usize>, params: Vec<ParamSpec>, weights: WeightsAs<'a>) -> Self {
+        Self {
+            name: name.to_owned(),
+            batch,
+            order: params.iter().map(|p| p.name.clone()).collect(),
+            params: params.into_iter().map(|p| (p.name.clone(), p)).collect(),
+            weights,
+            used: BTreeSet::new(),
+            scope: String::new(),
+            count: 0,
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            nodes: Vec::new(),
+            initializers: Vec::new(),
+            integers: BTreeMap::new(),
+        }
+    }
+
+    /// `count` rows per sample as one axis.
+    pub fn rows(&self, count: usize) -> Dim {
+        self.batch.map_or(Dim::batch(count), |batch| Dim::fixed(batch * count))
+    }
+
+    /// Whether the weights are graph inputs.
+    pub fn weights_are_inputs(&self) -> bool {
+        matches!(self.weights, WeightsAs::Inputs)
+    }
+
+    /// Names of the nodes that follow start with this.
+    pub fn scope(&mut self, scope: &str) {
+        scope.clone_into(&mut self.scope);
+    }
+
+    /// A graph input.
+    pub fn input(&mut self, port: &Port) -> Value {
+        self.inputs.push(port.clone());
+        Value { name: port.name.clone(), shape: port.shape.clone(), elem: port.elem }
+    }
+
+    /// Makes a value a graph output under this name.
+    ///
+    /// # Errors
+    /// Its type or shape is not what `port` says.
+    pub fn output(&mut self, port: &Port, value: &Value) -> Result<(), GraphError> {
+        if value.elem != port.elem || value.shape != port.shape {
+            return Err(GraphError::Node {
+                node: port.name.clone(),
+                detail: format!("output is {:?} {}, expected {port}", value.elem, text(&value.shape)),
+            });
+        }
+        self.outputs.push((port.name.clone(), value.clone()));
+        Ok(())
+    }
+
+    /// A weight by its checkpoint name.
+    ///
+    /// # Errors
+    /// It is not in the parameter table, or the weight file has none or another one of this name.
+    pub fn weight(&mut self, name: &str) -> Result<Value, GraphError> {
+        let spec = self.params.get(name).ok_or_else(|| GraphError::UnknownWeight(name.to_owned()))?;
+        let value = Value { name: spec.name.clone(), shape: crate::shape::fixed(&spec.shape), elem: Elem::F32 };
+        if self.used.insert(spec.name.clone())
+            && let WeightsAs::External { file, locations } = self.weights
+        {
+            self.initializers.push(external(spec, file, locations)?);
+        }
+        Ok(value)
+    }
+
+    /// A small f32 constant, stored in the graph.
+    ///
+    /// # Errors
+    /// The number of values does not fit the shape.
+    pub fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Value, GraphError> {
+        let name = self.next_name("const");
+        if shape.iter().product::<usize>() != data.len() {
+            return Err(GraphError::Node { node: name, detail: format!("{} values for shape {shape:?}", data.len()) });
+        }
+        let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(self.store(name, shape, Elem::F32, raw))
+    }
+
+    /// A scalar constant.
+    ///
+    /// # Errors
+    /// None in practice; see [`GraphBuilder::constant`].
+    pub fn scalar(&mut self, value: f32) -> Result<Value, GraphError> {
+        self.constant(&[], &[value])
+    }
+
+    /// An integer vector for shapes and axes; equal ones are stored once.
+    pub(crate) fn integers(&mut self, data: &[i64]) -> Value {
+        if let Some(known) = self.integers.get(data) {
+            return known.clone();
+        }
+        let name = self.next_name("ints");
+        let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let value = self.store(name, &[data.len()], Elem::I64, raw);
+        self.integers.insert(data.to_vec(), value.clone());
+        value
+    }
+
+    fn store(&mut self, name: String, shape: &[usize], elem: Elem, raw: Vec<u8>) -> Value {
+        self.initializers.push(TensorProto {
+            name: Some(name.clone()),
+            dims: shape.iter().map(|n| *n as i64).collect(),
+            data_type: Some(elem.code()),
+            raw_data: Some(raw),
+            ..TensorProto::default()
+        });
+        Value { name, shape: crate::shape::fixed(shape), elem }
+    }
+
+    fn next_name(&mut self, kind: &str) -> String {
+        self.count += 1;
+        format!("{}/{kind}_{}", self.scope, self.count)
+    }
+
+    /// An error of the operation that would come next.
+    pub(crate) fn refuse(&self, op: &str, detail: String) -> GraphError {
+        GraphError::Node { node: format!("{}/{op}_{}", self.scope, self.count + 1), detail }
+    }
+
+    /// Appends a node with one result.
+    pub(crate) fn node(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        shape: Vec<Dim>,
+        elem: Elem,
+    ) -> Value {
+        let name = self.next_name(op);
+        self.nodes.push(NodeProto {
+            name: Some(name.clone()),
+            op_type: Some(op.to_owned()),
+            input: inputs.iter().map(|v| v.name.clone()).collect(),
+            output: vec![name.clone()],
+            attribute: attributes,
+            ..NodeProto::default()
+        });
+        Value { name, shape, elem }
+    }
+
+    /// Appends a node with several results of one type.
+    pub(crate) fn node_many(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        shapes: Vec<Vec<Dim>>,
+        elem: Elem,
+    ) -> Vec<Value> {
+        let name = self.next_name(op);
+        let values: Vec<Value> = shapes
+            .into_iter()
+            .enumerate()
+            .map(|(i, shape)| Value { name: format!("{name}.{i}"), shape, elem })
+            .collect();
+        self.nodes.push(NodeProto {
+            name: Some(name),
+            op_type: Some(op.to_owned()),
+            input: inputs.iter().map(|v| v.name.clone()).collect(),
+            output: values.iter().map(|v| v.name.clone()).collect(),
+            attribute: attributes,
+            ..NodeProto::default()
+        });
+        values
+    }
+
+    /// The bytes of the finished `.onnx` file.
+    ///
+    /// # Errors
+    /// A weight is read by no node.
+    pub fn finish(mut self) -> Result<Vec<u8>, GraphError> {
+        if let Some(name) = self.order.iter().find(|name| !self.used.contains(*name)) {
+            return Err(GraphError::UnusedWeight(name.clone()));
+        }
+        self.name_outputs();
+        let weight_inputs = self.weights_are_inputs().then_some(&self.order).into_iter().flatten().filter_map(|name| {
+            let spec = self.params.get(name)?;
+            Some(Port { name: name.clone(), elem: Elem::F32, shape: crate::shape::fixed(&spec.shape) })
+        });
+        let input = self.inputs.iter().cloned().chain(weight_inputs).map(|port| value_info(&port)).collect();
+        let output = self
+            .outputs
+            .iter()
+            .map(|(name, v)| value_info(&Port { name: name.clone(), elem: v.elem, shape: v.shape.clone() }))
+            .collect();
+        let graph = GraphProto {
+            name: Some(self.name),
+            node: self.nodes,
+            initializer: self.initializers,
+            input,
+            output,
+            ..GraphProto::default()
+        };
+        let model = ModelProto {
+            ir_version: Some(IR_VERSION),
+            opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET) }],
+            producer_name: Some("pirl-export".to_owned()),
+            producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            graph: Some(graph),
+            ..ModelProto::default()
+        };
+        Ok(model.encode_to_vec())
+    }
+
+    /// Gives every output its name: by renaming the node's result, or by a copy where that has a name of its own.
+    fn name_outputs(&mut self) {
+        let made: BTreeSet<String> = self.nodes.iter().flat_map(|n| n.output.iter().cloned()).collect();
+        let mut renamed: BTreeMap<String, String> = BTreeMap::new();
+        for (name, value) in &self.outputs {
+            if made.contains(&value.name) && !renamed.contains_key(&value.name) {
+                renamed.insert(value.name.clone(), name.clone());
+            } else {
+                self.nodes.push(NodeProto {
+                    name: Some(format!("output/{name}")),
+                    op_type: Some("Identity".to_owned()),
+                    input: vec![value.name.clone()],
+                    output: vec![name.clone()],
+                    ..NodeProto::default()
+                });
+            }
+        }
+        for node in &mut self.nodes {
+            for name in node.input.iter_mut().chain(&mut node.output) {
+                if let Some(new) = renamed.get(name) {
+                    new.clone_into(name);
+                }
+            }
+        }
+    }
+}
+
+fn external(
+    spec: &ParamSpec,
+    file: &str,
+    locations: &BTreeMap<String, Location>,
+) -> Result<TensorProto, GraphError> {
+    let location = locations
+        .get(&spec.name)
+        .ok_or_else(|| GraphError::NoLocation { file: file.to_owned(), name: spec.name.clone() })?;
+    let bytes = spec.shape.iter().product::<usize>() as u64 * 4;
+    if location.shape != spec.shape || location.length != bytes {
+        return Err(GraphError::Location {
+            name: spec.name.clone(),
+            expected: format!("shape {:?} and {bytes} bytes", spec.shape),
+            found: format!("shape {:?} and {} bytes", location.shape, location.length),
+        });
+    }
+    let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) };
+    Ok(TensorProto {
+        name: Some(spec.name.clone()),
+        dims: spec.shape.iter().map(|n| *n as i64).collect(),
+        data_type: Some(Elem::F32.code()),
+        data_location: Some(DataLocation::External as i32),
+        external_data: vec![
+            entry("location", file.to_owned()),
+            entry("offset", location.offset.to_string()),
+            entry("length", location.length.to_string()),
+        ],
+        ..TensorProto::default()
+    })
+}
+
+fn value_info(port: &Port) -> ValueInfoProto {
+    use tensor_shape_proto::{Dimension, dimension};
+    let axis = |dim: &Dim| {
+        let value = if dim.is_batched() {
+            dimension::Value::DimParam(if dim.count() == 1 { BATCH.to_owned() } else { dim.to_string() })
+        } else {
+            dimension::Value::DimValue(dim.count() as i64)
+        };
+        Dimension { value: Some(value), ..Dimension::default() }
+    };
+    let tensor = type_proto::Tensor {
+        elem_type: Some(port.elem.code()),
+        shape: Some(TensorShapeProto { dim: port.shape.iter().map(axis).collect() }),
+    };
+    ValueInfoProto {
+        name: Some(port.name.clone()),
+        r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }),
+        ..ValueInfoProto::default()
+    }
+}
+
+/// An integer attribute.
+pub(crate) fn int(name: &str, value: i64) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Int as i32),
+        i: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+/// A float attribute.
+pub(crate) fn float(name: &str, value: f32) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Float as i32),
+        f: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+/// A list of integers.
+pub(crate) fn ints(name: &str, values: &[i64]) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Ints as i32),
+        ints: values.to_vec(),
+        ..AttributeProto::default()
+    }
+}
+
+/// A string attribute.
+pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::String as i32),
+        s: Some(value.as_bytes().to_vec()),
+        ..AttributeProto::default()
+    }
+}

@@ -1,0 +1,16 @@
+//! From weights to a policy bundle: the two ONNX graphs, written by our own builder, and the check of a finished bundle.
+//!
+//! The graphs hold no weights. Their external data points at offset and length inside the bundle's safetensors files, so a
+//! new policy version reuses the graphs of the first and writes only what was trained. No device, no runtime is linked here.
+
+pub mod shape;
+#[expect(clippy::pedantic, clippy::use_self, reason = "generated from the schema")]
+mod proto;
+pub mod builder;
+mod ops;
+pub mod signature;
+mod graph;
+pub mod bundle;
+pub mod check;
+
+pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};

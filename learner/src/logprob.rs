@@ -1,0 +1,121 @@
+//! Log-probability and value of recorded denoise transitions, with gradient: the learner's side of the PPO ratio.
+
+use policy::{
+    flow::{Schedule, time_embedding},
+    logprob::LN_SQRT_TWO_PI,
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::model::{ModelError, Pi0, PrefixCache, check_shape};
+
+/// The stochastic rows of a schedule as tensors, made once per schedule.
+#[derive(Debug)]
+pub struct StepTable {
+    /// `c_x` of the mean, f32 `[K]`.
+    c_x: Tensor,
+    /// `c_v` of the mean, f32 `[K]`.
+    c_v: Tensor,
+    /// Standard deviation, f32 `[K]`.
+    std: Tensor,
+    /// Time embedding, f32 `[K, expert width]`.
+    time_emb: Tensor,
+    drawable: usize,
+}
+
+impl StepTable {
+    /// The table of `schedule` for an expert of width `expert_width`.
+    pub fn new(schedule: &Schedule, expert_width: usize, device: Device) -> Self {
+        let rows = &schedule.stochastic;
+        let column = |values: Vec<f32>| Tensor::from_slice(&values).to_device(device);
+        let embeddings: Vec<f32> = rows.iter().flat_map(|r| time_embedding(r.t, expert_width)).collect();
+        Self {
+            c_x: column(rows.iter().map(|r| r.mean_coefficients().0 as f32).collect()),
+            c_v: column(rows.iter().map(|r| r.mean_coefficients().1 as f32).collect()),
+            std: column(rows.iter().map(|r| r.std as f32).collect()),
+            time_emb: column(embeddings).view([rows.len() as i64, expert_width as i64]),
+            drawable: schedule.drawable,
+        }
+    }
+}
+
+/// A batch of recorded transitions.
+#[derive(Debug, Clone, Copy)]
+pub struct TransitionBatch<'a> {
+    /// State `[B, A]`, pi0 only.
+    pub state: Option<&'a Tensor>,
+    /// `x` before the stochastic step, `[B, H, A]`.
+    pub x: &'a Tensor,
+    /// `x` after it, `[B, H, A]`.
+    pub x_next: &'a Tensor,
+    /// Which step was stochastic, i64 `[B]`.
+    pub step: &'a Tensor,
+}
+
+/// The part of a chunk that the environment executes: only it enters the log-probability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Executed {
+    /// Rows executed.
+    pub action_chunk: usize,
+    /// Action width of the environment.
+    pub env_action_dim: usize,
+}
+
+/// What the policy says of recorded transitions.
+#[derive(Debug)]
+pub struct Transition {
+    /// Log-probability per executed element, f32 `[B, action_chunk, env_action_dim]`.
+    pub logprob: Tensor,
+    /// `V_expert` at the stochastic step, f32 `[B]`; `None` without an expert value head.
+    pub value: Option<Tensor>,
+    /// Velocity `[B, H, A]`.
+    pub v_t: Tensor,
+}
+
+/// Log-density per element of `x_next` under `N(mean, std^2)`: `policy::logprob::gaussian` on tensors.
+pub fn gaussian(x_next: &Tensor, mean: &Tensor, std: &Tensor) -> Tensor {
+    let z = (x_next - mean) / std;
+    z.square() * -0.5 - (std.log() + f64::from(LN_SQRT_TWO_PI))
+}
+
+/// Recomputes the log-probability of each transition and, with an expert value head, the value at the same step: one expert
+/// pass for the whole batch. With `detach_critic_input` the value's gradient stops at the head.
+///
+/// # Errors
+/// A shape that does not fit, or a step outside the ones that can be drawn.
+pub fn transition(
+    policy: &Pi0,
+    table: &StepTable,
+    cache: &PrefixCache,
+    batch: TransitionBatch<'_>,
+    executed: Executed,
+    detach_critic_input: bool,
+) -> Result<Transition, ModelError> {
+    let TransitionBatch { state, x, x_next, step } = batch;
+    let dims = policy.dims();
+    check_shape("x_next", x_next, &x.size())?;
+    check_shape("step", step, &[cache.batch()])?;
+    let (chunk, width) = (executed.action_chunk, executed.env_action_dim);
+    if chunk > dims.action_horizon || width > dims.action_dim {
+        return Err(ModelError::Shape {
+            name: "executed",
+            expected: vec![dims.action_horizon as i64, dims.action_dim as i64],
+            found: vec![chunk as i64, width as i64],
+        });
+    }
+    for found in [step.min().int64_value(&[]), step.max().int64_value(&[])] {
+        if usize::try_from(found).map_or(true, |k| k >= table.drawable) {
+            return Err(ModelError::Step { found, limit: table.drawable });
+        }
+    }
+    let column = |values: &Tensor| values.index_select(0, step).view([-1, 1, 1]);
+    let velocity = policy.velocity_embedded(cache, state, x, &table.time_emb.index_select(0, step))?;
+    let cut = |y: &Tensor| y.narrow(1, 0, chunk as i64).narrow(2, 0, width as i64);
+    let mean = cut(x) * column(&table.c_x) + cut(&velocity.v_t) * column(&table.c_v);
+    let logprob = gaussian(&cut(x_next), &mean, &column(&table.std)).to_kind(Kind::Float);
+    let value = if detach_critic_input {
+        policy.value_expert(&velocity.hidden.detach())
+    } else {
+        policy.value_expert(&velocity.hidden)
+    };
+    Ok(Transition { logprob, value, v_t: velocity.v_t })
+}

@@ -1,0 +1,156 @@
+//! Which rows an optimizer step sees: a seeded shuffle per epoch, an even split into minibatches, and micro-batches
+//! within each, with the weights that make accumulated gradients equal the minibatch's own.
+//!
+//! The permutation is a function of (run seed, iteration, epoch) alone: every epoch of every iteration has a fresh one,
+//! and a resumed run shuffles as the interrupted one would have.
+
+use chacha20::ChaCha8Rng;
+use chacha20::rand_core::{Rng, SeedableRng};
+
+/// Where in a run a shuffle stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShuffleSeed {
+    /// Seed of the run.
+    pub run: u64,
+    /// RL iteration, counted over the whole run.
+    pub iteration: u64,
+    /// Pass over this iteration's rows.
+    pub epoch: u64,
+}
+
+impl ShuffleSeed {
+    /// The key of the generator: the three counters and the name of this use, so that no other stream of the run
+    /// repeats it.
+    fn generator(self) -> ChaCha8Rng {
+        let mut key = [0; 32];
+        for (slot, word) in key.chunks_exact_mut(8).zip([
+            self.run,
+            self.iteration,
+            self.epoch,
+            u64::from_le_bytes(*b"shuffle\0"),
+        ]) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+        ChaCha8Rng::from_seed(key)
+    }
+}
+
+/// A uniform permutation of `0..rows` (Fisher-Yates).
+pub fn permutation(rows: usize, seed: ShuffleSeed) -> Vec<usize> {
+    let mut generator = seed.generator();
+    let mut order: Vec<usize> = (0..rows).collect();
+    for last in (1..rows).rev() {
+        order.swap(last, below(&mut generator, last as u64 + 1) as usize);
+    }
+    order
+}
+
+/// A uniform number in `0..bound`: draws that fall into the incomplete last interval are repeated.
+fn below(generator: &mut ChaCha8Rng, bound: u64) -> u64 {
+    let usable = u64::MAX - u64::MAX % bound;
+    loop {
+        let draw = generator.next_u64();
+        if draw < usable {
+            return draw % bound;
+        }
+    }
+}
+
+/// Number of minibatches for `rows` rows and about `minibatch_size` rows each: `max(1, round(rows / size))`, never
+/// more than there are rows. 0 rows give 0.
+pub fn minibatch_count(rows: usize, minibatch_size: usize) -> usize {
+    let size = minibatch_size.max(1);
+    ((rows + size / 2) / size).clamp(1, rows.max(1)).min(rows)
+}
+
+/// Splits `order` into [`minibatch_count`] consecutive minibatches whose sizes differ by at most one row. No row is
+/// left out.
+pub fn minibatches(order: &[usize], minibatch_size: usize) -> Vec<&[usize]> {
+    split_evenly(order, minibatch_count(order.len(), minibatch_size))
+}
+
+/// Part of a minibatch that goes through the network at once.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MicroBatch<'a> {
+    /// Row indices.
+    pub rows: &'a [usize],
+    /// Share of the minibatch, in (0, 1]: the factor of this part's mean loss, so that the accumulated gradient is the
+    /// gradient of the minibatch's mean.
+    pub weight: f64,
+}
+
+/// Splits a minibatch into as few even parts of at most `micro_batch_size` rows as possible.
+pub fn micro_batches(minibatch: &[usize], micro_batch_size: usize) -> Vec<MicroBatch<'_>> {
+    let parts = minibatch.len().div_ceil(micro_batch_size.max(1));
+    let weight = |rows: &[usize]| rows.len() as f64 / minibatch.len() as f64;
+    split_evenly(minibatch, parts).into_iter().map(|rows| MicroBatch { rows, weight: weight(rows) }).collect()
+}
+
+fn split_evenly(rows: &[usize], parts: usize) -> Vec<&[usize]> {
+    let mut rest = rows;
+    let mut split = Vec::with_capacity(parts);
+    for left in (1..=parts).rev() {
+        let (part, tail) = rest.split_at(rest.len().div_ceil(left));
+        split.push(part);
+        rest = tail;
+    }
+    split
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEED: ShuffleSeed = ShuffleSeed { run: 7, iteration: 3, epoch: 0 };
+
+    #[test]
+    fn every_epoch_of_every_iteration_is_another_permutation_and_a_seed_repeats_its_own() {
+        let first = permutation(100, SEED);
+        assert_eq!(first, permutation(100, SEED));
+        for other in [
+            ShuffleSeed { epoch: 1, ..SEED },
+            ShuffleSeed { iteration: 4, ..SEED },
+            ShuffleSeed { run: 8, ..SEED },
+        ] {
+            assert_ne!(first, permutation(100, other), "{other:?}");
+        }
+        let mut sorted = first;
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_shuffle_is_uniform() {
+        // 6000 shuffles of 3 rows: each of the 6 orders about 1000 times, standard deviation 29; 150 is 5 of them
+        let mut counts = std::collections::BTreeMap::new();
+        for epoch in 0..6000 {
+            *counts.entry(permutation(3, ShuffleSeed { epoch, ..SEED })).or_insert(0i32) += 1;
+        }
+        assert_eq!(counts.len(), 6);
+        assert!(counts.values().all(|count| (count - 1000).abs() < 150), "{counts:?}");
+    }
+
+    #[test]
+    fn minibatches_take_every_row_once_and_differ_by_one_row_at_most() {
+        for (rows, size, expected) in
+            [(0, 800, 0), (1, 800, 1), (399, 800, 1), (1199, 800, 1), (1200, 800, 2), (2000, 800, 3), (5, 1, 5), (3, 0, 3)]
+        {
+            let order = permutation(rows, SEED);
+            let split = minibatches(&order, size);
+            assert_eq!(split.len(), expected, "{rows} rows of {size}");
+            assert_eq!(split.concat(), order);
+            let sizes: Vec<usize> = split.iter().map(|part| part.len()).collect();
+            let spread = sizes.iter().max().unwrap_or(&0) - sizes.iter().min().unwrap_or(&0);
+            assert!(spread <= 1, "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn micro_batches_are_bounded_and_their_weights_sum_to_one() {
+        let order = permutation(10, SEED);
+        let parts = micro_batches(&order, 4);
+        assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 3, 3]);
+        assert!((parts.iter().map(|part| part.weight).sum::<f64>() - 1.0).abs() < 1e-12);
+        assert!(micro_batches(&[], 4).is_empty());
+    }
+}

@@ -1,0 +1,348 @@
+//! The pi0 and pi0.5 networks in libtorch: prefix with KV cache, velocity, value head; all sizes from `PolicyDims`.
+//!
+//! Public functions check the shapes that they are given; inside, tensor operations fit together by construction and end the
+//! program only when memory runs out.
+
+mod expert;
+mod flow_matching;
+mod gemma;
+mod heads;
+mod sampler;
+mod siglip;
+mod store;
+
+use policy::{
+    dims::{DimsError, PolicyDims},
+    params::{CriticInput, EMBEDDING, VLM, ValueHeadDims},
+    weights::WeightsError,
+};
+use tch::{Device, Kind, Tensor};
+
+pub use self::{
+    expert::Velocity,
+    flow_matching::FlowMatching,
+    sampler::Sample,
+    siglip::VisionOutput,
+    store::{ExportedParam, ParamStore},
+};
+use self::{
+    expert::Expert,
+    gemma::{Layer, Norm, Rope, attention_bias},
+    heads::ValueHead,
+    siglip::Siglip,
+};
+
+/// What the network can refuse.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// Sizes that cannot be a policy.
+    #[error(transparent)]
+    Dims(#[from] DimsError),
+    /// A weight file that does not fit.
+    #[error("weights: {0}")]
+    Weights(#[from] WeightsError),
+    /// No tensor of this name.
+    #[error("no parameter `{0}` in this policy")]
+    NoParam(String),
+    /// Another number of elements.
+    #[error("`{name}` has {found} elements, expected {expected}")]
+    Elements {
+        /// Which array.
+        name: String,
+        /// Elements of the policy.
+        expected: usize,
+        /// Elements given.
+        found: usize,
+    },
+    /// A tensor of another shape.
+    #[error("`{name}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Which tensor.
+        name: &'static str,
+        /// The shape that fits the policy and the batch.
+        expected: Vec<i64>,
+        /// The shape given.
+        found: Vec<i64>,
+    },
+    /// pi0 reads the state.
+    #[error("pi0 needs the `state` and none was given")]
+    NoState,
+    /// A value was asked of a policy without a value head.
+    #[error("this policy has no value head, configure `actor.model.value_head`")]
+    NoValueHead,
+    /// A stochastic step without its noise.
+    #[error("a stochastic step needs its noise `z` and none was given")]
+    NoNoise,
+    /// A denoise step that the table has not, or that has no density.
+    #[error("denoise step {found} has no log-probability, expected 0 to {limit} (exclusive)")]
+    Step {
+        /// Step given.
+        found: i64,
+        /// Number of usable steps.
+        limit: usize,
+    },
+}
+
+/// Checks a shape against the expected one.
+pub(crate) fn check_shape(name: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<(), ModelError> {
+    let found = tensor.size();
+    if found == expected { Ok(()) } else { Err(ModelError::Shape { name, expected: expected.to_vec(), found }) }
+}
+
+/// Keys, values and mask of a prefix: all that the expert reads of an observation.
+#[derive(Debug)]
+pub struct PrefixCache {
+    /// Keys after RoPE, `[B, depth, kv, S, head_dim]`.
+    pub k: Tensor,
+    /// Values, `[B, depth, kv, S, head_dim]`.
+    pub v: Tensor,
+    /// Which prefix tokens are valid, bool `[B, S]`.
+    pub mask: Tensor,
+    /// Whether all of them are: then no mask is built.
+    all_valid: bool,
+}
+
+impl PrefixCache {
+    /// A cache from stored tensors (shapes at the fields).
+    ///
+    /// # Errors
+    /// The shapes do not fit each other.
+    pub fn new(k: Tensor, v: Tensor, mask: Tensor) -> Result<Self, ModelError> {
+        check_shape("v", &v, &k.size())?;
+        match k.size().as_slice() {
+            [batch, _, _, tokens, _] => check_shape("prefix_mask", &mask, &[*batch, *tokens])?,
+            found => {
+                return Err(ModelError::Shape { name: "k", expected: vec![-1; 5], found: found.to_vec() });
+            }
+        }
+        let all_valid = mask.all().int64_value(&[]) != 0;
+        Ok(Self { k, v, mask, all_valid })
+    }
+
+    /// The rows `[n]` (i64) as a cache of their own.
+    ///
+    /// # Errors
+    /// None for rows inside the batch.
+    pub fn index_select(&self, rows: &Tensor) -> Result<Self, ModelError> {
+        Self::new(self.k.index_select(0, rows), self.v.index_select(0, rows), self.mask.index_select(0, rows))
+    }
+
+    /// Samples in the cache.
+    pub fn batch(&self) -> i64 {
+        self.mask.size().first().copied().unwrap_or(0)
+    }
+
+    /// Prefix tokens, padding included.
+    pub fn len(&self) -> i64 {
+        self.mask.size().get(1).copied().unwrap_or(0)
+    }
+
+    /// Whether there is no prefix token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Positions of `tokens` suffix tokens: they go on from the number of valid prefix tokens. `[1, tokens]` when it is the same
+    /// for all samples, else `[B, tokens]`.
+    fn suffix_positions(&self, tokens: i64) -> Tensor {
+        let own = Tensor::arange(tokens, (Kind::Int64, self.mask.device())).unsqueeze(0);
+        if self.all_valid { own + self.len() } else { own + self.mask.sum_dim_intlist(1, true, Kind::Int64) }
+    }
+}
+
+/// The prefix pass: image and text tokens through the vision-language stack.
+#[derive(Debug)]
+pub struct Prefix {
+    /// Keys, values, mask.
+    pub cache: PrefixCache,
+    /// Final-normed output `[B, S, vlm width]`, rows of padded tokens included.
+    pub out: Tensor,
+    /// Embeddings `[B, S, vlm width]`.
+    pub embs: Tensor,
+    /// Input of the last layer `[B, S, vlm width]`: the deepest features that the cache (so the expert) reads.
+    pub last_layer_input: Tensor,
+    /// Positions `[B, S]`; -1 for padding in front of the first valid token.
+    pub position_ids: Tensor,
+    /// Image tower outputs of all cameras, `N = B * cameras`, camera by camera within a sample.
+    pub vision: VisionOutput,
+}
+
+/// A pi0 or pi0.5 policy with its weights.
+#[derive(Debug)]
+pub struct Pi0 {
+    dims: PolicyDims,
+    store: ParamStore,
+    vision: Siglip,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Norm,
+    expert: Expert,
+    value_head: Option<ValueHead>,
+}
+
+impl Pi0 {
+    /// The network over these weights.
+    ///
+    /// # Errors
+    /// The sizes do not fit together, or the store was made for others.
+    pub fn new(dims: PolicyDims, value_head: Option<&ValueHeadDims>, store: ParamStore) -> Result<Self, ModelError> {
+        dims.check()?;
+        let layers = (0..dims.depth)
+            .map(|l| Layer::new(&store, &format!("{VLM}language_model.layers.{l}"), &dims, false))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            vision: Siglip::new(&store, &dims.vision)?,
+            embedding: store.get(EMBEDDING)?.shallow_clone(),
+            layers,
+            norm: Norm::new(&store, &format!("{VLM}language_model.norm"), false)?,
+            expert: Expert::new(&store, &dims)?,
+            value_head: value_head.map(|head| ValueHead::new(&store, head)).transpose()?,
+            dims,
+            store,
+        })
+    }
+
+    /// Sizes.
+    pub fn dims(&self) -> &PolicyDims {
+        &self.dims
+    }
+
+    /// Weights.
+    pub fn store(&self) -> &ParamStore {
+        &self.store
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.store.device()
+    }
+
+    /// What the value head reads, when there is one.
+    pub fn critic_input(&self) -> Option<CriticInput> {
+        self.value_head.as_ref().map(|head| head.input)
+    }
+
+    /// `[B, H, A]`.
+    fn chunk_shape(&self, batch: i64) -> [i64; 3] {
+        [batch, self.dims.action_horizon as i64, self.dims.action_dim as i64]
+    }
+
+    /// Encodes observations: `images` f32 `[B, cameras, 3, size, size]` in `[-1, 1]`, `image_mask` bool `[B, cameras]`, `prompt`
+    /// i64 `[B, L]` and `prompt_mask` bool `[B, L]`. Tokens are the cameras in order, then the prompt.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy. Prompt ids must lie in the vocabulary.
+    pub fn prefix(
+        &self,
+        images: &Tensor,
+        image_mask: &Tensor,
+        prompt: &Tensor,
+        prompt_mask: &Tensor,
+    ) -> Result<Prefix, ModelError> {
+        let batch = prompt.size().first().copied().unwrap_or(0);
+        let (cameras, size) = (self.dims.cameras as i64, self.dims.vision.image_size as i64);
+        let (patches, length) = (self.dims.vision.tokens() as i64, self.dims.prompt_len as i64);
+        check_shape("images", images, &[batch, cameras, 3, size, size])?;
+        check_shape("image_mask", image_mask, &[batch, cameras])?;
+        check_shape("prompt", prompt, &[batch, length])?;
+        check_shape("prompt_mask", prompt_mask, &[batch, length])?;
+
+        let width = self.dims.vlm.width as i64;
+        let vision = self.vision.forward(&images.flatten(0, 1));
+        let image_tokens = vision.projected.view([batch, cameras * patches, width]);
+        // id 0 is padding: its row gets no gradient
+        let text_tokens = Tensor::embedding(&self.embedding, prompt, 0, false, false) * (width as f64).sqrt();
+        let embs = Tensor::cat(&[image_tokens, text_tokens], 1);
+        let image_valid = image_mask.unsqueeze(-1).expand([batch, cameras, patches], false).flatten(1, 2);
+        let mask = Tensor::cat(&[&image_valid, prompt_mask], 1);
+        let position_ids = mask.cumsum(1, Kind::Int64) - 1;
+
+        let rope = Rope::new(&position_ids, self.dims.head_dim);
+        let all_valid = mask.all().int64_value(&[]) != 0;
+        let bias = (!all_valid)
+            .then(|| attention_bias(&mask.unsqueeze(2).logical_and(&mask.unsqueeze(1))).unsqueeze(1).unsqueeze(3));
+        let mut x = embs.shallow_clone();
+        let mut last_layer_input = embs.shallow_clone();
+        let (mut keys, mut values) = (Vec::with_capacity(self.layers.len()), Vec::with_capacity(self.layers.len()));
+        for layer in &self.layers {
+            let output = layer.forward(&x, None, &rope, None, bias.as_ref());
+            last_layer_input = std::mem::replace(&mut x, output.x);
+            keys.push(output.k);
+            values.push(output.v);
+        }
+        let (out, _) = self.norm.forward(&x, None);
+        let cache = PrefixCache { k: Tensor::stack(&keys, 1), v: Tensor::stack(&values, 1), mask, all_valid };
+        Ok(Prefix { cache, out, embs, last_layer_input, position_ids, vision })
+    }
+
+    /// Mean of the prefix output over its valid tokens, `[B, vlm width]`: the input of `V_vlm`.
+    pub fn pooled(&self, prefix: &Prefix) -> Tensor {
+        let mask = prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
+        let count = mask.sum_dim_intlist(1, false, Kind::Float).clamp_min(1.0);
+        (&prefix.out * mask).sum_dim_intlist(1, false, Kind::Float) / count
+    }
+
+    /// Velocity at `x_t` `[B, H, A]` and flow times `t` `[B]` (f32 or f64; any value per row). The state `[B, A]` is read by pi0
+    /// only. Gradients reach the cache's tensors when they record them.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy or the batch, or a missing state.
+    pub fn velocity(
+        &self,
+        cache: &PrefixCache,
+        state: Option<&Tensor>,
+        x_t: &Tensor,
+        t: &Tensor,
+    ) -> Result<Velocity, ModelError> {
+        check_shape("t", t, &[cache.batch()])?;
+        self.velocity_embedded(cache, state, x_t, &self.expert.time_embedding(t))
+    }
+
+    /// [`Pi0::velocity`] with the time embedding `[B, expert width]` given (`policy::flow::time_embedding`).
+    ///
+    /// # Errors
+    /// See [`Pi0::velocity`].
+    pub fn velocity_embedded(
+        &self,
+        cache: &PrefixCache,
+        state: Option<&Tensor>,
+        x_t: &Tensor,
+        time_emb: &Tensor,
+    ) -> Result<Velocity, ModelError> {
+        let batch = cache.batch();
+        let (depth, kv, head_dim) = (self.dims.depth as i64, self.dims.kv_heads as i64, self.dims.head_dim as i64);
+        check_shape("k", &cache.k, &[batch, depth, kv, cache.len(), head_dim])?;
+        check_shape("x_t", x_t, &self.chunk_shape(batch))?;
+        check_shape("time_emb", time_emb, &[batch, self.dims.expert.width as i64])?;
+        if let Some(state) = state {
+            check_shape("state", state, &[batch, self.dims.action_dim as i64])?;
+        }
+        self.expert.forward(cache, state, x_t, time_emb)
+    }
+
+    /// Time embedding `[n, expert width]` f32 of flow times `[n]`, computed in f64.
+    pub fn time_embedding(&self, t: &Tensor) -> Tensor {
+        self.expert.time_embedding(t)
+    }
+
+    /// Value `[B]` of a feature `[B, width]`: the pooled prefix for `V_vlm`, the mean action feature for `V_expert`.
+    ///
+    /// # Errors
+    /// There is no value head, or it reads another width.
+    pub fn value(&self, feature: &Tensor) -> Result<Tensor, ModelError> {
+        let head = self.value_head.as_ref().ok_or(ModelError::NoValueHead)?;
+        let width = match head.input {
+            CriticInput::Expert => self.dims.expert.width,
+            CriticInput::Vlm => self.dims.vlm.width,
+        };
+        check_shape("feature", feature, &[feature.size().first().copied().unwrap_or(0), width as i64])?;
+        Ok(head.forward(feature))
+    }
+
+    /// `V_expert` `[B]` of the action features `[B, H, expert width]` (their mean); `None` without an expert value head.
+    pub fn value_expert(&self, hidden: &Tensor) -> Option<Tensor> {
+        let head = self.value_head.as_ref().filter(|head| head.input == CriticInput::Expert)?;
+        Some(head.forward(&hidden.mean_dim(1, false, Kind::Float)))
+    }
+}

@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Bring the two native libraries into a folder: libtorch 2.11.0 (CPU tree) and libonnxruntime 1.31.1.
+
+usage: native.py DEPS_DIR
+
+Both come out of pinned PyPI wheels (version and sha256 below), so that every machine has the same bits. Idempotent and
+resumable: a finished tree is left alone, a wheel that is already there and whole is not fetched again, a tree is
+made beside its place and renamed when complete.
+"""
+
+import hashlib
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+
+WHEELS = {
+    "torch==2.11.0": ("torch-2.11.0-cp311-cp311-manylinux_2_28_x86_64.whl",
+        "7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a"),
+    "nvidia-cuda-runtime==13.0.96": (
+        "nvidia_cuda_runtime-13.0.96-py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
+        "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"),
+    "nvidia-cuda-cupti==13.0.85": ("nvidia_cuda_cupti-13.0.85-py3-none-manylinux_2_25_x86_64.whl",
+        "4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8"),
+    "onnxruntime==1.31.1": ("onnxruntime-1.31.1-cp311-cp311-manylinux_2_28_x86_64.whl",
+        "5752bd508126ae7c49894d3b9d2e83f0c3d487319246d04c444b393308d7ad7f"),
+}
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_25_x86_64", "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64")
+TORCH_LIBS = ("torch/lib/libc10.so", "torch/lib/libtorch_cpu.so", "torch/lib/libtorch.so", "torch/lib/libgomp.so.1")
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def wheel(requirement, folder):
+    """The path of a pinned wheel, fetched through pip unless a whole copy is there."""
+    name, want = WHEELS[requirement]
+    path = folder / name
+    if not (path.exists() and sha256(path) == want):
+        print(f"  fetching {requirement}", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
+            "--python-version", "3.11", "--implementation", "cp", "-d", str(folder)]
+        for tag in PLATFORMS:
+            command += ["--platform", tag]
+        subprocess.run([*command, requirement], check=True)
+    found = sha256(path)
+    if found != want:
+        path.unlink()
+        sys.exit(f"setup: {name} has sha256 {found}, expected {want}; the file was removed, run setup again")
+    return path
+
+
+def extract(archive, keep, out):
+    with zipfile.ZipFile(archive) as file:
+        for entry in file.infolist():
+            if keep(entry.filename):
+                file.extract(entry, out)
+
+
+def torch_tree(deps, wheels):
+    target = deps / "libtorch"
+    if (target / "complete").exists():
+        return
+    fresh = deps / "libtorch.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    archive = wheel("torch==2.11.0", wheels)
+    print("  unpacking libtorch 2.11.0", flush=True)
+    extract(archive, lambda n: n in TORCH_LIBS or n.startswith("torch/include/"), fresh)
+    extract(wheel("nvidia-cuda-runtime==13.0.96", wheels), lambda n: n.endswith("libcudart.so.13"), fresh)
+    extract(wheel("nvidia-cuda-cupti==13.0.85", wheels), lambda n: n.endswith("libcupti.so.13"), fresh)
+    # torch-sys compares this file with the version that it was generated for
+    (fresh / "torch" / "build-version").write_text("2.11.0\n")
+    (fresh / "complete").write_text("")
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def onnxruntime_tree(deps, wheels):
+    target = deps / "onnxruntime"
+    if (target / "libonnxruntime.so").exists():
+        return
+    fresh = deps / "onnxruntime.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    with zipfile.ZipFile(wheel("onnxruntime==1.31.1", wheels)) as file:
+        (fresh / "libonnxruntime.so").write_bytes(file.read("onnxruntime/capi/libonnxruntime.so.1.31.1"))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def main():
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        sys.exit(f"setup: the pinned libraries are for Linux x86_64, this is {sys.platform} {platform.machine()}")
+    deps = pathlib.Path(sys.argv[1])
+    wheels = deps / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    torch_tree(deps, wheels)
+    onnxruntime_tree(deps, wheels)
+    shutil.rmtree(wheels, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+//! What the integration tests share: the golden tensors and the comparison that states its tolerance.
+#![expect(clippy::expect_used, clippy::panic, reason = "a test helper fails by panicking with the reason")]
+
+use std::path::PathBuf;
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+/// The folder of the golden tensors: `PIRL_GOLDEN_DIR`, else `tests/golden` of this repository.
+pub fn golden_dir() -> PathBuf {
+    std::env::var_os("PIRL_GOLDEN_DIR")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/golden")), PathBuf::from)
+}
+
+/// One array of a golden file. Booleans are 0 and 1; integers are exact below 2^53.
+#[derive(Debug, Clone)]
+pub struct Array {
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    /// Row-major values.
+    pub data: Vec<f64>,
+    /// Stored type.
+    pub dtype: Dtype,
+}
+
+impl Array {
+    /// The values as f32.
+    pub fn f32(&self) -> Vec<f32> {
+        self.data.iter().map(|v| *v as f32).collect()
+    }
+    /// The values as i64.
+    pub fn i64(&self) -> Vec<i64> {
+        self.data.iter().map(|v| *v as i64).collect()
+    }
+    /// The shape as i64 (what libtorch takes).
+    pub fn dims(&self) -> Vec<i64> {
+        self.shape.iter().map(|v| *v as i64).collect()
+    }
+    /// The values as booleans.
+    pub fn bool(&self) -> Vec<bool> {
+        self.data.iter().map(|v| *v != 0.0).collect()
+    }
+}
+
+/// One golden safetensors file held in memory.
+pub struct Golden {
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl Golden {
+    /// Opens `NAME.safetensors` of the golden folder.
+    pub fn open(name: &str) -> Self {
+        let path = golden_dir().join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
+        Self { name: name.to_owned(), bytes }
+    }
+
+    fn tensors(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.bytes).unwrap_or_else(|e| panic!("parsing golden {}: {e}", self.name))
+    }
+
+    /// All tensor names, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.tensors().names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        names
+    }
+
+    /// Whether the file holds this tensor.
+    pub fn has(&self, tensor: &str) -> bool {
+        self.tensors().tensor(tensor).is_ok()
+    }
+
+    /// A value of the file's `__metadata__`.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        let (_, meta) = SafeTensors::read_metadata(&self.bytes).expect("golden header");
+        meta.metadata().as_ref().and_then(|m| m.get(key).cloned())
+    }
+
+    /// The tensor of this name; panics with the name when it is not there.
+    pub fn get(&self, tensor: &str) -> Array {
+        let tensors = self.tensors();
+        let view = tensors.tensor(tensor).unwrap_or_else(|e| panic!("golden {}: `{tensor}`: {e}", self.name));
+        let raw = view.data();
+        let data = match view.dtype() {
+            Dtype::F32 => raw.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect(),
+            Dtype::F64 => raw.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes"))).collect(),
+            Dtype::I64 => raw.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")) as f64).collect(),
+            Dtype::I32 => raw.chunks_exact(4).map(|b| f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect(),
+            Dtype::U8 | Dtype::BOOL => raw.iter().map(|b| f64::from(*b)).collect(),
+            Dtype::BF16 => raw
+                .chunks_exact(2)
+                .map(|b| f64::from(f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)))
+                .collect(),
+            other => panic!("golden {}: `{tensor}` has the unread type {other:?}", self.name),
+        };
+        Array { shape: view.shape().to_vec(), data, dtype: view.dtype() }
+    }
+}
+
+/// `dims.json`: the model sizes of one golden file.
+pub fn golden_dims(file: &str) -> Value {
+    let path = golden_dir().join("dims.json");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
+    let all: Value = serde_json::from_str(&text).expect("dims.json");
+    all[format!("{file}.safetensors")].clone()
+}
+
+/// The cases of an algorithm file (`STEM.cases.json`).
+pub fn golden_cases(stem: &str) -> Value {
+    let path = golden_dir().join(format!("{stem}.cases.json"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
+    serde_json::from_str(&text).expect("cases json")
+}
+
+/// Largest absolute difference; NaN equals NaN and infinities equal themselves; any other non-finite pair is infinite.
+pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "lengths differ");
+    got.iter().zip(want).fold(0.0, |worst: f64, (g, w)| {
+        let g = f64::from(*g);
+        let diff = if (g.is_nan() && w.is_nan()) || g == *w { 0.0 } else { (g - w).abs() };
+        if diff.is_nan() { f64::INFINITY } else { worst.max(diff) }
+    })
+}
+
+/// Asserts that every element is within `tolerance` (absolute) of the golden one.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f32], want: &Array, tolerance: f64) {
+    assert_eq!(got.len(), want.data.len(), "{what}: number of elements");
+    let diff = max_abs_diff(got, &want.data);
+    assert!(diff <= tolerance, "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}");
+}
+
+/// Asserts that the error is within `tolerance` of the tensor's own largest magnitude (gradients).
+#[track_caller]
+pub fn assert_close_relative(what: &str, got: &[f32], want: &Array, tolerance: f64) {
+    assert_eq!(got.len(), want.data.len(), "{what}: number of elements");
+    let scale = want.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    let diff = max_abs_diff(got, &want.data);
+    // a gradient that is zero in the reference may come out as rounding noise of the sums behind it
+    let allowed = (tolerance * scale).max(1e-7);
+    assert!(diff <= allowed, "{what}: largest error {diff:.3e} at magnitude {scale:.3e}, allowed relative {tolerance:.0e}");
+}
