@@ -1,1 +1,8 @@
-//! stub
+//! Where a policy acts: the `VecEnv` trait, the embedded tabletop, its scripted expert, data sets, and the env worker.
+
+pub mod env;
+pub mod raster;
+pub mod tabletop;
+pub mod expert;
+pub mod dataset;
+pub mod worker;

@@ -1,0 +1,144 @@
+//! `env-worker`: drives environments against an engine, and writes their data sets.
+
+use std::{io::Write, path::PathBuf};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use envs::{dataset, env, expert, tabletop};
+use policy::noise::{Purpose, stream};
+
+/// Environments of pirl: serve them to an engine, or write their data sets.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Drive slots of an environment against a rollout engine; waits for the engine and reconnects.
+    Serve {
+        /// Endpoint of the engine.
+        #[arg(long, default_value = "tcp://127.0.0.1:5555")]
+        engine: String,
+        /// Environment name.
+        #[arg(long, default_value = "tabletop")]
+        env: String,
+        /// Its parameters as TOML, like 'grasp_tol = 0.05'.
+        #[arg(long, default_value = "")]
+        params: String,
+        /// Number of slots.
+        #[arg(long)]
+        num_envs: usize,
+        /// Name that stays the same over restarts of this worker.
+        #[arg(long, default_value = "env-worker-0")]
+        name: String,
+    },
+    /// Write demonstrations of the tabletop's scripted demonstrator.
+    Demos {
+        /// Parameters as TOML; `demo_bias` and `demo_noise` make the demonstrator's flaw.
+        #[arg(long, default_value = "")]
+        params: String,
+        /// Successful episodes.
+        #[arg(long)]
+        episodes: usize,
+        /// Actions per row.
+        #[arg(long)]
+        horizon: usize,
+        /// Seed.
+        #[arg(long)]
+        seed: u64,
+        /// File to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Write random scenes of the tabletop with key points, for vision-language pre-training.
+    Scenes {
+        /// Parameters as TOML.
+        #[arg(long, default_value = "")]
+        params: String,
+        /// Number of scenes.
+        #[arg(long)]
+        count: usize,
+        /// Seed.
+        #[arg(long)]
+        seed: u64,
+        /// File to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Print the success rate of the tabletop's scripted expert.
+    CheckExpert {
+        /// Parameters as TOML.
+        #[arg(long, default_value = "")]
+        params: String,
+        /// Episodes.
+        #[arg(long, default_value_t = 1000)]
+        episodes: u32,
+    },
+}
+
+fn table(text: &str) -> anyhow::Result<toml::Table> {
+    // commas separate keys on a command line, lines in a file
+    text.parse().with_context(|| format!("--params `{text}` is no TOML"))
+}
+
+fn tabletop_params(text: &str) -> anyhow::Result<tabletop::TabletopParams> {
+    Ok(tabletop::TabletopParams::parse(table(text)?)?)
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    match args.command {
+        Command::Serve { engine, env, params, num_envs, name } => {
+            let mut env = env::make(&env, num_envs, table(&params)?)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+                tokio::select! {
+                    served = envs::worker::serve(&engine, &name, env.as_mut()) => Ok(served?),
+                    _ = terminate.recv() => Ok(()),
+                    _ = tokio::signal::ctrl_c() => Ok(()),
+                }
+            })
+        }
+        Command::Demos { params, episodes, horizon, seed, out: path } => {
+            let rows = dataset::write_demos(&path, &tabletop_params(&params)?, episodes, horizon, seed)?;
+            Ok(writeln!(out, "{}: {episodes} episodes, {rows} rows", path.display())?)
+        }
+        Command::Scenes { params, count, seed, out: path } => {
+            dataset::write_scenes(&path, &tabletop_params(&params)?, count, seed)?;
+            Ok(writeln!(out, "{}: {count} scenes", path.display())?)
+        }
+        Command::CheckExpert { params, episodes } => {
+            let params = tabletop_params(&params)?;
+            let won = (0..episodes)
+                .filter(|number| {
+                    let key = env::ResetKey { seed: 0, env: *number, episode: 0, reset_state: None, task: None };
+                    let mut table = tabletop::Table::draw(&mut key.rng());
+                    let mut rng = stream(Purpose::Sampling, 0, u64::from(*number), 0, 0);
+                    (0..params.max_episode_steps).any(|_| {
+                        let action = expert::act(&table, &params, &mut rng);
+                        table.step(action, &params)
+                    })
+                })
+                .count();
+            Ok(writeln!(out, "expert success {:.3} on {episodes} episodes", won as f64 / f64::from(episodes.max(1)))?)
+        }
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    match run(Args::parse()) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

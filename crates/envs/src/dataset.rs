@@ -1,0 +1,154 @@
+//! Data sets of the tabletop: demonstrations for SFT and random scenes for vision-language pre-training, as safetensors.
+//!
+//! Tensors: `images` u8 `[N, cameras, h, w, 3]`, `state` f32 `[N, D]`, `prompt_id` i64 `[N]`; demonstrations have `actions` f32
+//! `[N, horizon, A]`, scenes `keypoints` f32 `[N, P, 2]` (x right, y down, in `[0, 1]`). The metadata key `meta` is JSON with `env`
+//! and `prompts`.
+
+use std::{collections::HashMap, path::Path};
+
+use policy::{
+    bundle::{BundleError, write_atomic},
+    noise::{Purpose, fill_normal, stream, uniform},
+};
+use safetensors::{Dtype, tensor::TensorView};
+
+use crate::{
+    env::ResetKey,
+    expert,
+    tabletop::{ACTION_DIM, COLOURS, Table, TabletopParams},
+};
+
+/// A data set that cannot be made or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DatasetError {
+    /// The demonstrator does not succeed often enough.
+    #[error("collecting {wanted} demonstrations: only {found} of {tried} episodes succeeded, check `env.demo_params`")]
+    TooFew {
+        /// Episodes wanted.
+        wanted: usize,
+        /// Successful ones.
+        found: usize,
+        /// All.
+        tried: usize,
+    },
+    /// The file cannot be written.
+    #[error("writing the data set: {0}")]
+    Write(#[from] BundleError),
+    /// The tensors cannot be laid out.
+    #[error("laying out the data set: {0}")]
+    Layout(String),
+}
+
+#[derive(Default)]
+struct Columns {
+    rows: usize,
+    images: Vec<u8>,
+    state: Vec<f32>,
+    prompt_id: Vec<i64>,
+    /// Actions or key points.
+    targets: Vec<f32>,
+}
+
+impl Columns {
+    fn push(&mut self, table: &Table, params: &TabletopParams) {
+        self.rows += 1;
+        self.images.extend(table.image(params.image_size).data);
+        self.state.extend(table.state());
+        self.prompt_id.push(table.colours[0] as i64);
+    }
+
+    fn write(self, path: &Path, size: usize, targets: (&str, Vec<usize>)) -> Result<(), DatasetError> {
+        let layout = |e: safetensors::SafeTensorError| DatasetError::Layout(e.to_string());
+        let n = self.rows;
+        let floats = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let (state, target) = (floats(&self.state), floats(&self.targets));
+        let prompt: Vec<u8> = self.prompt_id.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut target_shape = vec![n];
+        target_shape.extend(targets.1);
+        let views = [
+            ("images", TensorView::new(Dtype::U8, vec![n, 1, size, size, 3], &self.images).map_err(layout)?),
+            ("state", TensorView::new(Dtype::F32, vec![n, 4], &state).map_err(layout)?),
+            ("prompt_id", TensorView::new(Dtype::I64, vec![n], &prompt).map_err(layout)?),
+            (targets.0, TensorView::new(Dtype::F32, target_shape, &target).map_err(layout)?),
+        ];
+        let prompts: Vec<String> = COLOURS.iter().map(|c| format!("pick {c}")).collect();
+        let meta = serde_json::json!({ "env": "tabletop", "prompts": prompts }).to_string();
+        let metadata = HashMap::from([("meta".to_owned(), meta)]);
+        let bytes = safetensors::serialize(views, Some(metadata)).map_err(layout)?;
+        Ok(write_atomic(path, &bytes)?)
+    }
+}
+
+fn key(seed: u64, number: usize) -> ResetKey {
+    // demonstrations and scenes have their own environment number, which no rollout uses
+    ResetKey { seed, env: u32::MAX, episode: number as u64, reset_state: None, task: None }
+}
+
+/// Collects `demos` successful episodes of the demonstrator; one row per env step with the next `horizon` actions (past the end:
+/// stand still, last gripper command).
+///
+/// # Errors
+/// Fewer than half of the episodes succeed, or the file cannot be written.
+pub fn write_demos(path: &Path, params: &TabletopParams, demos: usize, horizon: usize, seed: u64) -> Result<usize, DatasetError> {
+    let mut columns = Columns::default();
+    let mut found = 0;
+    let mut tried = 0;
+    while found < demos {
+        if tried >= 2 * demos + 16 {
+            return Err(DatasetError::TooFew { wanted: demos, found, tried });
+        }
+        let mut table = Table::draw(&mut key(seed, tried).rng());
+        let mut rng = stream(Purpose::Sampling, seed, u64::MAX, tried as u64, 0);
+        tried += 1;
+        let mut frames: Vec<(Table, [f32; ACTION_DIM])> = Vec::new();
+        let success = (0..params.max_episode_steps).any(|_| {
+            let before = table;
+            let action = expert::act(&before, params, &mut rng);
+            frames.push((before, action));
+            table.step(action, params)
+        });
+        if !success {
+            continue;
+        }
+        found += 1;
+        let last_grip = frames.last().map_or(-1.0, |(_, a)| a[2]);
+        for (t, (frame, _)) in frames.iter().enumerate() {
+            columns.push(frame, params);
+            for h in 0..horizon {
+                columns.targets.extend(frames.get(t + h).map_or([0.0, 0.0, last_grip], |(_, a)| *a));
+            }
+        }
+    }
+    let rows = columns.rows;
+    columns.write(path, params.image_size, ("actions", vec![horizon, ACTION_DIM]))?;
+    Ok(rows)
+}
+
+/// Draws random scenes with the positions of named block, zone and gripper. The gripper is open or closed by chance; in 35 % it is
+/// near the named block, in 15 % the named block is near the zone.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_scenes(path: &Path, params: &TabletopParams, scenes: usize, seed: u64) -> Result<(), DatasetError> {
+    let mut columns = Columns::default();
+    for number in 0..scenes {
+        let mut rng = key(seed, number).rng();
+        let mut table = Table::draw(&mut rng);
+        table.closed = uniform(&mut rng) < 0.5;
+        let place = uniform(&mut rng);
+        let mut jitter = [0.0; 2];
+        fill_normal(&mut rng, &mut jitter);
+        let near = |p: [f32; 2]| {
+            [(p[0] + 0.03 * jitter[0]).clamp(0.02, 0.98), (p[1] + 0.03 * jitter[1]).clamp(0.02, 0.98)]
+        };
+        if place < 0.35 {
+            table.gripper = near(table.blocks[0]);
+        } else if place < 0.5 {
+            table.blocks[0] = near(table.zone);
+        }
+        columns.push(&table, params);
+        columns.targets.extend(table.keypoints().as_flattened());
+    }
+    columns.write(path, params.image_size, ("keypoints", vec![3, 2]))
+}

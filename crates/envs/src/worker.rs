@@ -1,0 +1,142 @@
+//! The env worker's loop: slots of an environment driven by an engine over the wire.
+//!
+//! The worker knows nothing of training: the engine tells each slot when to reset and what to do.
+
+use std::collections::BTreeMap;
+
+use wire::{
+    array::{Array, ArrayError},
+    messages::{Command, FromEngine, Hello, Observation, Outcome, SlotReport, ToEngine},
+    socket::{SocketError, connect_dealer},
+};
+
+use crate::env::{self, Image, ResetKey, VecEnv};
+
+/// What ends a worker.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The endpoint is wrong.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The engine refuses this worker.
+    #[error("the engine refused this worker: {0}")]
+    Refused(String),
+    /// Actions of another shape.
+    #[error("command for slot {slot}: {source}")]
+    Actions {
+        /// Which slot.
+        slot: u32,
+        /// What is wrong.
+        source: ArrayError,
+    },
+    /// A slot that this worker does not have.
+    #[error("command for slot {slot}, this worker has {slots} and it must be reset before it acts")]
+    Slot {
+        /// Which slot.
+        slot: u32,
+        /// How many there are.
+        slots: usize,
+    },
+}
+
+fn array(image: Image) -> Array {
+    Array::u8(&[image.height, image.width, 3], image.data)
+}
+
+fn observation(seen: env::Observation) -> Observation {
+    Observation { images: seen.images.into_iter().map(|i| Some(array(i))).collect(), state: seen.state, prompt: seen.prompt }
+}
+
+/// Serves `env` to the engine until the process is told to stop; reconnects when the engine goes away.
+///
+/// # Errors
+/// The endpoint is wrong or the engine refuses this worker.
+pub async fn serve(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(), WorkerError> {
+    loop {
+        match session(endpoint, client, env).await {
+            Err(WorkerError::Socket(SocketError::Endpoint(e))) => return Err(SocketError::Endpoint(e).into()),
+            Err(WorkerError::Socket(SocketError::NotLoopback(e))) => return Err(SocketError::NotLoopback(e).into()),
+            Err(WorkerError::Socket(error)) => tracing::warn!("{error}; waiting for the engine at {endpoint}"),
+            other => return other,
+        }
+    }
+}
+
+async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(), WorkerError> {
+    let (mut send, mut receive) = connect_dealer(endpoint).await?;
+    let spec = env.spec();
+    let slots = env.num_envs();
+    let hello = Hello {
+        client: client.to_owned(),
+        env: spec.name.to_owned(),
+        action_dim: spec.action_dim as u32,
+        slots: slots as u32,
+    };
+    send.send(&ToEngine::Hello(hello)).await?;
+    let mut video: BTreeMap<u32, bool> = BTreeMap::new();
+    loop {
+        match receive.receive::<FromEngine>().await? {
+            FromEngine::Welcome(welcome) => {
+                tracing::info!("engine serves policy version {}, {} slots of {}", welcome.version, slots, spec.name);
+                let idle = (0..slots as u32).map(|slot| SlotReport { slot, outcome: None, observation: None }).collect();
+                send.send(&ToEngine::Reports(idle)).await?;
+            }
+            FromEngine::Commands(commands) => {
+                let mut reports = Vec::with_capacity(commands.len());
+                for command in commands {
+                    reports.push(apply(env, command.slot, command.command, &mut video, spec.action_dim)?);
+                }
+                send.send(&ToEngine::Reports(reports)).await?;
+            }
+            FromEngine::Refused(refusal) if refusal.retry => tracing::warn!("engine: {}", refusal.reason),
+            FromEngine::Refused(refusal) => return Err(WorkerError::Refused(refusal.reason)),
+            FromEngine::Acted(_) => tracing::warn!("engine answered a request that this worker did not make"),
+        }
+    }
+}
+
+fn apply(
+    env: &mut dyn VecEnv,
+    slot: u32,
+    command: Command,
+    video: &mut BTreeMap<u32, bool>,
+    action_dim: usize,
+) -> Result<SlotReport, WorkerError> {
+    let missing = WorkerError::Slot { slot, slots: env.num_envs() };
+    match command {
+        Command::Reset(reset) => {
+            let key = ResetKey {
+                seed: reset.seed,
+                env: reset.env,
+                episode: reset.episode,
+                reset_state: reset.reset_state,
+                task: reset.task,
+            };
+            video.insert(slot, reset.video);
+            let seen = env.reset(slot as usize, &key).ok_or(missing)?;
+            Ok(SlotReport { slot, outcome: None, observation: Some(observation(seen)) })
+        }
+        Command::Act(actions) => {
+            let values = actions.to_f32("actions", None).map_err(|source| WorkerError::Actions { slot, source })?;
+            if actions.dims().len() != 2 || actions.dims().last() != Some(&action_dim) {
+                // the shape is the engine's word: this worker's spec is what counts
+                let source = actions
+                    .to_f32("actions", Some(&[values.len() / action_dim.max(1), action_dim]))
+                    .err();
+                return Err(source.map_or(missing, |source| WorkerError::Actions { slot, source }));
+            }
+            let frames = video.get(&slot).copied().unwrap_or(false);
+            let done = env.step_chunk(slot as usize, &values, frames).ok_or(missing)?;
+            let seen = if done.terminated { None } else { env.observe(slot as usize).map(observation) };
+            let outcome = Outcome {
+                rewards: done.rewards,
+                terminated: done.terminated,
+                truncated: done.truncated,
+                success: done.success,
+                frames: done.frames.into_iter().map(array).collect(),
+            };
+            Ok(SlotReport { slot, outcome: Some(outcome), observation: seen })
+        }
+    }
+}
