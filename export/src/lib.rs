@@ -13,4 +13,9 @@ mod graph;
 pub mod bundle;
 pub mod check;
 
+pub use bundle::{
+    BundleSpec, ExportError, GraphSource, WeightSource, manifest_of, next_version, weight_bytes, write_bundle,
+};
+pub use builder::GraphError;
+pub use check::{CheckError, CheckReport, check_bundle};
 pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};

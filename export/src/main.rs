@@ -1,2 +1,154 @@
-//! stub
-fn main() {}
+//! The program `export`: checkpoints to policy bundles, and the check of a bundle.
+
+mod args;
+
+use std::{io::Write, path::Path, process::ExitCode};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use export::{
+    BundleSpec, GraphSource, WeightSource, check_bundle, manifest_of,
+    signature::{expert_params, vlm_params},
+    weight_bytes, write_bundle,
+};
+use policy::{
+    bundle::{Source, TOKENIZER_MODEL, describe_file},
+    config::{RunConfig, TokenizerConfig},
+    norm::NormStats,
+    params::{ParamSpec, params},
+    plan::RunPlan,
+    weights::WeightFile,
+};
+
+use crate::args::{CheckArgs, Cli, Command, OnnxArgs};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    let done = match &cli.command {
+        Command::Onnx(args) => onnx(args),
+        Command::Check(args) => check(args),
+    };
+    match done.and_then(|line| writeln!(std::io::stdout(), "{line}").context("writing to standard output")) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // a closed standard error leaves only the exit code to tell
+            let told = writeln!(std::io::stderr(), "export: {error:#}");
+            ExitCode::from(if told.is_ok() { 1 } else { 2 })
+        }
+    }
+}
+
+fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
+    if args.out.exists() {
+        bail!("bundle `{}` exists already and bundles are never changed: choose another folder", args.out.display());
+    }
+    let mut config = RunConfig::load(&args.config, &args.overrides)?;
+    if let Some(weights) = args.weights {
+        config.rollout.weights = weights.into();
+    }
+    let mut plan = RunPlan::new(config)?;
+    let path = args.checkpoint.display();
+    let checkpoint = WeightFile::open(&args.checkpoint).with_context(|| format!("checkpoint `{path}`"))?;
+    if args.without_value_head {
+        plan.value_head = None;
+    } else if plan.value_head.is_some() {
+        let names = checkpoint.names().with_context(|| format!("checkpoint `{path}`"))?;
+        if !names.iter().any(|name| name.starts_with("value_head.")) {
+            bail!(
+                "checkpoint `{path}` holds no value head, but `actor.model.value_head` asks for one: pass a checkpoint of \
+                 RL, or `--without-value-head` for evaluation only"
+            );
+        }
+    }
+    let all = params(&plan.dims, plan.value_head.as_ref());
+    let wanted: Vec<&ParamSpec> = all.iter().collect();
+    let weights = checkpoint.read_all(&wanted).with_context(|| format!("checkpoint `{path}`"))?;
+    let vlm = weight_bytes(&vlm_params(&plan.dims), &weights)?;
+    let expert = weight_bytes(&expert_params(&plan.dims, plan.value_head.as_ref()), &weights)?;
+    drop(weights);
+
+    let model = &plan.config.actor.model;
+    let norm_stats = model.norm_stats.as_deref().map(norm_stats).transpose()?;
+    let tokenizer = match &model.tokenizer {
+        TokenizerConfig::SentencePiece { model } => {
+            let mut entry = describe_file(model)?;
+            TOKENIZER_MODEL.clone_into(&mut entry.name);
+            Some(Source::Same(model.clone(), entry))
+        }
+        TokenizerConfig::Words { .. } => None,
+    };
+    let manifest = manifest_of(&plan, args.policy_version, args.batch.0, norm_stats, None);
+    let spec = BundleSpec {
+        manifest,
+        vlm: WeightSource::Bytes(vlm),
+        expert: WeightSource::Bytes(expert),
+        graphs: GraphSource::Build,
+        tokenizer,
+    };
+    let bundle = write_bundle(&args.out, spec)?;
+    let bytes: u64 = bundle.manifest.files.iter().map(|file| file.bytes).sum();
+    Ok(format!(
+        "wrote bundle {}: policy version {}, {} weights, {:.1} MiB, batch {}, weights as {}",
+        args.out.display(),
+        bundle.manifest.policy_version,
+        all.len(),
+        bytes as f64 / f64::from(1 << 20),
+        args.batch.0.map_or_else(|| "dynamic".to_owned(), |n| n.to_string()),
+        match bundle.manifest.weights {
+            policy::config::WeightMode::Constants => "constants",
+            policy::config::WeightMode::Inputs => "inputs",
+        }
+    ))
+}
+
+/// openpi's `norm_stats.json`: the statistics stand under one key.
+fn norm_stats(path: &Path) -> anyhow::Result<NormStats> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct NormStatsFile {
+        norm_stats: NormStats,
+    }
+    let text = std::fs::read(path).with_context(|| format!("reading norm stats `{}`", path.display()))?;
+    let file: NormStatsFile =
+        serde_json::from_slice(&text).with_context(|| format!("norm stats `{}`", path.display()))?;
+    Ok(file.norm_stats)
+}
+
+fn check(args: &CheckArgs) -> anyhow::Result<String> {
+    let report = check_bundle(&args.dir)?;
+    let checked = format!(
+        "bundle {}: policy version {}, {} files, {} weights, {} graph nodes",
+        args.dir.display(),
+        report.policy_version,
+        report.files,
+        report.weights,
+        report.nodes
+    );
+    if args.no_run {
+        return Ok(format!("{checked}: good, golden run left out"));
+    }
+    // this program links no runtime: the engine, which does, makes the golden run
+    let own = std::env::current_exe().context("finding this program's folder")?;
+    let engine = own.with_file_name("rollout-engine");
+    if !engine.is_file() {
+        bail!(
+            "{checked}: good so far, but the golden run was not done: `rollout-engine` is not beside `export` in `{}` \
+             (build it, or pass `--no-run`)",
+            own.parent().unwrap_or(Path::new(".")).display()
+        );
+    }
+    let run = std::process::Command::new(&engine)
+        .arg("check")
+        .arg(&args.dir)
+        .output()
+        .with_context(|| format!("starting `{}` for the golden run", engine.display()))?;
+    if !run.status.success() {
+        let said = String::from_utf8_lossy(&run.stderr);
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message").trim();
+        bail!("{checked}: the golden run failed ({}): {last}", run.status);
+    }
+    let said = String::from_utf8_lossy(&run.stdout);
+    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("passed").trim().to_owned();
+    Ok(format!("{checked}: good; golden run: {last}"))
+}

@@ -316,17 +316,17 @@ impl Slot {
         let power = self.steps as f64;
         let bias1 = 1.0 - settings.beta1.powf(power);
         let bias2 = 1.0 - settings.beta2.powf(power);
-        self.m.f_lerp_(&grad, 1.0 - settings.beta1)?;
-        self.v.f_mul_scalar_(settings.beta2)?;
-        self.v.f_add_(&grad.f_square()?.f_mul_scalar_(1.0 - settings.beta2)?)?;
-        let mut denominator = self.v.f_sqrt()?;
-        denominator.f_div_scalar_(bias2.sqrt())?.f_add_scalar_(settings.eps)?;
-        let change = self.m.f_div(&denominator)?.f_mul_scalar_(-lr / bias1)?;
+        // an in-place operation returns another handle of the same tensor
+        let m = self.m.f_lerp_(&grad, 1.0 - settings.beta1)?;
+        let squared = grad.f_square()?.f_mul_scalar_(1.0 - settings.beta2)?;
+        let v = self.v.f_mul_scalar_(settings.beta2)?.f_add_(&squared)?;
+        let denominator = v.f_sqrt()?.f_div_scalar_(bias2.sqrt())?.f_add_scalar_(settings.eps)?;
+        let change = m.f_div(&denominator)?.f_mul_scalar_(-lr / bias1)?;
+        let rounded = self.master.is_some();
         let master = self.master.as_mut().unwrap_or(&mut self.param);
-        master.f_mul_scalar_(1.0 - lr * weight_decay)?;
-        master.f_add_(&change)?;
-        if let Some(master) = &self.master {
-            self.param.f_copy_(master)?;
+        let updated = master.f_mul_scalar_(1.0 - lr * weight_decay)?.f_add_(&change)?;
+        if rounded {
+            self.param.f_copy_(&updated)?;
         }
         Ok(())
     }

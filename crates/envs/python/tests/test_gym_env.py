@@ -12,7 +12,7 @@ from pirl_env_worker.envs.base import EnvError, resized
 class Corridor(gymnasium.Env):
     """A point on a line: moves by the action, succeeds at 1, ends at -1; the picture's brightness is its place."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
     action_space = gymnasium.spaces.Box(-0.5, 0.5, (1,), np.float32)
     observation_space = gymnasium.spaces.Box(-2, 2, (1,), np.float32)
 

@@ -1,0 +1,350 @@
+//! Writing a bundle: weights checked, graphs built or taken over from an earlier version, everything published at once.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use policy::{
+    bundle::{
+        BUNDLE_VERSION, Bundle, BundleError, BundleFile, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, Manifest, PREFIX_GRAPH,
+        Sampling, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
+    },
+    config::{TokenizerConfig, WeightMode},
+    dims::DimsError,
+    norm::NormStats,
+    params::ParamSpec,
+    plan::RunPlan,
+    weights::{Location, Weight, WeightFile, WeightsError, locations, to_safetensors},
+};
+
+use crate::{
+    builder::GraphError,
+    graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph},
+    signature::{expert_params, vlm_params},
+};
+
+/// A bundle that cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// Sizes that are no policy.
+    #[error(transparent)]
+    Dims(#[from] DimsError),
+    /// A graph cannot be built.
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    /// A file cannot be written or read.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// Weights that are not those of the policy.
+    #[error("weights for `{file}`: {source}")]
+    Weights {
+        /// Which file of the bundle.
+        file: &'static str,
+        /// What is wrong.
+        source: WeightsError,
+    },
+    /// The tensors lie elsewhere than the graphs that are taken over expect.
+    #[error(
+        "tensor `{name}` of `{file}` lies at {found}, the reused graph reads it at {expected}: build the graphs anew"
+    )]
+    Layout {
+        /// Which file of the bundle.
+        file: &'static str,
+        /// The first tensor that differs.
+        name: String,
+        /// Where the graph reads it.
+        expected: String,
+        /// Where it is.
+        found: String,
+    },
+    /// The graphs that are taken over were built for something else.
+    #[error("the graphs of version {version} cannot be reused: `{key}` differs")]
+    Reuse {
+        /// Version of the earlier bundle.
+        version: u64,
+        /// What differs.
+        key: &'static str,
+    },
+    /// The tokenizer's file is not given, or given without need.
+    #[error("bundle tokenizer: {0}")]
+    Tokenizer(&'static str),
+}
+
+/// Where a weight file of a new bundle comes from.
+#[derive(Debug)]
+pub enum WeightSource {
+    /// The bytes of a safetensors file with exactly the part's tensors in F32, see [`weight_bytes`].
+    Bytes(Vec<u8>),
+    /// The same file as in another bundle: linked, not copied.
+    Same(PathBuf, BundleFile),
+}
+
+/// Where the two graphs of a new bundle come from.
+#[derive(Debug)]
+pub enum GraphSource<'a> {
+    /// Built for these sizes and weight files.
+    Build,
+    /// The graphs of an earlier bundle with the same sizes and the same layout of the weight files: linked.
+    Reuse(&'a Bundle),
+}
+
+/// All that a new bundle is made of.
+#[derive(Debug)]
+pub struct BundleSpec<'a> {
+    /// The manifest; `files` is filled in, `format_version` and `flow_time` are set.
+    pub manifest: Manifest,
+    /// Weights of the vision-language model.
+    pub vlm: WeightSource,
+    /// Weights of the action expert and the value head.
+    pub expert: WeightSource,
+    /// The graphs.
+    pub graphs: GraphSource<'a>,
+    /// `SentencePiece` model, when the manifest's tokenizer is one.
+    pub tokenizer: Option<Source>,
+}
+
+/// The manifest of a run's bundle without `files`.
+///
+/// `batch` absent: symbolic. A tokenizer model's path becomes its name inside the bundle.
+pub fn manifest_of(
+    plan: &RunPlan,
+    policy_version: u64,
+    batch: Option<usize>,
+    norm_stats: Option<NormStats>,
+    self_test: Option<SelfTest>,
+) -> Manifest {
+    let model = &plan.config.actor.model;
+    Manifest {
+        format_version: BUNDLE_VERSION,
+        policy_version,
+        flow_time: FLOW_TIME.to_owned(),
+        dims: plan.dims.clone(),
+        value_head: plan.value_head.clone(),
+        sampling: Sampling {
+            noise_method: model.openpi.noise_method,
+            noise_level: model.openpi.noise_level,
+            ignore_last: model.openpi.ignore_last,
+            num_steps: model.num_steps,
+        },
+        action_chunk: model.num_action_chunks,
+        env_action_dim: model.env_action_dim,
+        cameras: model.cameras.clone(),
+        tokenizer: match &model.tokenizer {
+            TokenizerConfig::SentencePiece { .. } => TokenizerConfig::SentencePiece { model: TOKENIZER_MODEL.into() },
+            words @ TokenizerConfig::Words { .. } => words.clone(),
+        },
+        normalization: model.normalization,
+        norm_stats,
+        weights: plan.config.rollout.weights,
+        batch,
+        config_digest: plan.config_digest.clone(),
+        self_test,
+        files: Vec::new(),
+    }
+}
+
+/// The bytes of a weight file that holds exactly `params`, taken from `weights` (which may hold more).
+///
+/// The same parameters give the same layout whatever their values, so that one graph reads every version.
+///
+/// # Errors
+/// A weight is missing or has another shape.
+pub fn weight_bytes(params: &[ParamSpec], weights: &BTreeMap<String, Weight>) -> Result<Vec<u8>, WeightsError> {
+    let mut parts = Vec::with_capacity(params.len());
+    for spec in params {
+        let weight = weights.get(&spec.name).ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
+        if weight.shape != spec.shape {
+            return Err(WeightsError::Shape {
+                name: spec.name.clone(),
+                expected: spec.shape.clone(),
+                found: weight.shape.clone(),
+            });
+        }
+        parts.push((spec.name.as_str(), weight.shape.as_slice(), weight.data.as_slice()));
+    }
+    to_safetensors(parts)
+}
+
+/// Writes a bundle to `dir`, which must not exist: the front door of this crate.
+///
+/// # Errors
+/// Weights that are not exactly the policy's or not finite, graphs that do not fit them, or a file operation; then
+/// nothing is left at `dir`.
+pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportError> {
+    let BundleSpec { mut manifest, vlm, expert, graphs, tokenizer } = spec;
+    manifest.dims.check()?;
+    manifest.format_version = BUNDLE_VERSION;
+    FLOW_TIME.clone_into(&mut manifest.flow_time);
+    let vlm_params = vlm_params(&manifest.dims);
+    let expert_params = expert_params(&manifest.dims, manifest.value_head.as_ref());
+    let (vlm, vlm_locations) = weight_file(VLM_WEIGHTS, vlm, &vlm_params)?;
+    let (expert, expert_locations) = weight_file(EXPERT_WEIGHTS, expert, &expert_params)?;
+    let (prefix, denoise) = match graphs {
+        GraphSource::Build => {
+            let options = GraphOptions { batch: manifest.batch, debug: false };
+            let head = manifest.value_head.as_ref();
+            (
+                Source::Bytes(prefix_graph(&manifest.dims, &vlm_locations, options)?),
+                Source::Bytes(denoise_graph(&manifest.dims, head, &expert_locations, manifest.weights, options)?),
+            )
+        }
+        GraphSource::Reuse(earlier) => {
+            reusable(earlier, &manifest)?;
+            same_layout(VLM_WEIGHTS, &file_locations(earlier, VLM_WEIGHTS)?, &vlm_locations)?;
+            if manifest.weights == WeightMode::Constants {
+                same_layout(EXPERT_WEIGHTS, &file_locations(earlier, EXPERT_WEIGHTS)?, &expert_locations)?;
+            }
+            (same_file(earlier, PREFIX_GRAPH)?, same_file(earlier, DENOISE_GRAPH)?)
+        }
+    };
+    let mut files = vec![
+        (PREFIX_GRAPH.to_owned(), prefix),
+        (DENOISE_GRAPH.to_owned(), denoise),
+        (VLM_WEIGHTS.to_owned(), vlm),
+        (EXPERT_WEIGHTS.to_owned(), expert),
+    ];
+    match (&manifest.tokenizer, tokenizer) {
+        (TokenizerConfig::SentencePiece { .. }, Some(source)) => files.push((TOKENIZER_MODEL.to_owned(), source)),
+        (TokenizerConfig::Words { .. }, None) => {}
+        (TokenizerConfig::SentencePiece { .. }, None) => {
+            return Err(ExportError::Tokenizer("the manifest names a model file, but none is given"));
+        }
+        (TokenizerConfig::Words { .. }, Some(_)) => {
+            return Err(ExportError::Tokenizer("a model file is given, but the manifest lists words"));
+        }
+    }
+    Ok(publish(dir, files, manifest)?)
+}
+
+/// Writes the next policy version: new expert weights, everything else is linked from the bundle before it.
+///
+/// # Errors
+/// See [`write_bundle`].
+pub fn next_version(
+    earlier: &Bundle,
+    dir: &Path,
+    policy_version: u64,
+    expert: Vec<u8>,
+    self_test: Option<SelfTest>,
+) -> Result<Bundle, ExportError> {
+    let mut manifest = earlier.manifest.clone();
+    manifest.policy_version = policy_version;
+    manifest.self_test = self_test;
+    let entry = entry_of(earlier, VLM_WEIGHTS)?;
+    let tokenizer = match earlier.manifest.file(TOKENIZER_MODEL) {
+        Some(_) => Some(same_file(earlier, TOKENIZER_MODEL)?),
+        None => None,
+    };
+    let spec = BundleSpec {
+        manifest,
+        vlm: WeightSource::Same(earlier.path(VLM_WEIGHTS), entry),
+        expert: WeightSource::Bytes(expert),
+        graphs: GraphSource::Reuse(earlier),
+        tokenizer,
+    };
+    write_bundle(dir, spec)
+}
+
+fn entry_of(bundle: &Bundle, name: &str) -> Result<BundleFile, ExportError> {
+    let entry = bundle.manifest.file(name).cloned();
+    Ok(entry.ok_or_else(|| BundleError::Manifest {
+        path: bundle.dir().to_owned(),
+        detail: format!("`files` lacks `{name}`"),
+    })?)
+}
+
+fn same_file(bundle: &Bundle, name: &str) -> Result<Source, ExportError> {
+    Ok(Source::Same(bundle.path(name), entry_of(bundle, name)?))
+}
+
+fn file_locations(bundle: &Bundle, file: &'static str) -> Result<BTreeMap<String, Location>, ExportError> {
+    WeightFile::open(&bundle.path(file))
+        .and_then(|weights| weights.locations())
+        .map_err(|source| ExportError::Weights { file, source })
+}
+
+/// Checks a weight file and says where its tensors lie. A file taken over was checked when it was written.
+fn weight_file(
+    file: &'static str,
+    source: WeightSource,
+    params: &[ParamSpec],
+) -> Result<(Source, BTreeMap<String, Location>), ExportError> {
+    let wrong = |source| ExportError::Weights { file, source };
+    match source {
+        WeightSource::Bytes(bytes) => {
+            let found = locations(&bytes).map_err(wrong)?;
+            check_tensors(params, &found, &bytes).map_err(wrong)?;
+            Ok((Source::Bytes(bytes), found))
+        }
+        WeightSource::Same(path, entry) => {
+            let found = WeightFile::open(&path).and_then(|weights| weights.locations()).map_err(wrong)?;
+            Ok((Source::Same(path, entry), found))
+        }
+    }
+}
+
+/// Exactly the tensors of `params`, in F32, all finite.
+fn check_tensors(
+    params: &[ParamSpec],
+    found: &BTreeMap<String, Location>,
+    bytes: &[u8],
+) -> Result<(), WeightsError> {
+    if let Some(name) = found.keys().find(|name| params.iter().all(|spec| spec.name != **name)) {
+        return Err(WeightsError::Extra { name: name.clone(), hint: String::new() });
+    }
+    for spec in params {
+        let location = found.get(&spec.name).ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
+        if location.shape != spec.shape {
+            return Err(WeightsError::Shape {
+                name: spec.name.clone(),
+                expected: spec.shape.clone(),
+                found: location.shape.clone(),
+            });
+        }
+        let (from, length) = (location.offset as usize, location.length as usize);
+        if length != spec.shape.iter().product::<usize>() * 4 {
+            return Err(WeightsError::Type { name: spec.name.clone(), found: format!("{length} bytes (a bundle holds F32)") });
+        }
+        let raw = bytes.get(from..from + length).unwrap_or_default();
+        let values = raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        if let Some((index, value)) = values.enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(WeightsError::NotFinite { name: spec.name.clone(), index, value: value.to_string() });
+        }
+    }
+    Ok(())
+}
+
+fn reusable(earlier: &Bundle, manifest: &Manifest) -> Result<(), ExportError> {
+    let old = &earlier.manifest;
+    let same = [
+        ("dims", old.dims == manifest.dims),
+        ("value_head", old.value_head == manifest.value_head),
+        ("weights", old.weights == manifest.weights),
+        ("batch", old.batch == manifest.batch),
+    ];
+    match same.into_iter().find(|(_, same)| !same) {
+        Some((key, _)) => Err(ExportError::Reuse { version: old.policy_version, key }),
+        None => Ok(()),
+    }
+}
+
+fn same_layout(
+    file: &'static str,
+    old: &BTreeMap<String, Location>,
+    new: &BTreeMap<String, Location>,
+) -> Result<(), ExportError> {
+    let text = |location: Option<&Location>| {
+        location.map_or_else(|| "no place".to_owned(), |l| format!("offset {} ({} bytes)", l.offset, l.length))
+    };
+    match old.keys().chain(new.keys()).find(|name| old.get(*name) != new.get(*name)) {
+        Some(name) => Err(ExportError::Layout {
+            file,
+            name: name.clone(),
+            expected: text(old.get(name)),
+            found: text(new.get(name)),
+        }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,272 @@
+//! One Gemma layer as both stacks use it: RMSNorm or adaRMS, rotary positions, grouped-query attention, gated MLP.
+
+use policy::dims::PolicyDims;
+
+use crate::{
+    builder::{GraphBuilder, GraphError, Value},
+    shape::{Dim, Elem},
+};
+
+const EPS: f32 = 1e-6;
+const ROPE_THETA: f64 = 10_000.0;
+/// Added to the score of a forbidden pair. Finite: a row with no allowed key becomes uniform over all of them.
+pub(crate) const FORBIDDEN: f32 = -2.381_976_3e38;
+
+/// Cosines and signed sines for queries (with the attention scale folded in) and for keys.
+pub(crate) struct Rotary {
+    query: (Value, Value),
+    key: (Value, Value),
+}
+
+/// Tables from `positions` `[batch, tokens]` f32: `[batch * tokens, heads, head_dim]`, built once per graph.
+///
+/// With `swap(x)` the two halves of a head exchanged, rotation is `x cos + swap(x) sin`, where the sine of the first half is
+/// negative. The tables have all heads, so that the products in every layer run over contiguous memory.
+pub(crate) fn rotary(g: &mut GraphBuilder<'_>, dims: &PolicyDims, positions: &Value, tokens: usize) -> Result<Rotary, GraphError> {
+    let head_dim = dims.head_dim;
+    let half = head_dim / 2;
+    let frequency = |j: usize| ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32;
+    let signed: Vec<f32> = (0..half).map(|j| -frequency(j)).chain((0..half).map(frequency)).collect();
+    let signed = g.constant(&[head_dim], &signed)?;
+    let rows = g.rows(tokens);
+    let column = g.reshape(positions, &[rows, Dim::fixed(1), Dim::fixed(1)])?;
+    let angles = g.mul(&column, &signed)?;
+    let cos = g.cos(&angles)?;
+    let sin = g.sin(&angles)?;
+    let scale = g.scalar((1.0 / (head_dim as f64).sqrt()) as f32)?;
+    let mut tables = |heads: usize, scale: Option<&Value>| {
+        let mut table = |base: &Value| {
+            let base = scale.map_or_else(|| Ok(base.clone()), |s| g.mul(base, s))?;
+            g.expand(&base, &[rows, Dim::fixed(heads), Dim::fixed(head_dim)])
+        };
+        Ok::<_, GraphError>((table(&cos)?, table(&sin)?))
+    };
+    Ok(Rotary { query: tables(dims.heads, Some(&scale))?, key: tables(dims.kv_heads, None)? })
+}
+
+/// Rotates `x` `[rows, heads * head_dim]`; gives `[rows, heads, head_dim]`.
+fn rotate(g: &mut GraphBuilder<'_>, x: &Value, table: &(Value, Value)) -> Result<Value, GraphError> {
+    let half = table.0.axis(2).count() / 2;
+    let x = g.reshape(x, table.0.shape())?;
+    let halves = g.split(&x, 2, &[half, half])?;
+    let swapped: Vec<&Value> = halves.iter().rev().collect();
+    let swapped = g.concat(&swapped, 2)?;
+    let cos = g.mul(&x, &table.0)?;
+    let sin = g.mul(&swapped, &table.1)?;
+    g.add(&cos, &sin)
+}
+
+/// How a stack normalises.
+pub(crate) enum Norm {
+    /// RMSNorm with a weight of its own, applied as `1 + w`.
+    Weight,
+    /// adaRMS: scale, shift and gate from the condition `[batch, width]`.
+    Adaptive(Value),
+}
+
+/// What a norm gives: the normed tokens, and the gate `[batch, 1, width]` of the sub-layer's output if there is one.
+struct Normed {
+    tokens: Value,
+    gate: Option<Value>,
+}
+
+/// One stack's constants while its layers are built.
+pub(crate) struct Stack<'d> {
+    /// Sizes of the policy.
+    pub(crate) dims: &'d PolicyDims,
+    /// Token width.
+    pub(crate) width: usize,
+    /// Tokens per sample.
+    pub(crate) tokens: usize,
+    /// Norm of every layer and of the output.
+    pub(crate) norm: Norm,
+    /// Rotary tables.
+    pub(crate) rotary: Rotary,
+    /// Score bias, `[batch, tokens * group, keys]` with one kv head, else `[batch, 1, tokens * group, keys]`.
+    pub(crate) bias: Value,
+}
+
+/// Keys and values of one layer: `[batch, tokens, head_dim]` with one kv head, else `[batch, kv_heads, tokens, head_dim]`.
+pub(crate) struct Cache {
+    /// Keys after rotation.
+    pub(crate) k: Value,
+    /// Values.
+    pub(crate) v: Value,
+}
+
+/// Axes of keys or values with `tokens` entries, as [`Cache`] holds them.
+pub(crate) fn cache_shape(g: &GraphBuilder<'_>, dims: &PolicyDims, tokens: usize) -> Vec<Dim> {
+    if dims.kv_heads == 1 {
+        vec![g.rows(1), Dim::fixed(tokens), Dim::fixed(dims.head_dim)]
+    } else {
+        vec![g.rows(1), Dim::fixed(dims.kv_heads), Dim::fixed(tokens), Dim::fixed(dims.head_dim)]
+    }
+}
+
+/// Repeats a bias `[batch, tokens, keys]` (or 1 in the middle) for the query heads of a group, in the layout of [`Stack::bias`].
+pub(crate) fn grouped_bias(
+    g: &mut GraphBuilder<'_>,
+    dims: &PolicyDims,
+    bias: &Value,
+    tokens: usize,
+) -> Result<Value, GraphError> {
+    let group = dims.heads / dims.kv_heads;
+    let (rows, keys) = (g.rows(1), bias.axis(2));
+    let bias = g.reshape(bias, &[rows, bias.axis(1), Dim::fixed(1), keys])?;
+    let bias = g.expand(&bias, &[rows, Dim::fixed(tokens), Dim::fixed(group), keys])?;
+    let flat = Dim::fixed(tokens * group);
+    if dims.kv_heads == 1 {
+        g.reshape(&bias, &[rows, flat, keys])
+    } else {
+        g.reshape(&bias, &[rows, Dim::fixed(1), flat, keys])
+    }
+}
+
+/// `0` where `allowed`, else the forbidden bias.
+pub(crate) fn bias_of(g: &mut GraphBuilder<'_>, allowed: &Value) -> Result<Value, GraphError> {
+    let zero = g.scalar(0.0)?;
+    let forbidden = g.scalar(FORBIDDEN)?;
+    g.choose(allowed, &zero, &forbidden)
+}
+
+impl Stack<'_> {
+    fn rows(&self, g: &GraphBuilder<'_>) -> Dim {
+        g.rows(self.tokens)
+    }
+
+    fn norm(&self, g: &mut GraphBuilder<'_>, x: &Value, name: &str) -> Result<Normed, GraphError> {
+        match &self.norm {
+            Norm::Weight => {
+                let weight = g.weight(&format!("{name}.weight"))?;
+                let one = g.scalar(1.0)?;
+                let scale = g.add(&weight, &one)?;
+                if g.weights_are_inputs() {
+                    // a constant scale lets the runtime fuse the norm; the weight follows as one product
+                    let normed = self.plain_norm(g, x)?;
+                    return Ok(Normed { tokens: g.mul(&normed, &scale)?, gate: None });
+                }
+                Ok(Normed { tokens: g.rms_norm(x, &scale, EPS)?, gate: None })
+            }
+            Norm::Adaptive(condition) => {
+                let (batch, width) = (g.rows(1), Dim::fixed(self.width));
+                let modulation = g.linear_named(condition, &format!("{name}.dense"), true)?;
+                let modulation = g.reshape(&modulation, &[batch, Dim::fixed(3), width])?;
+                let parts = g.split(&modulation, 1, &[1, 1, 1])?;
+                let [scale, shift, gate] = <[Value; 3]>::try_from(parts)
+                    .map_err(|parts| g.refuse("Split", format!("{} parts, expected 3", parts.len())))?;
+                let one = g.scalar(1.0)?;
+                let scale = g.add(&scale, &one)?;
+                let normed = self.plain_norm(g, x)?;
+                let normed = g.reshape(&normed, &[batch, Dim::fixed(self.tokens), width])?;
+                let scaled = g.mul(&normed, &scale)?;
+                let shifted = g.add(&scaled, &shift)?;
+                let rows = self.rows(g);
+                Ok(Normed { tokens: g.reshape(&shifted, &[rows, width])?, gate: Some(gate) })
+            }
+        }
+    }
+
+    fn plain_norm(&self, g: &mut GraphBuilder<'_>, x: &Value) -> Result<Value, GraphError> {
+        let ones = g.constant(&[self.width], &vec![1.0; self.width])?;
+        g.rms_norm(x, &ones, EPS)
+    }
+
+    /// `x + gate * y`, or `x + y` without a gate.
+    fn residual(&self, g: &mut GraphBuilder<'_>, x: &Value, y: &Value, gate: Option<&Value>) -> Result<Value, GraphError> {
+        let Some(gate) = gate else { return g.add(x, y) };
+        let width = Dim::fixed(self.width);
+        let (batch, rows) = (g.rows(1), self.rows(g));
+        let y = g.reshape(y, &[batch, Dim::fixed(self.tokens), width])?;
+        let gated = g.mul(&y, gate)?;
+        let gated = g.reshape(&gated, &[rows, width])?;
+        g.add(x, &gated)
+    }
+
+    /// The stack's last norm on `[rows, width]`; its gate, if any, is not used.
+    pub(crate) fn final_norm(&self, g: &mut GraphBuilder<'_>, x: &Value, name: &str) -> Result<Value, GraphError> {
+        Ok(self.norm(g, x, name)?.tokens)
+    }
+
+    /// One layer on `x` `[rows, width]`; `past` are keys and values that stand before this stack's own.
+    /// Gives the new tokens and this layer's own keys and values.
+    pub(crate) fn layer(
+        &self,
+        g: &mut GraphBuilder<'_>,
+        name: &str,
+        x: &Value,
+        past: Option<&Cache>,
+    ) -> Result<(Value, Cache), GraphError> {
+        let normed = self.norm(g, x, &format!("{name}.input_layernorm"))?;
+        let q = g.linear_named(&normed.tokens, &format!("{name}.self_attn.q_proj"), false)?;
+        let k = g.linear_named(&normed.tokens, &format!("{name}.self_attn.k_proj"), false)?;
+        let v = g.linear_named(&normed.tokens, &format!("{name}.self_attn.v_proj"), false)?;
+        let q = rotate(g, &q, &self.rotary.query)?;
+        let k = rotate(g, &k, &self.rotary.key)?;
+        let own = Cache { k: self.to_cache(g, &k)?, v: self.to_cache(g, &v)? };
+        let mixed = match past {
+            Some(past) => {
+                let axis = own.k.shape().len() - 2;
+                let k = g.concat(&[&past.k, &own.k], axis)?;
+                let v = g.concat(&[&past.v, &own.v], axis)?;
+                self.attend(g, &q, &Cache { k, v })?
+            }
+            None => self.attend(g, &q, &own)?,
+        };
+        let attended = g.linear_named(&mixed, &format!("{name}.self_attn.o_proj"), false)?;
+        let x = self.residual(g, x, &attended, normed.gate.as_ref())?;
+
+        let normed = self.norm(g, &x, &format!("{name}.post_attention_layernorm"))?;
+        let gate = g.linear_named(&normed.tokens, &format!("{name}.mlp.gate_proj"), false)?;
+        let gate = g.gelu_tanh(&gate)?;
+        let up = g.linear_named(&normed.tokens, &format!("{name}.mlp.up_proj"), false)?;
+        let hidden = g.mul(&gate, &up)?;
+        let down = g.linear_named(&hidden, &format!("{name}.mlp.down_proj"), false)?;
+        Ok((self.residual(g, &x, &down, normed.gate.as_ref())?, own))
+    }
+
+    /// `[rows, kv_heads * head_dim]` (or with the heads apart) in the layout of [`Cache`].
+    fn to_cache(&self, g: &mut GraphBuilder<'_>, x: &Value) -> Result<Value, GraphError> {
+        let dims = self.dims;
+        if dims.kv_heads == 1 {
+            let shape = cache_shape(g, dims, self.tokens);
+            return g.reshape(x, &shape);
+        }
+        let apart = [g.rows(1), Dim::fixed(self.tokens), Dim::fixed(dims.kv_heads), Dim::fixed(dims.head_dim)];
+        let x = g.reshape(x, &apart)?;
+        g.transpose(&x, &[0, 2, 1, 3])
+    }
+
+    /// Grouped-query attention; `q` is `[rows, heads, head_dim]`, rotated and scaled. Gives `[rows, heads * head_dim]`.
+    ///
+    /// The queries of a group are rows of one product. With one kv head that is their natural layout: nothing is transposed.
+    fn attend(&self, g: &mut GraphBuilder<'_>, q: &Value, cache: &Cache) -> Result<Value, GraphError> {
+        let dims = self.dims;
+        let (batch, rows) = (g.rows(1), self.rows(g));
+        let (kv, tokens, head_dim) = (dims.kv_heads, self.tokens, dims.head_dim);
+        let group = dims.heads / kv;
+        let flat = Dim::fixed(tokens * group);
+        let (kv_axis, width) = (Dim::fixed(kv), Dim::fixed(group * head_dim));
+        let q = if kv == 1 {
+            g.reshape(q, &[batch, flat, Dim::fixed(head_dim)])?
+        } else {
+            let q = g.reshape(q, &[batch, Dim::fixed(tokens), kv_axis, width])?;
+            let q = g.transpose(&q, &[0, 2, 1, 3])?;
+            g.reshape(&q, &[batch, kv_axis, flat, Dim::fixed(head_dim)])?
+        };
+        let keys = g.transpose_last(&cache.k)?;
+        let scores = g.matmul(&q, &keys)?;
+        let scores = g.add(&scores, &self.bias)?;
+        let weights = g.softmax(&scores)?;
+        let mut mixed = g.matmul(&weights, &cache.v)?;
+        if kv > 1 {
+            mixed = g.reshape(&mixed, &[batch, kv_axis, Dim::fixed(tokens), width])?;
+            mixed = g.transpose(&mixed, &[0, 2, 1, 3])?;
+        }
+        g.reshape(&mixed, &[rows, Dim::fixed(dims.heads * head_dim)])
+    }
+}
+
+/// Positions as integers, for debug outputs.
+pub(crate) fn position_ids(g: &mut GraphBuilder<'_>, positions: &Value) -> Result<Value, GraphError> {
+    g.cast(positions, Elem::I64)
+}

@@ -1,0 +1,131 @@
+//! Data sets on disk as tensors: demonstrations and scenes in safetensors files (layout at the env workers that write them).
+
+use std::path::Path;
+
+use policy::{
+    config::ModelConfig,
+    dims::PolicyDims,
+    norm::NormStats,
+    prompt::Tokenizer,
+};
+use safetensors::{Dtype, SafeTensors};
+use tch::{Kind, Tensor};
+
+use crate::{
+    error::{LearnerError, Result},
+    observation::ObservationBatch,
+};
+
+/// A data set in memory.
+#[derive(Debug)]
+pub struct Dataset {
+    /// Observations in model units.
+    pub observations: ObservationBatch,
+    /// Demonstrations: normalised actions, f32 `[N, action_horizon, action_dim]`. Scenes: key points `[N, P, 2]` in `[0, 1]`.
+    pub targets: Tensor,
+}
+
+/// Largest data set that is read.
+const MAX_BYTES: u64 = 32 << 30;
+
+/// Reads `images`, `state`, `prompt_id` and the named targets (`actions` or `keypoints`).
+///
+/// # Errors
+/// The file is missing, no safetensors, or its arrays do not fit the policy.
+pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, stats: Option<&NormStats>) -> Result<Dataset> {
+    let bad = |detail: String| LearnerError::Dataset { path: path.to_owned(), detail };
+    let size = std::fs::metadata(path).map_err(crate::error::io("opening the data set", path))?.len();
+    if size > MAX_BYTES {
+        return Err(bad(format!("{size} bytes, at most {MAX_BYTES} are read")));
+    }
+    let bytes = std::fs::read(path).map_err(crate::error::io("reading the data set", path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(format!("no whole safetensors file: {e}")))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+    let meta: serde_json::Value = header
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get("meta"))
+        .and_then(|text| serde_json::from_str(text).ok())
+        .ok_or_else(|| bad("metadata key `meta` with the prompts is missing".to_owned()))?;
+    let prompts: Vec<String> = meta
+        .get("prompts")
+        .and_then(|p| serde_json::from_value(p.clone()).ok())
+        .ok_or_else(|| bad("`meta.prompts` is no list of strings".to_owned()))?;
+
+    let array = |name: &str, dtype: Dtype| -> Result<(Vec<i64>, Tensor)> {
+        let view = file.tensor(name).map_err(|_e| bad(format!("tensor `{name}` is missing")))?;
+        if view.dtype() != dtype {
+            return Err(bad(format!("tensor `{name}` has type {:?}, expected {dtype:?}", view.dtype())));
+        }
+        let shape: Vec<i64> = view.shape().iter().map(|s| *s as i64).collect();
+        let kind = match dtype {
+            Dtype::U8 => Kind::Uint8,
+            Dtype::I64 => Kind::Int64,
+            _ => Kind::Float,
+        };
+        Ok((shape.clone(), Tensor::from_data_size(view.data(), &shape, kind)))
+    };
+    let (images_shape, images) = array("images", Dtype::U8)?;
+    let (state_shape, state) = array("state", Dtype::F32)?;
+    let (prompt_shape, prompt_id) = array("prompt_id", Dtype::I64)?;
+    let (target_shape, target) = array(targets, Dtype::F32)?;
+    let n = prompt_shape.first().copied().unwrap_or(0);
+    let side = dims.vision.image_size as i64;
+    if n == 0 || images_shape != [n, dims.cameras as i64, side, side, 3] {
+        return Err(bad(format!("`images` is {images_shape:?}, expected [{n}, {}, {side}, {side}, 3]", dims.cameras)));
+    }
+    if state_shape.len() != 2 || state_shape[0] != n || state_shape[1] > dims.action_dim as i64 {
+        return Err(bad(format!("`state` is {state_shape:?}, expected [{n}, at most {}]", dims.action_dim)));
+    }
+    if target_shape.first() != Some(&n) || target_shape.len() != 3 {
+        return Err(bad(format!("`{targets}` is {target_shape:?}, expected [{n}, _, _]")));
+    }
+
+    // prompts are few: tokenize each once, then pick rows
+    let tokenizer = Tokenizer::from_config(&model.tokenizer, None)?;
+    let (mut ids, mut masks) = (Vec::new(), Vec::new());
+    for prompt in &prompts {
+        let tokens = tokenizer.tokenize(prompt, dims.prompt_len)?;
+        ids.extend(tokens.ids);
+        masks.extend(tokens.mask);
+    }
+    if prompt_id.min().int64_value(&[]) < 0 || prompt_id.max().int64_value(&[]) >= prompts.len() as i64 {
+        return Err(bad(format!("`prompt_id` lies outside 0..{}", prompts.len())));
+    }
+    let table = [prompts.len() as i64, dims.prompt_len as i64];
+    let prompt = Tensor::from_slice(&ids).view(table).index_select(0, &prompt_id);
+    let prompt_mask = Tensor::from_slice(&masks).view(table).index_select(0, &prompt_id);
+
+    let normalise = |values: &Tensor, which: fn(&NormStats) -> &policy::norm::DimStats| -> Result<Tensor> {
+        let Some(stats) = stats else { return Ok(values.shallow_clone()) };
+        let width = values.size().last().copied().unwrap_or(1) as usize;
+        let mut data = vec![0.0f32; values.numel()];
+        let len = data.len();
+        values.copy_data(&mut data, len);
+        let rows: Vec<f32> = data
+            .chunks(width)
+            .map(|row| model.normalization.normalize(which(stats), row).map_err(|e| bad(e.to_string())))
+            .collect::<Result<Vec<_>>>()?
+            .concat();
+        Ok(Tensor::from_slice(&rows).view_as(values))
+    };
+    let pad = |values: Tensor| {
+        let missing = dims.action_dim as i64 - values.size().last().copied().unwrap_or(0);
+        values.constant_pad_nd([0, missing.max(0)])
+    };
+    let state = pad(normalise(&state, |s| &s.state)?);
+    let target = if targets == "actions" {
+        if target_shape[1] != dims.action_horizon as i64 || target_shape[2] > dims.action_dim as i64 {
+            return Err(bad(format!(
+                "`actions` is {target_shape:?}, expected [{n}, {}, at most {}]",
+                dims.action_horizon, dims.action_dim
+            )));
+        }
+        pad(normalise(&target, |s| &s.actions)?)
+    } else {
+        target
+    };
+    let image_mask = Tensor::ones([n, dims.cameras as i64], (Kind::Bool, tch::Device::Cpu));
+    let observations = ObservationBatch { images, image_mask, prompt, prompt_mask, state };
+    Ok(Dataset { observations, targets: target })
+}

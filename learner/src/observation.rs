@@ -1,0 +1,80 @@
+//! A batch of observations in model units, and its prefix.
+
+use tch::{Kind, Tensor};
+
+use crate::model::{ModelError, Pi0, Prefix, PrefixCache};
+
+/// Observations as the network reads them, still as bytes where they are pixels.
+#[derive(Debug)]
+pub struct ObservationBatch {
+    /// Pixels, u8 `[N, cameras, size, size, 3]`.
+    pub images: Tensor,
+    /// Which cameras are there, bool `[N, cameras]`.
+    pub image_mask: Tensor,
+    /// Prompt ids, i64 `[N, prompt_len]`.
+    pub prompt: Tensor,
+    /// Which of them are valid, bool `[N, prompt_len]`.
+    pub prompt_mask: Tensor,
+    /// Normalised, padded state, f32 `[N, action_dim]`.
+    pub state: Tensor,
+}
+
+impl ObservationBatch {
+    /// Number of observations.
+    pub fn len(&self) -> i64 {
+        self.prompt.size().first().copied().unwrap_or(0)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The rows `[n]` (i64).
+    pub fn select(&self, rows: &Tensor) -> Self {
+        let pick = |t: &Tensor| t.index_select(0, rows);
+        Self {
+            images: pick(&self.images),
+            image_mask: pick(&self.image_mask),
+            prompt: pick(&self.prompt),
+            prompt_mask: pick(&self.prompt_mask),
+            state: pick(&self.state),
+        }
+    }
+
+    /// Pixels to `[-1, 1]`, f32 `[N, cameras, 3, size, size]`: `x / 255 * 2 - 1`.
+    pub fn pixels(&self) -> Tensor {
+        (self.images.to_kind(Kind::Float) / 255.0 * 2.0 - 1.0).permute([0, 1, 4, 2, 3]).contiguous()
+    }
+
+    /// The prefix pass over these observations.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy.
+    pub fn prefix(&self, policy: &Pi0) -> Result<Prefix, ModelError> {
+        policy.prefix(&self.pixels(), &self.image_mask, &self.prompt, &self.prompt_mask)
+    }
+
+    /// The prefix of a frozen vision-language model for all rows: cache and pooled output `[N, vlm width]`, without gradient, in
+    /// parts of `batch` rows.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy.
+    pub fn frozen_prefix(&self, policy: &Pi0, batch: i64) -> Result<(PrefixCache, Tensor), ModelError> {
+        let _guard = tch::no_grad_guard();
+        let (mut k, mut v, mut mask, mut pooled) = (vec![], vec![], vec![], vec![]);
+        let mut from = 0;
+        while from < self.len() {
+            let count = batch.min(self.len() - from);
+            let rows = Tensor::arange_start(from, from + count, (Kind::Int64, self.prompt.device()));
+            let prefix = self.select(&rows).prefix(policy)?;
+            pooled.push(policy.pooled(&prefix));
+            k.push(prefix.cache.k);
+            v.push(prefix.cache.v);
+            mask.push(prefix.cache.mask);
+            from += count;
+        }
+        let cache = PrefixCache::new(Tensor::cat(&k, 0), Tensor::cat(&v, 0), Tensor::cat(&mask, 0))?;
+        Ok((cache, Tensor::cat(&pooled, 0)))
+    }
+}

@@ -1,0 +1,171 @@
+//! Vision-language pre-training by referring localisation: where are the named object, the goal and the gripper?
+//!
+//! A flow loss alone does not teach a small vision tower to localise. Three read-outs of the same points are trained together:
+//! soft-argmax over the image tokens of the prefix output, learned queries on the KV cache of every layer but the first (what the
+//! action expert reads), and a linear map of the pooled output (what `V_vlm` reads). The read-outs are dropped afterwards.
+
+use indicatif::ProgressBar;
+use policy::{
+    config::PretrainConfig,
+    noise::{Purpose, below, fill_normal, stream},
+    params::Part,
+};
+use tch::{Kind, Reduction, Tensor};
+
+use crate::{
+    dataset::Dataset,
+    error::Result,
+    metrics::{MetricsLog, progress_style},
+    model::{Pi0, Prefix},
+    optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+};
+
+/// Weight of the pooled read-out in the loss.
+const POOLED_WEIGHT: f64 = 0.2;
+/// Threshold of the smooth L1 loss, in units of half a quarter image.
+const SMOOTH_L1_BETA: f64 = 0.1;
+/// Coordinates `[0, 1]` are trained as `4 p - 2`.
+const SCALE: f64 = 4.0;
+
+struct ReadOuts {
+    points: i64,
+    tokens: i64,
+    /// Scores and offsets per image token, `[3 P, width]` and bias.
+    token: [Tensor; 2],
+    /// Queries per layer, `[L, P, kv hd]`, read-out `[L, P, kv hd, 2]`, bias `[L, P, 2]`.
+    probe: [Tensor; 3],
+    /// `[2 P, width]` and bias.
+    pooled: [Tensor; 2],
+    /// Patch centres in trained units, `[tokens, 2]`.
+    centres: Tensor,
+}
+
+fn leaf(shape: &[i64], std: f64, seed: u64, index: u64) -> Tensor {
+    let mut data = vec![0.0f32; shape.iter().product::<i64>() as usize];
+    if std > 0.0 {
+        fill_normal(&mut stream(Purpose::Init, seed, u64::MAX, index, 0), &mut data);
+        data.iter_mut().for_each(|v| *v *= std as f32);
+    }
+    Tensor::from_slice(&data).view(shape).set_requires_grad(true)
+}
+
+impl ReadOuts {
+    fn new(policy: &Pi0, points: i64, seed: u64) -> Self {
+        let dims = policy.dims();
+        let width = dims.vlm.width as i64;
+        let kv = (dims.kv_heads * dims.head_dim) as i64;
+        let layers = dims.depth as i64 - 1;
+        let side = dims.vision.image_size / dims.vision.patch;
+        let centres: Vec<f32> = (0..side * side)
+            .flat_map(|i| [(i % side) as f32, (i / side) as f32].map(|c| (c + 0.5) / side as f32 * 4.0 - 2.0))
+            .collect();
+        let small = (width as f64).sqrt().recip();
+        Self {
+            points,
+            tokens: dims.vision.tokens() as i64,
+            token: [leaf(&[3 * points, width], small, seed, 0), leaf(&[3 * points], 0.0, seed, 1)],
+            probe: [
+                leaf(&[layers, points, kv], 0.3, seed, 2),
+                leaf(&[layers, points, kv, 2], 0.2, seed, 3),
+                leaf(&[layers, points, 2], 0.0, seed, 4),
+            ],
+            pooled: [leaf(&[2 * points, width], small, seed, 5), leaf(&[2 * points], 0.0, seed, 6)],
+            centres: Tensor::from_slice(&centres).view([-1, 1, 2]),
+        }
+    }
+
+    fn params(&self) -> Vec<(String, Tensor)> {
+        let all = self.token.iter().chain(&self.probe).chain(&self.pooled);
+        all.enumerate().map(|(i, t)| (format!("read_out.{i}"), t.shallow_clone())).collect()
+    }
+
+    /// Read-outs `[B, P, 2]` in trained units: per image token, per probed layer, pooled.
+    fn forward(&self, policy: &Pi0, prefix: &Prefix) -> (Tensor, Tensor, Tensor) {
+        let points = self.points;
+        let image = prefix.out.narrow(1, 0, self.tokens);
+        let read = image.linear(&self.token[0], Some(&self.token[1])).view([-1, self.tokens, points, 3]);
+        let weight = read.narrow(3, 0, 1).softmax(1, Kind::Float);
+        let located = (weight * (&self.centres + read.narrow(3, 1, 2))).sum_dim_intlist(1, false, Kind::Float);
+
+        // [B, L, kv, S, hd] -> [B, L, S, kv hd], layers 1 and up
+        let layers = prefix.cache.k.size()[1] - 1;
+        let flat = |t: &Tensor| t.narrow(1, 1, layers).permute([0, 1, 3, 2, 4]).flatten(3, 4);
+        let (k, v) = (flat(&prefix.cache.k), flat(&prefix.cache.v));
+        let mask = prefix.cache.mask.logical_not().view([-1, 1, 1, k.size()[2]]);
+        let scores = self.probe[0].unsqueeze(0).matmul(&k.transpose(2, 3)).masked_fill(&mask, -1e30);
+        let read = scores.softmax(-1, Kind::Float).matmul(&v);
+        let probed = (read.unsqueeze(-1) * &self.probe[1]).sum_dim_intlist(3, false, Kind::Float) + &self.probe[2];
+
+        let pooled = policy.pooled(prefix).linear(&self.pooled[0], Some(&self.pooled[1])).view([-1, points, 2]);
+        (located, probed, pooled)
+    }
+}
+
+/// Trains image tower, projector and language model on scenes; returns the mean localisation error of the last batch in units of
+/// the image side.
+///
+/// # Errors
+/// Shapes that do not fit, or a metrics file that cannot be written.
+pub fn pretrain(
+    policy: &Pi0,
+    config: &PretrainConfig,
+    scenes: &Dataset,
+    seed: u64,
+    log: &mut MetricsLog,
+) -> Result<f64> {
+    let stage = &config.optim;
+    policy.store().set_trainable(&[Part::Vlm]);
+    let points = scenes.targets.size()[1];
+    let read_outs = ReadOuts::new(policy, points, seed);
+    let mut params: Vec<(String, Tensor)> =
+        policy.store().part(Part::Vlm).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
+    params.extend(read_outs.params());
+    let settings = AdamWSettings { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm: Some(stage.clip_grad) };
+    let group = ParamGroup { name: "vlm".to_owned(), lr: stage.lr, weight_decay: stage.weight_decay, params };
+    let mut optimizer = AdamW::new(settings, vec![group])?;
+    let schedule = Schedule::warmup(
+        u64::from(stage.lr_warmup_steps),
+        Decay::Cosine { total_steps: u64::from(stage.steps), min_factor: stage.min_lr_ratio },
+    );
+    let bar = ProgressBar::new(u64::from(stage.steps)).with_style(progress_style()).with_message("pre-training");
+    let mut rng = stream(Purpose::Minibatch, seed, 1, 0, 0);
+    let total = scenes.observations.len() as usize;
+    let mut error = f64::NAN;
+    for step in 0..u64::from(stage.steps) {
+        let rows: Vec<i64> = (0..stage.batch_size).map(|_| below(&mut rng, total) as i64).collect();
+        let rows = Tensor::from_slice(&rows);
+        let target = scenes.targets.index_select(0, &rows) * SCALE - SCALE / 2.0;
+        let prefix = scenes.observations.select(&rows).prefix(policy)?;
+        let (located, probed, pooled) = read_outs.forward(policy, &prefix);
+        let probe_target = target.unsqueeze(1).expand_as(&probed);
+        let loss = located.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA)
+            + probed.smooth_l1_loss(&probe_target, Reduction::Mean, SMOOTH_L1_BETA) * probed.size()[1] as f64
+            + pooled.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA) * POOLED_WEIGHT;
+        optimizer.zero_grad();
+        loss.backward();
+        let report = optimizer.step(schedule.factor(step))?;
+        bar.inc(1);
+        if step % 50 == 49 || step + 1 == u64::from(stage.steps) {
+            let distance = |got: &Tensor| {
+                let d = (got - &target).square().sum_dim_intlist(-1, false, Kind::Float).sqrt();
+                d.mean(Kind::Float).double_value(&[]) / SCALE
+            };
+            error = distance(&probed.select(1, -1));
+            bar.set_message(format!("pre-training: error {error:.4} of the image"));
+            log.write(
+                "pretrain",
+                step + 1,
+                &[
+                    ("loss", loss.double_value(&[])),
+                    ("grad_norm", report.grad_norm),
+                    ("error_probe", error),
+                    ("error_tokens", distance(&located)),
+                    ("error_pooled", distance(&pooled)),
+                ],
+            )?;
+        }
+    }
+    bar.finish();
+    policy.store().set_trainable(&[]);
+    Ok(error)
+}

@@ -1,0 +1,119 @@
+//! A policy version as a bundle on disk: weights, graphs (linked from the first bundle), manifest with a self-test.
+
+use std::path::{Path, PathBuf};
+
+use policy::{
+    bundle::{Bundle, FLOW_TIME, Manifest, Sampling, SelfTest},
+    bundle::BUNDLE_VERSION,
+    norm::NormStats,
+    params::Part,
+    plan::RunPlan,
+    selftest::SelfTestInput,
+};
+use tch::{Kind, Tensor};
+
+use crate::{error::Result, model::Pi0, observation::ObservationBatch};
+
+/// Largest difference between the two runtimes on the self-test, f32 on CPU; measured about 1e-6 on small policies.
+const SELF_TEST_TOLERANCE: f32 = 1e-3;
+/// Seed of the self-test inputs.
+const SELF_TEST_SEED: u64 = 20_260_101;
+
+/// Writes the versions of one run.
+#[derive(Debug)]
+pub struct Publisher {
+    dir: PathBuf,
+    plan: RunPlan,
+    norm_stats: Option<NormStats>,
+    /// The bundle whose graphs and frozen weights later ones link.
+    first: Option<Bundle>,
+    published: Vec<u64>,
+}
+
+/// Versions kept beside the first and the newest.
+const KEEP: usize = 3;
+
+impl Publisher {
+    /// A publisher into `dir`; one folder per version.
+    pub fn new(dir: &Path, plan: &RunPlan, norm_stats: Option<NormStats>) -> Self {
+        Self { dir: dir.to_owned(), plan: plan.clone(), norm_stats, first: None, published: Vec::new() }
+    }
+
+    /// Folder of a version.
+    pub fn path(&self, version: u64) -> PathBuf {
+        self.dir.join(format!("v{version:06}"))
+    }
+
+    /// Writes a version and removes old ones (the first and the newest three stay).
+    ///
+    /// # Errors
+    /// A file cannot be written, or the version exists.
+    pub fn publish(&mut self, policy: &Pi0, version: u64) -> Result<Bundle> {
+        let model = &self.plan.config.actor.model;
+        let manifest = Manifest {
+            format_version: BUNDLE_VERSION,
+            policy_version: version,
+            flow_time: FLOW_TIME.to_owned(),
+            dims: self.plan.dims.clone(),
+            value_head: self.plan.value_head.clone(),
+            sampling: Sampling {
+                noise_method: model.openpi.noise_method,
+                noise_level: model.openpi.noise_level,
+                ignore_last: model.openpi.ignore_last,
+                num_steps: model.num_steps,
+            },
+            action_chunk: model.num_action_chunks,
+            env_action_dim: model.env_action_dim,
+            cameras: model.cameras.clone(),
+            tokenizer: model.tokenizer.clone(),
+            normalization: model.normalization,
+            norm_stats: self.norm_stats.clone(),
+            weights: self.plan.config.rollout.weights,
+            batch: None,
+            config_digest: self.plan.config_digest.clone(),
+            self_test: Some(self_test(policy, &self.plan)?),
+            files: Vec::new(),
+        };
+        let expert = policy.store().to_safetensors(&[Part::Expert, Part::ValueHead])?;
+        let target = self.path(version);
+        let bundle = if let Some(first) = &self.first {
+            export::bundle::write_next(&target, manifest, expert, first)?
+        } else {
+            let vlm = policy.store().to_safetensors(&[Part::Vlm])?;
+            export::bundle::write(&target, manifest, vlm, expert)?
+        };
+        if self.first.is_none() {
+            self.first = Some(bundle.clone());
+        }
+        self.published.push(version);
+        while self.published.len() > KEEP + 1 {
+            // index 0 is the first version, which others link and the report compares with
+            let old = self.path(self.published.remove(1));
+            std::fs::remove_dir_all(&old).map_err(crate::error::io("removing the old version", &old))?;
+        }
+        Ok(bundle)
+    }
+}
+
+/// The reference output of this policy: an ODE pass on the drawn inputs.
+fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
+    let dims = policy.dims();
+    let input = SelfTestInput::draw(dims, SELF_TEST_SEED);
+    let size = dims.vision.image_size as i64;
+    let cameras = dims.cameras as i64;
+    let batch = ObservationBatch {
+        images: Tensor::from_slice(&input.images).view([1, cameras, size, size, 3]),
+        image_mask: Tensor::ones([1, cameras], (Kind::Bool, tch::Device::Cpu)),
+        prompt: Tensor::from_slice(&input.prompt).view([1, -1]),
+        prompt_mask: Tensor::from_slice(&input.prompt_mask).view([1, -1]),
+        state: Tensor::from_slice(&input.state).view([1, -1]),
+    };
+    let (cache, _) = batch.frozen_prefix(policy, 1)?;
+    let noise =
+        Tensor::from_slice(&input.noise).view([1, dims.action_horizon as i64, dims.action_dim as i64]);
+    let sample = policy.sample(&cache, Some(&batch.state), &noise, &plan.schedule(), &[None], None)?;
+    let mut actions = vec![0.0f32; input.noise.len()];
+    let len = actions.len();
+    sample.actions.contiguous().copy_data(&mut actions, len);
+    Ok(SelfTest { seed: SELF_TEST_SEED, actions, tolerance: SELF_TEST_TOLERANCE })
+}

@@ -1,0 +1,71 @@
+//! Supervised fine-tuning of the action expert by flow matching, on the KV cache of a frozen prefix.
+
+use indicatif::ProgressBar;
+use policy::{
+    config::SftConfig,
+    flow::training_time,
+    noise::{Purpose, below, fill_normal, stream, uniform},
+    params::Part,
+};
+use tch::{Kind, Tensor};
+
+use crate::{
+    dataset::Dataset,
+    error::Result,
+    metrics::{MetricsLog, progress_style},
+    model::Pi0,
+    optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+};
+
+/// Trains the expert on demonstrations; returns the mean loss of the last steps.
+///
+/// # Errors
+/// Shapes that do not fit, or a metrics file that cannot be written.
+pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &mut MetricsLog) -> Result<f64> {
+    let stage = &config.optim;
+    let (cache, _) = demos.observations.frozen_prefix(policy, 256)?;
+    policy.store().set_trainable(&[Part::Expert]);
+    let params = policy.store().part(Part::Expert).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
+    let settings = AdamWSettings { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm: Some(stage.clip_grad) };
+    let group = ParamGroup { name: "actor".to_owned(), lr: stage.lr, weight_decay: stage.weight_decay, params };
+    let mut optimizer = AdamW::new(settings, vec![group])?;
+    let schedule = Schedule::warmup(
+        u64::from(stage.lr_warmup_steps),
+        Decay::Cosine { total_steps: u64::from(stage.steps), min_factor: stage.min_lr_ratio },
+    );
+    let bar = ProgressBar::new(u64::from(stage.steps)).with_style(progress_style()).with_message("SFT");
+    let mut rng = stream(Purpose::FlowMatching, seed, 0, 0, 0);
+    let total = demos.observations.len() as usize;
+    let (mut recent, mut counted) = (0.0, 0.0);
+    let mut last = f64::NAN;
+    for step in 0..u64::from(stage.steps) {
+        let rows: Vec<i64> = (0..stage.batch_size).map(|_| below(&mut rng, total) as i64).collect();
+        let rows = Tensor::from_slice(&rows);
+        let actions = demos.targets.index_select(0, &rows);
+        let mut noise = vec![0.0f32; actions.numel()];
+        fill_normal(&mut rng, &mut noise);
+        let noise = Tensor::from_slice(&noise).view_as(&actions);
+        let time: Vec<f64> = (0..stage.batch_size).map(|_| training_time(uniform(&mut rng))).collect();
+        let time = Tensor::from_slice(&time);
+        let state = demos.observations.state.index_select(0, &rows);
+        let loss = policy
+            .flow_matching_loss(&cache.index_select(&rows)?, Some(&state), &actions, &noise, &time)?
+            .loss
+            .mean(Kind::Float);
+        optimizer.zero_grad();
+        loss.backward();
+        let report = optimizer.step(schedule.factor(step))?;
+        bar.inc(1);
+        recent += loss.double_value(&[]);
+        counted += 1.0;
+        if step % 50 == 49 || step + 1 == u64::from(stage.steps) {
+            last = recent / counted;
+            (recent, counted) = (0.0, 0.0);
+            bar.set_message(format!("SFT: loss {last:.4}"));
+            log.write("sft", step + 1, &[("loss", last), ("grad_norm", report.grad_norm)])?;
+        }
+    }
+    bar.finish();
+    policy.store().set_trainable(&[]);
+    Ok(last)
+}
