@@ -4,7 +4,7 @@
 //! new policy version reuses the graphs of the first and writes only what was trained. No device, no runtime is linked here.
 
 pub mod shape;
-#[expect(clippy::pedantic, clippy::use_self, reason = "generated from the schema")]
+#[expect(unreachable_pub, clippy::pedantic, clippy::use_self, reason = "generated from the schema")]
 mod proto;
 pub mod builder;
 mod ops;

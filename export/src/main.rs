@@ -24,7 +24,6 @@ use crate::args::{CheckArgs, Cli, Command, OnnxArgs};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let done = match &cli.command {
         Command::Onnx(args) => onnx(args),
         Command::Check(args) => check(args),

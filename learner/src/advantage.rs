@@ -83,7 +83,11 @@ impl Layout {
 
     fn check(self, name: &'static str, found: usize, extra_rows: usize) -> Result<()> {
         let expected = (self.steps + extra_rows) * self.envs;
-        if found == expected { Ok(()) } else { Err(AdvantageError::Length { name, expected, found }) }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(AdvantageError::Length { name, expected, found })
+        }
     }
 }
 
@@ -177,8 +181,14 @@ pub fn gae_episode(rewards: &[f32], values: &[f32], final_value: f32, gamma: f64
 pub fn reward_to_go(layout: Layout, rewards: &[f32], ended: &[bool]) -> Result<Vec<f32>> {
     let zeros = vec![0.0; layout.len() + layout.envs];
     let open = vec![false; layout.len()];
-    let input =
-        GaeGrid { layout, rewards, values: &zeros, terminated: ended, truncated: &open, final_values: None };
+    let input = GaeGrid {
+        layout,
+        rewards,
+        values: &zeros,
+        terminated: ended,
+        truncated: &open,
+        final_values: None,
+    };
     Ok(gae(&input, 1.0, 1.0)?.advantages)
 }
 
@@ -213,7 +223,13 @@ pub fn loss_mask(layout: Layout, dones: &[bool]) -> Result<LossMask> {
 /// Mean and unbiased standard deviation of the valid entries; `None` with fewer than two of them.
 pub fn mean_and_std(values: &[f32], mask: Option<&[bool]>) -> Option<(f64, f64)> {
     let valid = |at: usize| mask.is_none_or(|mask| mask.get(at).copied().unwrap_or(false));
-    let kept = || values.iter().enumerate().filter(|(at, _)| valid(*at)).map(|(_, value)| f64::from(*value));
+    let kept = || {
+        values
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| valid(*at))
+            .map(|(_, value)| f64::from(*value))
+    };
     let count = kept().count();
     if count < 2 {
         return None;
@@ -256,13 +272,20 @@ pub fn episode_scores(layout: Layout, rewards: &[f32], dones: &[bool]) -> Result
 /// `(s - mean) / (std + GROUP_EPS)` within each group of `group_size`, unbiased standard deviation. Equal scores give 0.
 pub fn group_relative(scores: &[f32], group_size: usize) -> Result<Vec<f32>> {
     if group_size < 2 || !scores.len().is_multiple_of(group_size) {
-        return Err(AdvantageError::Group { scores: scores.len(), group_size });
+        return Err(AdvantageError::Group {
+            scores: scores.len(),
+            group_size,
+        });
     }
     let mut advantages = Vec::with_capacity(scores.len());
     for group in scores.chunks_exact(group_size) {
         // two members at least, so the spread exists
         let (mean, std) = mean_and_std(group, None).unwrap_or((0.0, 0.0));
-        advantages.extend(group.iter().map(|score| ((f64::from(*score) - mean) / (std + GROUP_EPS)) as f32));
+        advantages.extend(
+            group
+                .iter()
+                .map(|score| ((f64::from(*score) - mean) / (std + GROUP_EPS)) as f32),
+        );
     }
     Ok(advantages)
 }
@@ -270,11 +293,19 @@ pub fn group_relative(scores: &[f32], group_size: usize) -> Result<Vec<f32>> {
 /// One number per environment spread over its valid steps, `[steps, envs]`; 0 where masked.
 pub fn spread(layout: Layout, per_env: &[f32], mask: &[bool]) -> Result<Vec<f32>> {
     if per_env.len() != layout.envs {
-        return Err(AdvantageError::Length { name: "per_env", expected: layout.envs, found: per_env.len() });
+        return Err(AdvantageError::Length {
+            name: "per_env",
+            expected: layout.envs,
+            found: per_env.len(),
+        });
     }
     layout.check("mask", mask.len(), 0)?;
     let columns = per_env.iter().cycle();
-    Ok(mask.iter().zip(columns).map(|(valid, value)| if *valid { *value } else { 0.0 }).collect())
+    Ok(mask
+        .iter()
+        .zip(columns)
+        .map(|(valid, value)| if *valid { *value } else { 0.0 })
+        .collect())
 }
 
 /// [`group_relative`] of the environments' scores, spread over the valid steps of a grid.
@@ -286,7 +317,10 @@ pub fn group_relative_grid(layout: Layout, scores: &[f32], group_size: usize, ma
 /// succeeds or fails teach nothing to a group-relative estimator.
 pub fn keep_groups(scores: &[f32], group_size: usize, low: f64, high: f64) -> Result<Vec<bool>> {
     if group_size == 0 || !scores.len().is_multiple_of(group_size) {
-        return Err(AdvantageError::Group { scores: scores.len(), group_size });
+        return Err(AdvantageError::Group {
+            scores: scores.len(),
+            group_size,
+        });
     }
     let mut keep = Vec::with_capacity(scores.len());
     for group in scores.chunks_exact(group_size) {
@@ -310,17 +344,27 @@ pub struct ChunkLayout {
 impl ChunkLayout {
     /// The grid of whole chunks.
     pub fn chunk_grid(self) -> Layout {
-        Layout { steps: self.chunks, envs: self.envs }
+        Layout {
+            steps: self.chunks,
+            envs: self.envs,
+        }
     }
 
     /// The grid of primitive steps.
     pub fn step_grid(self) -> Layout {
-        Layout { steps: self.chunks * self.chunk_len, envs: self.envs }
+        Layout {
+            steps: self.chunks * self.chunk_len,
+            envs: self.envs,
+        }
     }
 
     fn check(self, name: &'static str, found: usize) -> Result<()> {
         let expected = self.chunks * self.envs * self.chunk_len;
-        if found == expected { Ok(()) } else { Err(AdvantageError::Length { name, expected, found }) }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(AdvantageError::Length { name, expected, found })
+        }
     }
 }
 
@@ -328,19 +372,29 @@ impl ChunkLayout {
 pub fn chunk_sum(layout: ChunkLayout, rewards: &[f32]) -> Result<Vec<f32>> {
     layout.check("rewards", rewards.len())?;
     let chunk_len = layout.chunk_len.max(1);
-    Ok(rewards.chunks_exact(chunk_len).map(|chunk| chunk.iter().map(|r| f64::from(*r)).sum::<f64>() as f32).collect())
+    Ok(rewards
+        .chunks_exact(chunk_len)
+        .map(|chunk| chunk.iter().map(|r| f64::from(*r)).sum::<f64>() as f32)
+        .collect())
 }
 
 /// Chunk-level flag: whether it is set anywhere in the chunk, `[chunks, envs, chunk_len]` to `[chunks, envs]`.
 pub fn chunk_any(layout: ChunkLayout, flags: &[bool]) -> Result<Vec<bool>> {
     layout.check("flags", flags.len())?;
-    Ok(flags.chunks_exact(layout.chunk_len.max(1)).map(|chunk| chunk.contains(&true)).collect())
+    Ok(flags
+        .chunks_exact(layout.chunk_len.max(1))
+        .map(|chunk| chunk.contains(&true))
+        .collect())
 }
 
 /// Action-level layout: `[chunks, envs, chunk_len]` to `[chunks * chunk_len, envs]`, time running through each chunk.
 pub fn steps_from_chunks<T: Copy>(layout: ChunkLayout, data: &[T]) -> Result<Vec<T>> {
     layout.check("data", data.len())?;
-    let ChunkLayout { chunks, envs, chunk_len } = layout;
+    let ChunkLayout {
+        chunks,
+        envs,
+        chunk_len,
+    } = layout;
     let mut steps = Vec::with_capacity(data.len());
     for chunk in 0..chunks {
         for step in 0..chunk_len {
@@ -353,7 +407,11 @@ pub fn steps_from_chunks<T: Copy>(layout: ChunkLayout, data: &[T]) -> Result<Vec
 /// Inverse of [`steps_from_chunks`].
 pub fn chunks_from_steps<T: Copy>(layout: ChunkLayout, data: &[T]) -> Result<Vec<T>> {
     layout.check("data", data.len())?;
-    let ChunkLayout { chunks, envs, chunk_len } = layout;
+    let ChunkLayout {
+        chunks,
+        envs,
+        chunk_len,
+    } = layout;
     let mut rows = Vec::with_capacity(data.len());
     for chunk in 0..chunks {
         for env in 0..envs {
@@ -368,7 +426,11 @@ pub fn chunks_from_steps<T: Copy>(layout: ChunkLayout, data: &[T]) -> Result<Vec
 pub fn stack_epochs<T: Copy>(epochs: usize, rows: usize, row_len: usize, data: &[T]) -> Result<Vec<T>> {
     let expected = epochs * rows * row_len;
     if data.len() != expected {
-        return Err(AdvantageError::Length { name: "data", expected, found: data.len() });
+        return Err(AdvantageError::Length {
+            name: "data",
+            expected,
+            found: data.len(),
+        });
     }
     let mut stacked = Vec::with_capacity(expected);
     for row in 0..rows {
@@ -417,18 +479,34 @@ pub const ESTIMATORS: [(&str, Estimator); 3] = [("gae", gae_episodes), ("grpo", 
 
 /// The advantage estimator of this name (`algorithm.advantage` of the configuration); see [`ESTIMATORS`].
 pub fn estimator(name: &str) -> Option<Estimator> {
-    ESTIMATORS.iter().find(|(known, _)| *known == name).map(|(_, estimator)| *estimator)
+    ESTIMATORS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, estimator)| *estimator)
 }
 
 fn gae_episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let one = |(index, episode): (usize, &Episode<'_>)| {
         let (steps, values) = (episode.rewards.len(), episode.values.len());
         if steps != values {
-            return Err(AdvantageError::NoValues { episode: index, steps, values });
+            return Err(AdvantageError::NoValues {
+                episode: index,
+                steps,
+                values,
+            });
         }
-        let advantages =
-            gae_episode(episode.rewards, episode.values, episode.final_value, settings.gamma, settings.gae_lambda);
-        let returns = advantages.iter().zip(episode.values).map(|(advantage, value)| advantage + value).collect();
+        let advantages = gae_episode(
+            episode.rewards,
+            episode.values,
+            episode.final_value,
+            settings.gamma,
+            settings.gae_lambda,
+        );
+        let returns = advantages
+            .iter()
+            .zip(episode.values)
+            .map(|(advantage, value)| advantage + value)
+            .collect();
         Ok(Advantages { advantages, returns })
     };
     episodes.iter().enumerate().map(one).collect()
@@ -446,20 +524,29 @@ fn grpo_episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Resu
     }
     let one = |episode: &Episode<'_>| {
         let (mean, std) = spreads.get(&episode.group).copied().unwrap_or((0.0, 0.0));
-        constant(episode, ((f64::from(episode.score()) - mean) / (std + GROUP_EPS)) as f32)
+        constant(
+            episode,
+            ((f64::from(episode.score()) - mean) / (std + GROUP_EPS)) as f32,
+        )
     };
     Ok(episodes.iter().map(one).collect())
 }
 
 fn raw_episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
-    Ok(episodes.iter().map(|episode| constant(episode, episode.score())).collect())
+    Ok(episodes
+        .iter()
+        .map(|episode| constant(episode, episode.score()))
+        .collect())
 }
 
 /// The same advantage for every chunk; the returns are the undiscounted rewards to go.
 fn constant(episode: &Episode<'_>, advantage: f32) -> Advantages {
     let zeros = vec![0.0; episode.rewards.len()];
     let returns = gae_episode(episode.rewards, &zeros, 0.0, 1.0, 1.0);
-    Advantages { advantages: vec![advantage; episode.rewards.len()], returns }
+    Advantages {
+        advantages: vec![advantage; episode.rewards.len()],
+        returns,
+    }
 }
 
 #[cfg(test)]
@@ -470,7 +557,9 @@ mod tests {
     fn numbers(seed: u64, count: usize) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_862_933_555_777_941_757).wrapping_add(3_037_000_493);
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             ((state >> 40) as f32) / 8_388_608.0 - 1.0
         };
         (0..count).map(|_| next()).collect()
@@ -484,7 +573,10 @@ mod tests {
     fn ragged_and_grid_gae_agree() {
         // property: episodes of any length and any kind of end, laid out one after the other in each grid column
         for seed in 0..64u64 {
-            let layout = Layout { steps: 2 + (seed % 13) as usize, envs: 1 + (seed % 5) as usize };
+            let layout = Layout {
+                steps: 2 + (seed % 13) as usize,
+                envs: 1 + (seed % 5) as usize,
+            };
             let rewards = numbers(seed, layout.len());
             let values = numbers(seed + 1000, layout.len() + layout.envs);
             let final_values = numbers(seed + 2000, layout.len());
@@ -508,9 +600,8 @@ mod tests {
                     if !(terminated[at] || truncated[at] || last) {
                         continue;
                     }
-                    let column = |data: &[f32]| -> Vec<f32> {
-                        (start..=step).map(|t| data[t * layout.envs + env]).collect()
-                    };
+                    let column =
+                        |data: &[f32]| -> Vec<f32> { (start..=step).map(|t| data[t * layout.envs + env]).collect() };
                     let final_value = match (terminated[at], truncated[at]) {
                         (true, _) => 0.0,
                         (false, true) => final_values[at],
@@ -558,15 +649,36 @@ mod tests {
 
     #[test]
     fn the_registry_knows_its_names_and_refuses_what_it_cannot_estimate() {
-        let settings = EstimatorSettings { gamma: 0.99, gae_lambda: 0.95 };
+        let settings = EstimatorSettings {
+            gamma: 0.99,
+            gae_lambda: 0.95,
+        };
         assert!(estimator("reinpp").is_none());
         let rewards = [0.0, 1.0];
-        let episode = Episode { rewards: &rewards, values: &[], final_value: 0.0, group: 3 };
+        let episode = Episode {
+            rewards: &rewards,
+            values: &[],
+            final_value: 0.0,
+            group: 3,
+        };
         let gae = estimator("gae").unwrap();
-        assert!(gae(&[episode], settings).unwrap_err().to_string().contains("has 0 for 2 steps"));
+        assert!(
+            gae(&[episode], settings)
+                .unwrap_err()
+                .to_string()
+                .contains("has 0 for 2 steps")
+        );
         let grpo = estimator("grpo").unwrap();
-        assert!(grpo(&[episode], settings).unwrap_err().to_string().contains("group 3 has 1 episode"));
-        let failed = Episode { rewards: &[0.0], ..episode };
+        assert!(
+            grpo(&[episode], settings)
+                .unwrap_err()
+                .to_string()
+                .contains("group 3 has 1 episode")
+        );
+        let failed = Episode {
+            rewards: &[0.0],
+            ..episode
+        };
         let both = grpo(&[episode, failed], settings).unwrap();
         assert!(close(both[0].advantages[1], std::f32::consts::FRAC_1_SQRT_2));
         assert!(close(both[1].advantages[0], -std::f32::consts::FRAC_1_SQRT_2));

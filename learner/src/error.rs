@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use policy::{bundle::BundleError, config::ConfigError, prompt::PromptError, weights::WeightsError};
-use wire::{array::ArrayError, socket::SocketError};
+use wire::socket::SocketError;
 
-use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError};
+use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError, rollout::RecordError};
 
 /// An error of the learner.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ pub enum LearnerError {
         /// Episode.
         episode: u64,
         /// What is wrong.
-        source: ArrayError,
+        source: RecordError,
     },
     /// A record that cannot be used.
     #[error("trajectory of env {env}, episode {episode}: {detail}")]

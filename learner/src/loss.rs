@@ -92,7 +92,12 @@ pub fn align(name: &'static str, tensor: &Tensor, like_name: &'static str, like:
         shape.pop();
     }
     if shape.is_empty() != expected.is_empty() || !expected.starts_with(&shape) {
-        return Err(LossError::Shape { name, found, like: like_name, expected });
+        return Err(LossError::Shape {
+            name,
+            found,
+            like: like_name,
+            expected,
+        });
     }
     shape.resize(expected.len(), 1);
     Ok(tensor.reshape(shape))
@@ -101,7 +106,9 @@ pub fn align(name: &'static str, tensor: &Tensor, like_name: &'static str, like:
 /// Mean over the elements whose mask is set, the mask spread over `values` first; 0 with no such element. `mask` has
 /// the rank of `values`. Masked elements do not reach the result even if they are not finite.
 pub fn masked_mean(values: &Tensor, mask: Option<&Tensor>) -> Tensor {
-    let Some(mask) = mask else { return values.mean(values.kind()) };
+    let Some(mask) = mask else {
+        return values.mean(values.kind());
+    };
     let mask = mask.to_kind(Kind::Bool).expand_as(values);
     let count = mask.sum(Kind::Int64).clamp_min(1).to_kind(values.kind());
     values.masked_fill(&mask.logical_not(), 0.0).sum(values.kind()) / count
@@ -112,7 +119,10 @@ pub fn masked_mean(values: &Tensor, mask: Option<&Tensor>) -> Tensor {
 /// as masked.
 pub fn episode_weighted_mean(values: &Tensor, mask: &Tensor, episode_len: &Tensor, episode_steps: f64) -> Tensor {
     let episode_len = episode_len.to_kind(values.kind());
-    let valid = mask.to_kind(Kind::Bool).logical_and(&episode_len.ge(1)).expand_as(values);
+    let valid = mask
+        .to_kind(Kind::Bool)
+        .logical_and(&episode_len.ge(1))
+        .expand_as(values);
     let weighted = values * episode_steps / episode_len.clamp_min(1.0);
     weighted.masked_fill(&valid.logical_not(), 0.0).mean(values.kind())
 }
@@ -135,11 +145,18 @@ pub fn dual_clip(surrogate: &Tensor, advantage: &Tensor, bound: f64) -> Tensor {
 /// Hilton et al. 2022, section 3): `old + alpha (current - old)` with
 /// `alpha = clamp((v - 1 - v_b) / (v - v_b), 0, 1)`, `v` the learner's version and `v_b` the one that acted. It carries
 /// no gradient; an unknown version (negative) gives the behaviour policy's own.
-pub fn interpolated_proximal(logprob: &Tensor, old_logprob: &Tensor, versions: &Tensor, current: f64) -> Result<Tensor> {
+pub fn interpolated_proximal(
+    logprob: &Tensor,
+    old_logprob: &Tensor,
+    versions: &Tensor,
+    current: f64,
+) -> Result<Tensor> {
     let versions = align("versions", &versions.to_kind(logprob.kind()), "logprob", logprob)?;
     let lag = versions.neg() + current;
     // a lag of 0 means the current policy acted: alpha is then clamped to 0 from minus infinity
-    let alpha = ((&lag - 1.0) / lag.clamp_min(1e-6)).clamp(0.0, 1.0).masked_fill(&versions.lt(0), 0.0);
+    let alpha = ((&lag - 1.0) / lag.clamp_min(1e-6))
+        .clamp(0.0, 1.0)
+        .masked_fill(&versions.lt(0), 0.0);
     Ok((old_logprob + alpha * (logprob.detach() - old_logprob)).detach())
 }
 
@@ -213,7 +230,16 @@ pub struct ActorLoss {
 /// The clipped policy loss of PPO (Schulman et al. 2017, eq. 7; dual clip as in Ye et al. 2020, eq. 5).
 /// A masked element gives neither loss nor gradient, even where its ratio overflows.
 pub fn ppo_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
-    actor_loss(&ActorInput { proximal_logprob: None, ..*input }, &ActorSettings { behaviour_ratio_max: None, ..*settings })
+    actor_loss(
+        &ActorInput {
+            proximal_logprob: None,
+            ..*input
+        },
+        &ActorSettings {
+            behaviour_ratio_max: None,
+            ..*settings
+        },
+    )
 }
 
 /// Decoupled PPO (Hilton et al. 2022, eq. 4): the surrogate clips against the proximal policy and each element is
@@ -232,11 +258,15 @@ fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorL
         None => old_logprob.shallow_clone(),
     };
     let given_mask = match input.mask {
-        Some(mask) => align("mask", mask, "logprob", &logprob)?.to_kind(Kind::Bool).expand_as(&logprob),
+        Some(mask) => align("mask", mask, "logprob", &logprob)?
+            .to_kind(Kind::Bool)
+            .expand_as(&logprob),
         None => logprob.ones_like().to_kind(Kind::Bool).detach(),
     };
 
-    let behaviour_ratio = (&proximal - &old_logprob).masked_fill(&given_mask.logical_not(), 0.0).exp();
+    let behaviour_ratio = (&proximal - &old_logprob)
+        .masked_fill(&given_mask.logical_not(), 0.0)
+        .exp();
     let mask = match settings.behaviour_ratio_max {
         Some(bound) => given_mask.logical_and(&behaviour_ratio.le(bound)),
         None => given_mask.shallow_clone(),
@@ -253,7 +283,12 @@ fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorL
         None => surrogate.shallow_clone(),
     };
     let weighted = &bounded * &behaviour_ratio;
-    let loss = aggregate(&weighted, input.mask.map(|_| &mask), input.episode_len, settings.episode_steps)?;
+    let loss = aggregate(
+        &weighted,
+        input.mask.map(|_| &mask),
+        input.episode_len,
+        settings.episode_steps,
+    )?;
 
     let metrics = tch::no_grad(|| {
         let mean = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&mask));
@@ -272,8 +307,17 @@ fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorL
             dropped,
         ])
     })?;
-    let [policy_loss, ratio, ratio_deviation, ratio_deviation_max, approx_kl, approx_kl_k1, clip, dual, behaviour] =
-        metrics;
+    let [
+        policy_loss,
+        ratio,
+        ratio_deviation,
+        ratio_deviation_max,
+        approx_kl,
+        approx_kl_k1,
+        clip,
+        dual,
+        behaviour,
+    ] = metrics;
     let metrics = ActorMetrics {
         policy_loss,
         ratio,
@@ -304,7 +348,10 @@ fn aggregate(
 }
 
 fn read_metrics<const N: usize>(scalars: &[Tensor; N]) -> Result<[f64; N]> {
-    let scalars: Vec<Tensor> = scalars.iter().map(|scalar| scalar.detach().to_kind(Kind::Double)).collect();
+    let scalars: Vec<Tensor> = scalars
+        .iter()
+        .map(|scalar| scalar.detach().to_kind(Kind::Double))
+        .collect();
     let mut values = [0.0; N];
     Tensor::f_stack(&scalars, 0)
         .and_then(|stacked| stacked.f_to_device(tch::Device::Cpu))
@@ -408,7 +455,11 @@ pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Re
     let old_value = companion("old_value", input.old_value)?.detach().expand_as(&value);
     let returns = companion("returns", input.returns)?.detach().expand_as(&value);
     let mask = match input.mask {
-        Some(mask) => Some(align("mask", mask, "value", &value)?.to_kind(Kind::Bool).expand_as(&value)),
+        Some(mask) => Some(
+            align("mask", mask, "value", &value)?
+                .to_kind(Kind::Bool)
+                .expand_as(&value),
+        ),
         None => None,
     };
     let moved = &value - &old_value;
@@ -424,7 +475,9 @@ pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Re
             Some(clip) => moved.abs().gt(clip).to_kind(Kind::Float),
             None => moved.zeros_like(),
         };
-        let valid = mask.as_ref().map_or_else(|| value.ones_like(), |mask| mask.to_kind(Kind::Float));
+        let valid = mask
+            .as_ref()
+            .map_or_else(|| value.ones_like(), |mask| mask.to_kind(Kind::Float));
         let total = |values: &Tensor| {
             let kept = values.to_kind(Kind::Double).masked_fill(&valid.eq(0), 0.0);
             kept.sum(Kind::Double)
@@ -440,9 +493,30 @@ pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Re
             total(&error.to_kind(Kind::Double).square()),
         ])
     })?;
-    let [value_loss, value_clip_fraction, count, returns_sum, returns_sq_sum, errors_sum, errors_sq_sum] = metrics;
-    let explained_variance = ExplainedVariance { count, returns_sum, returns_sq_sum, errors_sum, errors_sq_sum };
-    Ok(CriticLoss { loss, metrics: CriticMetrics { value_loss, value_clip_fraction, explained_variance } })
+    let [
+        value_loss,
+        value_clip_fraction,
+        count,
+        returns_sum,
+        returns_sq_sum,
+        errors_sum,
+        errors_sq_sum,
+    ] = metrics;
+    let explained_variance = ExplainedVariance {
+        count,
+        returns_sum,
+        returns_sq_sum,
+        errors_sum,
+        errors_sq_sum,
+    };
+    Ok(CriticLoss {
+        loss,
+        metrics: CriticMetrics {
+            value_loss,
+            value_clip_fraction,
+            explained_variance,
+        },
+    })
 }
 
 /// Mean entropy of the valid elements; the mask is spread over the entropy's trailing dimensions, never over rows.
@@ -493,17 +567,32 @@ pub type PolicyLossFn = fn(&PolicyInput<'_>, &PolicySettings) -> Result<PolicyLo
 
 /// The one table of policy losses. `critic` is the loss of the critic's warm-up: the policy stays as it is.
 pub const POLICY_LOSSES: [(&str, PolicyLossFn); 4] = [
-    ("actor", |input, settings| combine("actor", input, settings, Some(ppo_actor_loss), false)),
-    ("critic", |input, settings| combine("critic", input, settings, None, true)),
-    ("actor_critic", |input, settings| combine("actor_critic", input, settings, Some(ppo_actor_loss), true)),
+    ("actor", |input, settings| {
+        combine("actor", input, settings, Some(ppo_actor_loss), false)
+    }),
+    ("critic", |input, settings| {
+        combine("critic", input, settings, None, true)
+    }),
+    ("actor_critic", |input, settings| {
+        combine("actor_critic", input, settings, Some(ppo_actor_loss), true)
+    }),
     ("decoupled_actor_critic", |input, settings| {
-        combine("decoupled_actor_critic", input, settings, Some(decoupled_actor_loss), true)
+        combine(
+            "decoupled_actor_critic",
+            input,
+            settings,
+            Some(decoupled_actor_loss),
+            true,
+        )
     }),
 ];
 
 /// The policy loss of this name (`algorithm.loss` of the configuration); see [`POLICY_LOSSES`].
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
-    POLICY_LOSSES.iter().find(|(known, _)| *known == name).map(|(_, loss)| *loss)
+    POLICY_LOSSES
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, loss)| *loss)
 }
 
 type ActorLossFn = fn(&ActorInput<'_>, &ActorSettings) -> Result<ActorLoss>;
@@ -518,7 +607,12 @@ fn combine(
 ) -> Result<PolicyLoss> {
     let missing = |input| LossError::Missing { loss: name, input };
     let mut terms: Vec<Tensor> = Vec::new();
-    let mut whole = PolicyLoss { loss: Tensor::new(), actor: None, critic: None, entropy: None };
+    let mut whole = PolicyLoss {
+        loss: Tensor::new(),
+        actor: None,
+        critic: None,
+        entropy: None,
+    };
     if let Some(actor_loss) = actor_loss {
         let actor_input = input.actor.as_ref().ok_or_else(|| missing("actor"))?;
         let actor = actor_loss(actor_input, &settings.actor)?;
@@ -539,7 +633,10 @@ fn combine(
         terms.push(critic.loss * settings.value_coef);
         whole.critic = Some(critic.metrics);
     }
-    whole.loss = terms.into_iter().reduce(|sum, term| sum + term).ok_or_else(|| missing("actor"))?;
+    whole.loss = terms
+        .into_iter()
+        .reduce(|sum, term| sum + term)
+        .ok_or_else(|| missing("actor"))?;
     Ok(whole)
 }
 
@@ -554,7 +651,14 @@ mod tests {
     #[test]
     fn a_companion_is_never_spread_over_rows() {
         let like = Tensor::zeros([4, 3], (Kind::Float, tch::Device::Cpu));
-        let aligned = |shape: &[i64]| align("mask", &Tensor::zeros(shape, (Kind::Float, like.device())), "like", &like);
+        let aligned = |shape: &[i64]| {
+            align(
+                "mask",
+                &Tensor::zeros(shape, (Kind::Float, like.device())),
+                "like",
+                &like,
+            )
+        };
         assert_eq!(aligned(&[4]).unwrap().size(), [4, 1]);
         assert_eq!(aligned(&[4, 1, 1]).unwrap().size(), [4, 1]);
         assert_eq!(aligned(&[4, 3]).unwrap().size(), [4, 3]);
@@ -586,7 +690,11 @@ mod tests {
                 episode_steps: None,
                 behaviour_ratio_max: None,
             },
-            critic: CriticSettings { value_clip: None, huber_delta: 1.0, episode_steps: None },
+            critic: CriticSettings {
+                value_clip: None,
+                huber_delta: 1.0,
+                episode_steps: None,
+            },
             value_coef: 1.0,
             entropy_coef: 0.0,
         };
@@ -600,9 +708,18 @@ mod tests {
     fn explained_variance_of_a_union_is_that_of_the_whole() {
         let critic = |value: &[f32], returns: &[f32]| {
             let (value, returns) = (f(value), f(returns));
-            let input =
-                CriticInput { value: &value, old_value: &value, returns: &returns, mask: None, episode_len: None };
-            let settings = CriticSettings { value_clip: None, huber_delta: 1.0, episode_steps: None };
+            let input = CriticInput {
+                value: &value,
+                old_value: &value,
+                returns: &returns,
+                mask: None,
+                episode_len: None,
+            };
+            let settings = CriticSettings {
+                value_clip: None,
+                huber_delta: 1.0,
+                episode_steps: None,
+            };
             ppo_critic_loss(&input, &settings).unwrap().metrics.explained_variance
         };
         let whole = critic(&[0.1, 0.9, 0.4, 0.6], &[0.0, 1.0, 0.0, 1.0]);
@@ -610,7 +727,10 @@ mod tests {
         merged.merge(&critic(&[0.4, 0.6], &[0.0, 1.0]));
         let (whole, merged) = (whole.value().unwrap(), merged.value().unwrap());
         // errors -0.1, 0.1, -0.4, 0.4: variance 0.085 against 0.25
-        assert!((whole - 0.66).abs() < 1e-6 && (merged - whole).abs() < 1e-12, "{whole} {merged}");
+        assert!(
+            (whole - 0.66).abs() < 1e-6 && (merged - whole).abs() < 1e-12,
+            "{whole} {merged}"
+        );
         assert!(critic(&[0.0, 0.0], &[1.0, 1.0]).value().is_none());
     }
 }

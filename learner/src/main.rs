@@ -1,2 +1,96 @@
-//! stub
-fn main() {}
+//! `learner`: supervised stages, online RL and evaluation of pi0 and pi0.5 policies.
+
+use std::{io::Write, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+use learner::{native, train};
+use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
+
+/// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Config {
+    /// Configuration of the run (configs/README.md explains every key).
+    #[arg(long)]
+    config: PathBuf,
+    /// Override a key, like `--set algorithm.gamma=0.99`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Pre-train (when configured) and fine-tune on demonstrations; writes OUTPUT_DIR/sft/model.safetensors.
+    Sft(Config),
+    /// Train with online RL from the SFT checkpoint; publishes a policy version per iteration.
+    Train(Config),
+    /// Measure success of bundles on unseen episodes (ODE sampling, fixed seeds).
+    Eval {
+        #[command(flatten)]
+        config: Config,
+        /// A bundle; give several to compare them on the same episodes.
+        #[arg(long, required = true)]
+        bundle: Vec<PathBuf>,
+        /// Episodes; the configuration's `env.eval.episodes` when absent.
+        #[arg(long)]
+        episodes: Option<usize>,
+        /// Write a GIF of one episode under each bundle.
+        #[arg(long)]
+        gif: Option<PathBuf>,
+        /// Write the results as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+}
+
+fn plan(config: &Config) -> anyhow::Result<RunPlan> {
+    Ok(RunPlan::new(RunConfig::load(&config.config, &config.overrides)?)?)
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),
+        Command::Train(config) => Ok(train::train(&plan(&config)?)?),
+        Command::Eval { config, bundle, episodes, gif, json } => {
+            let plan = plan(&config)?;
+            let episodes = episodes.unwrap_or(plan.config.env.eval.episodes);
+            let results = train::eval(&plan, &bundle, episodes, gif.as_deref())?;
+            let mut out = std::io::stdout();
+            for (version, success) in &results {
+                writeln!(out, "version {version}: success {success:.3} on {episodes} unseen episodes")?;
+            }
+            if let Some(path) = json {
+                let list: Vec<_> = results
+                    .iter()
+                    .map(|(version, success)| {
+                        serde_json::json!({ "version": version, "success": success, "episodes": episodes })
+                    })
+                    .collect();
+                write_atomic(&path, &serde_json::to_vec_pretty(&list)?)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    native::register_cuda();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

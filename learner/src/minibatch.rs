@@ -23,12 +23,10 @@ impl ShuffleSeed {
     /// repeats it.
     fn generator(self) -> ChaCha8Rng {
         let mut key = [0; 32];
-        for (slot, word) in key.chunks_exact_mut(8).zip([
-            self.run,
-            self.iteration,
-            self.epoch,
-            u64::from_le_bytes(*b"shuffle\0"),
-        ]) {
+        for (slot, word) in
+            key.chunks_exact_mut(8)
+                .zip([self.run, self.iteration, self.epoch, u64::from_le_bytes(*b"shuffle\0")])
+        {
             slot.copy_from_slice(&word.to_le_bytes());
         }
         ChaCha8Rng::from_seed(key)
@@ -83,7 +81,13 @@ pub struct MicroBatch<'a> {
 pub fn micro_batches(minibatch: &[usize], micro_batch_size: usize) -> Vec<MicroBatch<'_>> {
     let parts = minibatch.len().div_ceil(micro_batch_size.max(1));
     let weight = |rows: &[usize]| rows.len() as f64 / minibatch.len() as f64;
-    split_evenly(minibatch, parts).into_iter().map(|rows| MicroBatch { rows, weight: weight(rows) }).collect()
+    split_evenly(minibatch, parts)
+        .into_iter()
+        .map(|rows| MicroBatch {
+            rows,
+            weight: weight(rows),
+        })
+        .collect()
 }
 
 fn split_evenly(rows: &[usize], parts: usize) -> Vec<&[usize]> {
@@ -101,7 +105,11 @@ fn split_evenly(rows: &[usize], parts: usize) -> Vec<&[usize]> {
 mod tests {
     use super::*;
 
-    const SEED: ShuffleSeed = ShuffleSeed { run: 7, iteration: 3, epoch: 0 };
+    const SEED: ShuffleSeed = ShuffleSeed {
+        run: 7,
+        iteration: 3,
+        epoch: 0,
+    };
 
     #[test]
     fn every_epoch_of_every_iteration_is_another_permutation_and_a_seed_repeats_its_own() {
@@ -124,7 +132,9 @@ mod tests {
         // 6000 shuffles of 3 rows: each of the 6 orders about 1000 times, standard deviation 29; 150 is 5 of them
         let mut counts = std::collections::BTreeMap::new();
         for epoch in 0..6000 {
-            *counts.entry(permutation(3, ShuffleSeed { epoch, ..SEED })).or_insert(0i32) += 1;
+            *counts
+                .entry(permutation(3, ShuffleSeed { epoch, ..SEED }))
+                .or_insert(0i32) += 1;
         }
         assert_eq!(counts.len(), 6);
         assert!(counts.values().all(|count| (count - 1000).abs() < 150), "{counts:?}");
@@ -132,9 +142,16 @@ mod tests {
 
     #[test]
     fn minibatches_take_every_row_once_and_differ_by_one_row_at_most() {
-        for (rows, size, expected) in
-            [(0, 800, 0), (1, 800, 1), (399, 800, 1), (1199, 800, 1), (1200, 800, 2), (2000, 800, 3), (5, 1, 5), (3, 0, 3)]
-        {
+        for (rows, size, expected) in [
+            (0, 800, 0),
+            (1, 800, 1),
+            (399, 800, 1),
+            (1199, 800, 1),
+            (1200, 800, 2),
+            (2000, 800, 3),
+            (5, 1, 5),
+            (3, 0, 3),
+        ] {
             let order = permutation(rows, SEED);
             let split = minibatches(&order, size);
             assert_eq!(split.len(), expected, "{rows} rows of {size}");

@@ -83,12 +83,20 @@ impl AdamWSettings {
     fn check(&self) -> Result<()> {
         for (name, found) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             if !(0.0..1.0).contains(&found) {
-                return Err(OptimError::Setting { name, range: "in [0, 1)", found });
+                return Err(OptimError::Setting {
+                    name,
+                    range: "in [0, 1)",
+                    found,
+                });
             }
         }
         for (name, found) in [("eps", self.eps), ("clip_norm", self.clip_norm.unwrap_or(1.0))] {
             if found <= 0.0 || !found.is_finite() {
-                return Err(OptimError::Setting { name, range: "above 0", found });
+                return Err(OptimError::Setting {
+                    name,
+                    range: "above 0",
+                    found,
+                });
             }
         }
         Ok(())
@@ -157,7 +165,11 @@ impl AdamW {
         for group in groups {
             for (name, found) in [("lr", group.lr), ("weight_decay", group.weight_decay)] {
                 if found < 0.0 || !found.is_finite() {
-                    return Err(OptimError::Setting { name, range: "finite and not negative", found });
+                    return Err(OptimError::Setting {
+                        name,
+                        range: "finite and not negative",
+                        found,
+                    });
                 }
             }
             let mut slots = Vec::with_capacity(group.params.len());
@@ -167,9 +179,19 @@ impl AdamW {
                 }
                 slots.push(Slot::new(name, param)?);
             }
-            built.push(Group { name: group.name, lr: group.lr, weight_decay: group.weight_decay, slots });
+            built.push(Group {
+                name: group.name,
+                lr: group.lr,
+                weight_decay: group.weight_decay,
+                slots,
+            });
         }
-        Ok(Self { settings, groups: built, updates: 0, skipped: 0 })
+        Ok(Self {
+            settings,
+            groups: built,
+            updates: 0,
+            skipped: 0,
+        })
     }
 
     /// Steps taken; skipped ones are not among them.
@@ -184,7 +206,10 @@ impl AdamW {
 
     /// Name and learning rate of each group under this schedule factor.
     pub fn learning_rates(&self, lr_factor: f64) -> Vec<(&str, f64)> {
-        self.groups.iter().map(|group| (group.name.as_str(), group.lr * lr_factor)).collect()
+        self.groups
+            .iter()
+            .map(|group| (group.name.as_str(), group.lr * lr_factor))
+            .collect()
     }
 
     /// Forgets the gradients of all parameters.
@@ -220,22 +245,36 @@ impl AdamW {
         let grad_norm = self.grad_norm()?;
         if !grad_norm.is_finite() {
             self.skipped += 1;
-            return Ok(StepReport { grad_norm, clip_coefficient: 1.0, skipped: true });
+            return Ok(StepReport {
+                grad_norm,
+                clip_coefficient: 1.0,
+                skipped: true,
+            });
         }
-        let clip_coefficient = self.settings.clip_norm.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+        let clip_coefficient = self
+            .settings
+            .clip_norm
+            .map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         let settings = self.settings;
         tch::no_grad(|| {
             for group in &mut self.groups {
                 let (lr, weight_decay) = (group.lr * lr_factor, group.weight_decay);
                 for slot in &mut group.slots {
                     slot.step(&settings, lr, weight_decay, clip_coefficient)
-                        .map_err(|source| OptimError::Update { name: slot.name.clone(), source })?;
+                        .map_err(|source| OptimError::Update {
+                            name: slot.name.clone(),
+                            source,
+                        })?;
                 }
             }
             Ok::<_, OptimError>(())
         })?;
         self.updates += 1;
-        Ok(StepReport { grad_norm, clip_coefficient, skipped: false })
+        Ok(StepReport {
+            grad_norm,
+            clip_coefficient,
+            skipped: false,
+        })
     }
 
     /// Everything that the next step depends on beside the parameters: `m.NAME`, `v.NAME`, `steps.NAME`,
@@ -262,18 +301,28 @@ impl AdamW {
     pub fn load_state(&mut self, saved: &BTreeMap<String, Tensor>) -> Result<()> {
         let own = self.state();
         for (name, tensor) in &own {
-            let found = saved.get(name).ok_or_else(|| OptimError::MissingState { name: name.clone() })?;
+            let found = saved
+                .get(name)
+                .ok_or_else(|| OptimError::MissingState { name: name.clone() })?;
             if found.kind() != tensor.kind() || found.size() != tensor.size() {
                 let describe = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
                 let (expected, found) = (describe(tensor), describe(found));
-                return Err(OptimError::StateShape { name: name.clone(), expected, found });
+                return Err(OptimError::StateShape {
+                    name: name.clone(),
+                    expected,
+                    found,
+                });
             }
         }
         if let Some(name) = saved.keys().find(|name| !own.contains_key(*name)) {
             return Err(OptimError::UnknownState { name: name.clone() });
         }
-        let tensor =
-            |name: String| saved.get(&name).map(Tensor::shallow_clone).ok_or(OptimError::MissingState { name });
+        let tensor = |name: String| {
+            saved
+                .get(&name)
+                .map(Tensor::shallow_clone)
+                .ok_or(OptimError::MissingState { name })
+        };
         tch::no_grad(|| {
             for slot in self.groups.iter_mut().flat_map(|group| &mut group.slots) {
                 slot.m.f_copy_(&tensor(format!("m.{}", slot.name))?)?;
@@ -295,9 +344,20 @@ impl AdamW {
 impl Slot {
     fn new(name: String, param: Tensor) -> Result<Self> {
         let value = param.detach();
-        let master = if param.kind() == Kind::Float { None } else { Some(value.f_to_kind(Kind::Float)?) };
+        let master = if param.kind() == Kind::Float {
+            None
+        } else {
+            Some(value.f_to_kind(Kind::Float)?)
+        };
         let zeros = || Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
-        Ok(Self { m: zeros()?, v: zeros()?, name, param, master, steps: 0 })
+        Ok(Self {
+            m: zeros()?,
+            v: zeros()?,
+            name,
+            param,
+            master,
+            steps: 0,
+        })
     }
 
     fn grad(&self) -> Option<Tensor> {
@@ -359,11 +419,19 @@ pub struct Schedule {
 
 impl Schedule {
     /// The same learning rate at every step.
-    pub const CONSTANT: Self = Self { warmup_steps: 0, warmup_start: 0.0, decay: Decay::Constant };
+    pub const CONSTANT: Self = Self {
+        warmup_steps: 0,
+        warmup_start: 0.0,
+        decay: Decay::Constant,
+    };
 
     /// A linear rise over `warmup_steps` steps that begins at `1 / (warmup_steps + 1)`, so that the first step counts.
     pub fn warmup(warmup_steps: u64, decay: Decay) -> Self {
-        Self { warmup_steps, warmup_start: 1.0 / (warmup_steps as f64 + 1.0), decay }
+        Self {
+            warmup_steps,
+            warmup_start: 1.0 / (warmup_steps as f64 + 1.0),
+            decay,
+        }
     }
 
     /// Factor of the learning rate at the optimizer step `step`, counted from 0.
@@ -374,7 +442,10 @@ impl Schedule {
         }
         match self.decay {
             Decay::Constant => 1.0,
-            Decay::Cosine { total_steps, min_factor } => {
+            Decay::Cosine {
+                total_steps,
+                min_factor,
+            } => {
                 let span = total_steps.saturating_sub(self.warmup_steps).max(1);
                 let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
                 min_factor + (1.0 - min_factor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
@@ -387,15 +458,32 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    const SETTINGS: AdamWSettings = AdamWSettings { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm: Some(1.0) };
+    const SETTINGS: AdamWSettings = AdamWSettings {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        clip_norm: Some(1.0),
+    };
 
     fn leaf(values: &[f32], kind: Kind) -> Tensor {
         Tensor::from_slice(values).to_kind(kind).set_requires_grad(true)
     }
 
     fn adamw(lr: f64, params: Vec<(&str, &Tensor)>) -> AdamW {
-        let params = params.into_iter().map(|(name, param)| (name.to_owned(), param.shallow_clone())).collect();
-        AdamW::new(SETTINGS, vec![ParamGroup { name: "actor".to_owned(), lr, weight_decay: 0.0, params }]).unwrap()
+        let params = params
+            .into_iter()
+            .map(|(name, param)| (name.to_owned(), param.shallow_clone()))
+            .collect();
+        AdamW::new(
+            SETTINGS,
+            vec![ParamGroup {
+                name: "actor".to_owned(),
+                lr,
+                weight_decay: 0.0,
+                params,
+            }],
+        )
+        .unwrap()
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {
@@ -455,8 +543,11 @@ mod tests {
             let weight = leaf(&[0.3, -1.7, 2.2], kind);
             let mut optimizer = adamw(0.01, vec![("w", &weight)]);
             run(0..3, &weight, &mut optimizer);
-            let saved: BTreeMap<String, Tensor> =
-                optimizer.state().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+            let saved: BTreeMap<String, Tensor> = optimizer
+                .state()
+                .into_iter()
+                .map(|(name, tensor)| (name, tensor.copy()))
+                .collect();
             let again = weight.detach().copy().set_requires_grad(true);
             run(3..6, &weight, &mut optimizer);
             let mut restored = adamw(0.01, vec![("w", &again)]);
@@ -477,7 +568,10 @@ mod tests {
         };
         let mut state = optimizer.state();
         state.insert("m.w".to_owned(), Tensor::from_slice(&[1.0f32]));
-        assert_eq!(refused(&mut optimizer, &state), "optimizer state `m.w` needs Float [2], found Float [1]");
+        assert_eq!(
+            refused(&mut optimizer, &state),
+            "optimizer state `m.w` needs Float [2], found Float [1]"
+        );
         state.remove("m.w");
         assert!(refused(&mut optimizer, &state).contains("no tensor `m.w`"));
         let mut state = optimizer.state();
@@ -489,11 +583,32 @@ mod tests {
     #[test]
     fn names_are_unique_and_settings_in_range() {
         let weight = leaf(&[1.0], Kind::Float);
-        let params = || vec![("w".to_owned(), weight.shallow_clone()), ("w".to_owned(), weight.shallow_clone())];
-        let group = |lr, params| vec![ParamGroup { name: "actor".to_owned(), lr, weight_decay: 0.0, params }];
-        assert!(matches!(AdamW::new(SETTINGS, group(0.1, params())), Err(OptimError::Duplicate { .. })));
-        assert!(matches!(AdamW::new(SETTINGS, group(-0.1, vec![])), Err(OptimError::Setting { name: "lr", .. })));
+        let params = || {
+            vec![
+                ("w".to_owned(), weight.shallow_clone()),
+                ("w".to_owned(), weight.shallow_clone()),
+            ]
+        };
+        let group = |lr, params| {
+            vec![ParamGroup {
+                name: "actor".to_owned(),
+                lr,
+                weight_decay: 0.0,
+                params,
+            }]
+        };
+        assert!(matches!(
+            AdamW::new(SETTINGS, group(0.1, params())),
+            Err(OptimError::Duplicate { .. })
+        ));
+        assert!(matches!(
+            AdamW::new(SETTINGS, group(-0.1, vec![])),
+            Err(OptimError::Setting { name: "lr", .. })
+        ));
         let wrong = AdamWSettings { beta2: 1.0, ..SETTINGS };
-        assert!(matches!(AdamW::new(wrong, vec![]), Err(OptimError::Setting { name: "beta2", .. })));
+        assert!(matches!(
+            AdamW::new(wrong, vec![]),
+            Err(OptimError::Setting { name: "beta2", .. })
+        ));
     }
 }

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use export::{BundleSpec, GraphSource, WeightSource, manifest_of, next_version, write_bundle};
 use policy::{
-    bundle::{Bundle, FLOW_TIME, Manifest, Sampling, SelfTest},
-    bundle::BUNDLE_VERSION,
+    bundle::{Bundle, SelfTest},
     norm::NormStats,
     params::Part,
     plan::RunPlan,
@@ -49,38 +49,20 @@ impl Publisher {
     /// # Errors
     /// A file cannot be written, or the version exists.
     pub fn publish(&mut self, policy: &Pi0, version: u64) -> Result<Bundle> {
-        let model = &self.plan.config.actor.model;
-        let manifest = Manifest {
-            format_version: BUNDLE_VERSION,
-            policy_version: version,
-            flow_time: FLOW_TIME.to_owned(),
-            dims: self.plan.dims.clone(),
-            value_head: self.plan.value_head.clone(),
-            sampling: Sampling {
-                noise_method: model.openpi.noise_method,
-                noise_level: model.openpi.noise_level,
-                ignore_last: model.openpi.ignore_last,
-                num_steps: model.num_steps,
-            },
-            action_chunk: model.num_action_chunks,
-            env_action_dim: model.env_action_dim,
-            cameras: model.cameras.clone(),
-            tokenizer: model.tokenizer.clone(),
-            normalization: model.normalization,
-            norm_stats: self.norm_stats.clone(),
-            weights: self.plan.config.rollout.weights,
-            batch: None,
-            config_digest: self.plan.config_digest.clone(),
-            self_test: Some(self_test(policy, &self.plan)?),
-            files: Vec::new(),
-        };
+        let self_test = Some(self_test(policy, &self.plan)?);
         let expert = policy.store().to_safetensors(&[Part::Expert, Part::ValueHead])?;
         let target = self.path(version);
         let bundle = if let Some(first) = &self.first {
-            export::bundle::write_next(&target, manifest, expert, first)?
+            next_version(first, &target, version, expert, self_test)?
         } else {
-            let vlm = policy.store().to_safetensors(&[Part::Vlm])?;
-            export::bundle::write(&target, manifest, vlm, expert)?
+            let spec = BundleSpec {
+                manifest: manifest_of(&self.plan, version, None, self.norm_stats.clone(), self_test),
+                vlm: WeightSource::Bytes(policy.store().to_safetensors(&[Part::Vlm])?),
+                expert: WeightSource::Bytes(expert),
+                graphs: GraphSource::Build,
+                tokenizer: None,
+            };
+            write_bundle(&target, spec)?
         };
         if self.first.is_none() {
             self.first = Some(bundle.clone());

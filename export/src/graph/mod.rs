@@ -3,8 +3,8 @@
 pub(crate) mod siglip;
 pub(crate) mod gemma;
 pub(crate) mod expert;
-pub mod prefix;
-pub mod denoise;
+pub(crate) mod prefix;
+pub(crate) mod denoise;
 
 /// Choices of a graph that do not change what it computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

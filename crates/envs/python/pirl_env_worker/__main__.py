@@ -29,9 +29,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--noise", type=float, default=0.0, help="std of Gaussian noise on the motion, in action units")
 
     serve = command("serve", "drive environments against a rollout engine")
-    serve.add_argument("--engine", required=True, help="the engine's env endpoint, such as tcp://127.0.0.1:7700")
-    serve.add_argument("--num-envs", type=positive, default=1, help="environments (slots) of this process, stepped in turn (default: 1)")
-    serve.add_argument("--client", help="name that this worker keeps over reconnects (default: made of environment, host and process id)")
+    serve.add_argument("--engine", default="tcp://127.0.0.1:5555", help="endpoint of the engine (default: tcp://127.0.0.1:5555)")
+    serve.add_argument("--num-envs", type=positive, required=True, help="environments (slots) of this process, stepped in turn")
+    serve.add_argument("--name", help="name that this worker keeps over reconnects (default: made of environment, host and process id)")
 
     demos = command("demos", "write demonstrations of the scripted expert")
     scripted(demos)

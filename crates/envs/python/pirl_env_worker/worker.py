@@ -54,7 +54,7 @@ class Slot:
             self._active, self._video = True, body["video"]
             return {"outcome": None, "observation": observation_body(observation, order)}
         if not self._active:
-            raise Lost("actions came for a slot without an episode")
+            raise EnvError("actions came for a slot without an episode")
         result, frames = self._step(body)
         self._active = not (result.terminated or result.truncated)
         outcome = {
@@ -167,19 +167,19 @@ def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dic
         slot.abandon()
     connection.send("hello", hello)
     order: list[int | None] | None = None
-    chunk_shape = (0, 0)
     while True:
         name, body = connection.receive()
         if name == "refused":
             if not body["retry"]:
                 raise EnvError(f"the engine refuses this worker: {body['reason']}")
-            raise Lost(f"the engine asks to come again: {body['reason']}")
+            log(f"engine: {body['reason']}")
+            continue
         if name == "welcome":
             if body["env_action_dim"] != spec.action_dim:
                 raise EnvError(f"the policy's actions have {body['env_action_dim']} numbers, the environment's {spec.action_dim}")
             order = camera_order([camera for camera, _, _ in spec.cameras], body["cameras"])
-            chunk_shape = (body["action_chunk"], body["env_action_dim"])
-            log(f"welcome: policy version {body['version']}, action chunk {chunk_shape[0]} x {chunk_shape[1]}, {len(slots)} slots")
+            log(f"engine serves policy version {body['version']}, chunks of {body['action_chunk']} actions, {len(slots)} slots of {hello['env']}")
+            connection.send("reports", [{"slot": slot, "outcome": None, "observation": None} for slot in range(len(slots))])
             continue
         if order is None:
             raise Lost("commands came before the welcome")
@@ -187,9 +187,9 @@ def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dic
         for index, one in enumerate(body):
             command, argument = one["command"]
             if one["slot"] >= len(slots):
-                raise Lost(f"a command for slot {one['slot']} came, this worker has {len(slots)}")
-            if command == "act" and (argument.shape != chunk_shape or argument.dtype != np.float32):
-                raise Lost(f"actions of shape {list(argument.shape)} {argument.dtype} came, expected f32 {list(chunk_shape)}")
+                raise EnvError(f"a command for slot {one['slot']} came, this worker has {len(slots)} slots")
+            if command == "act" and argument.dtype != np.float32:
+                raise EnvError(f"actions for slot {one['slot']} are `{argument.dtype}`, expected `float32`")
             reports.append({"slot": one["slot"], **slots[one["slot"]].run(command, argument, order)})
             if index + 1 == len(body) or len(reports) == REPORTS_PER_MESSAGE:
                 connection.send("reports", reports)
@@ -226,7 +226,7 @@ def serve(options: Any) -> int:
         signal.signal(number, on_signal)
     slots = [Slot(make(options.env, options.params)) for _ in range(options.num_envs)]
     spec = slots[0].env.spec()
-    client = options.client or f"{options.env}-{host.gethostname()}-{os.getpid()}"
+    client = options.name or f"{options.env}-{host.gethostname()}-{os.getpid()}"
     hello = {"client": client, "env": options.env, "action_dim": spec.action_dim, "slots": len(slots)}
     with zmq.Context() as context:
         while True:

@@ -133,6 +133,7 @@ class Engine:
 
     def welcome(self):
         self.send({"welcome": {"version": 7, "action_chunk": 2, "env_action_dim": 2, "cameras": ["base", "wrist"]}})
+        assert self.receive() == {"reports": [{"slot": s, "outcome": None, "observation": None} for s in (0, 1)]}
 
     def reset(self, slot, video=False):
         reset = {"seed": 1, "env": slot, "episode": 0, "reset_state": None, "task": None, "group": None, "video": video}
@@ -165,7 +166,7 @@ class WorkerTest(unittest.TestCase):
     def start(self, slots=2):
         params = {"id": "pirl-test/Counter-v0", "import": "counter_env", "image_size": 2, "prompt": "count", "max_episode_steps": 5}
         command = [sys.executable, "-m", "pirl_env_worker", "serve", "--engine", f"tcp://127.0.0.1:{self.port}", "--env", "gym",
-            "--params", json.dumps(params), "--num-envs", str(slots), "--client", "w1"]
+            "--params", json.dumps(params), "--num-envs", str(slots), "--name", "w1"]
         paths = {"PYTHONPATH": f"{HERE.parent}:{self.folder}", "PATH": "/usr/bin:/bin"}
         process = subprocess.Popen(command, env=paths, stderr=subprocess.PIPE, text=True)
         self.addCleanup(process.stderr.close)

@@ -1,0 +1,189 @@
+//! Pictures of a run: the success curve and an episode under two versions.
+
+use std::path::Path;
+
+use plotters::prelude::*;
+use wire::messages::Trajectory;
+
+use crate::error::{LearnerError, Result, io};
+
+/// Size of the curve in pixels.
+const CURVE: (u32, u32) = (900, 540);
+/// Time of a GIF frame in hundredths of a second.
+const FRAME_CENTISECONDS: u16 = 12;
+/// How long the last frame stays.
+const LAST_FRAMES: usize = 8;
+/// Height of the text strip under a frame.
+const STRIP: usize = 26;
+
+fn font() -> Result<(), String> {
+    // the picture must not depend on the fonts of the machine
+    plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_e| "the embedded font is not readable".to_owned())
+}
+
+/// Draws success over training episodes from `metrics.jsonl`: sampled (training) and ODE (unseen episodes).
+///
+/// # Errors
+/// The metrics cannot be read or the picture not be written.
+pub fn success_curve(metrics: &Path, out: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(metrics).map_err(io("reading", metrics))?;
+    let points = |stage: &str| -> Vec<(f64, f64)> {
+        let mut points: Vec<(f64, f64)> = Vec::new();
+        for line in text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok()) {
+            let number = |key: &str| line.get(key).and_then(serde_json::Value::as_f64);
+            if line.get("stage").and_then(|s| s.as_str()) == Some(stage)
+                && let Some(point) = number("episodes").zip(number("success"))
+            {
+                // a repeated run appends to the file: its counter starts anew, the last one is drawn
+                if points.last().is_some_and(|(x, _)| point.0 < *x) {
+                    points.clear();
+                }
+                points.push(point);
+            }
+        }
+        points
+    };
+    let (train, eval) = (points("train"), points("eval"));
+    draw_curve(out, &train, &eval).map_err(|detail| LearnerError::Picture { path: out.to_owned(), detail })
+}
+
+fn draw_curve(out: &Path, train: &[(f64, f64)], eval: &[(f64, f64)]) -> Result<(), String> {
+    font()?;
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let last = train.iter().chain(eval).map(|p| p.0).fold(1.0, f64::max);
+    let beside = out.with_extension("writing.png");
+    {
+        let root = BitMapBackend::new(&beside, CURVE).into_drawing_area();
+        root.fill(&WHITE).map_err(|e| text(&e))?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption("success over training episodes", ("sans-serif", 22))
+            .margin(14)
+            .x_label_area_size(44)
+            .y_label_area_size(56)
+            .build_cartesian_2d(0.0..last, 0.0..1.0)
+            .map_err(|e| text(&e))?;
+        chart
+            .configure_mesh()
+            .x_desc("episodes")
+            .y_desc("success rate")
+            .label_style(("sans-serif", 15))
+            .axis_desc_style(("sans-serif", 16))
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .light_line_style(TRANSPARENT)
+            .draw()
+            .map_err(|e| text(&e))?;
+        let series = [(train, RGBColor(150, 170, 200), "sampled (Flow-SDE), training"), (eval, RGBColor(190, 60, 30), "ODE, unseen episodes")];
+        for (points, colour, label) in series {
+            chart
+                .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
+                .map_err(|e| text(&e))?
+                .label(label)
+                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 22, y)], colour.stroke_width(2)));
+        }
+        chart
+            .draw_series(eval.iter().map(|p| Circle::new(*p, 3, RGBColor(190, 60, 30).filled())))
+            .map_err(|e| text(&e))?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerRight)
+            .label_font(("sans-serif", 15))
+            .background_style(WHITE)
+            .border_style(RGBColor(200, 200, 200))
+            .draw()
+            .map_err(|e| text(&e))?;
+        root.present().map_err(|e| text(&e))?;
+    }
+    std::fs::rename(&beside, out).map_err(|e| text(&e))
+}
+
+struct Frame {
+    width: usize,
+    height: usize,
+    rgb: Vec<u8>,
+}
+
+/// All frames of an episode.
+fn frames(trajectory: &Trajectory) -> Vec<Frame> {
+    let all = trajectory.chunks.iter().flat_map(|c| &c.frames);
+    all.filter_map(|array| {
+        let [height, width, 3] = array.dims()[..] else { return None };
+        let rgb = array.as_u8("frame", Some(&[height, width, 3])).ok()?.to_vec();
+        Some(Frame { width, height, rgb })
+    })
+    .collect()
+}
+
+/// The episode shown: one that the first version fails and the last does not, else the first.
+fn chosen(films: &[(u64, Vec<Trajectory>)]) -> usize {
+    let at = |film: Option<&(u64, Vec<Trajectory>)>, i: usize| film.and_then(|f| f.1.get(i)).map(|t| (t.success, !frames(t).is_empty()));
+    let count = films.first().map_or(0, |f| f.1.len());
+    (0..count)
+        .find(|i| at(films.first(), *i) == Some((false, true)) && at(films.last(), *i) == Some((true, true)))
+        .unwrap_or(0)
+}
+
+/// Writes a GIF with the same episode under each version side by side, version, prompt and outcome written below.
+///
+/// # Errors
+/// No frames came, or the file cannot be written.
+pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> {
+    let bad = |detail: String| LearnerError::Picture { path: path.to_owned(), detail };
+    let index = chosen(films);
+    let panels: Vec<(String, String, Vec<Frame>)> = films
+        .iter()
+        .filter_map(|(version, episodes)| {
+            let episode = episodes.get(index)?;
+            let outcome = if episode.success { "success" } else { "failure" };
+            Some((format!("version {version}: {outcome}"), episode.prompt.clone(), frames(episode)))
+        })
+        .collect();
+    let (Some(width), Some(height)) = (
+        panels.iter().flat_map(|p| &p.2).map(|f| f.width).max(),
+        panels.iter().flat_map(|p| &p.2).map(|f| f.height).max(),
+    ) else {
+        return Err(bad("no frames came from the env worker".to_owned()));
+    };
+    let (total_width, total_height) = (width * panels.len(), height + 2 * STRIP);
+    let count = panels.iter().map(|p| p.2.len()).max().unwrap_or(0) + LAST_FRAMES;
+    let beside = path.with_extension("writing.gif");
+    let file = std::fs::File::create(&beside).map_err(io("creating", &beside))?;
+    let mut encoder = gif::Encoder::new(file, total_width as u16, total_height as u16, &[]).map_err(|e| bad(e.to_string()))?;
+    encoder.set_repeat(gif::Repeat::Infinite).map_err(|e| bad(e.to_string()))?;
+    font().map_err(bad)?;
+    for number in 0..count {
+        let mut canvas = vec![255u8; total_width * total_height * 3];
+        for (panel, (_, _, frames)) in panels.iter().enumerate() {
+            let Some(frame) = frames.get(number.min(frames.len().saturating_sub(1))) else { continue };
+            for (row, line) in frame.rgb.chunks(frame.width * 3).enumerate() {
+                let at = (row * total_width + panel * width) * 3;
+                if let Some(place) = canvas.get_mut(at..at + line.len()) {
+                    place.copy_from_slice(line);
+                }
+            }
+        }
+        caption(&mut canvas, (total_width, total_height), width, height, &panels).map_err(bad)?;
+        let mut frame = gif::Frame::from_rgb_speed(total_width as u16, total_height as u16, &canvas, 10);
+        frame.delay = FRAME_CENTISECONDS;
+        encoder.write_frame(&frame).map_err(|e| bad(e.to_string()))?;
+    }
+    drop(encoder);
+    std::fs::rename(&beside, path).map_err(io("renaming to", path))
+}
+
+fn caption(
+    canvas: &mut [u8],
+    (total_width, total_height): (usize, usize),
+    width: usize,
+    height: usize,
+    panels: &[(String, String, Vec<Frame>)],
+) -> Result<(), String> {
+    let root = BitMapBackend::with_buffer(canvas, (total_width as u32, total_height as u32)).into_drawing_area();
+    for (panel, (title, prompt, _)) in panels.iter().enumerate() {
+        for (line, text) in [format!("\u{201c}{prompt}\u{201d}"), title.clone()].into_iter().enumerate() {
+            let place = ((panel * width + 6) as i32, (height + line * STRIP + 5) as i32);
+            root.draw(&Text::new(text, place, ("sans-serif", 15).into_font().color(&BLACK))).map_err(|e| e.to_string())?;
+        }
+    }
+    root.present().map_err(|e| e.to_string())
+}

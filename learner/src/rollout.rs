@@ -1,0 +1,278 @@
+//! An iteration's episodes: ordered, collected, and laid out as one batch of chunk records.
+
+use std::time::{Duration, Instant};
+
+use indicatif::ProgressBar;
+use policy::plan::RunPlan;
+use tch::{Kind, Tensor};
+use wire::{
+    array::ArrayError,
+    messages::{ChunkRecord, Mode, Reset, Trajectory},
+};
+
+use crate::{
+    advantage::{Advantages, Episode, EstimatorSettings, estimator, normalize},
+    error::{LearnerError, Result},
+    hub::{Hub, HubEvent},
+    launch::Children,
+    metrics::progress_style,
+    observation::ObservationBatch,
+};
+
+/// How long the ring may be silent before the run ends with an error.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How often children are looked after while waiting.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Episodes of an iteration, with what the reports of engines said meanwhile.
+#[derive(Debug)]
+pub struct Collected {
+    /// Episodes in the order of their environment and episode numbers.
+    pub trajectories: Vec<Trajectory>,
+    /// Seconds until the version was live, from the announce.
+    pub reload_seconds: f64,
+    /// Seconds from the order to the last episode.
+    pub seconds: f64,
+}
+
+/// Orders `resets` from `version` and waits for all of them.
+///
+/// # Errors
+/// A child ends, the engine refuses the version, or nothing comes for two minutes.
+pub fn collect(
+    hub: &Hub,
+    children: &mut Children,
+    version: u64,
+    mode: Mode,
+    resets: Vec<Reset>,
+    label: &str,
+) -> Result<Collected> {
+    let wanted = resets.len();
+    let bar = ProgressBar::new(wanted as u64).with_style(progress_style()).with_message(label.to_owned());
+    hub.order(version, mode, resets)?;
+    let begin = Instant::now();
+    let mut last_news = Instant::now();
+    let mut state = "no engine has connected".to_owned();
+    let mut reload_seconds = 0.0;
+    let mut trajectories: Vec<Trajectory> = Vec::with_capacity(wanted);
+    while trajectories.len() < wanted {
+        children.check()?;
+        match hub.next(LOOK)? {
+            Some(HubEvent::Trajectory(trajectory)) => {
+                trajectories.push(*trajectory);
+                bar.inc(1);
+                last_news = Instant::now();
+            }
+            Some(HubEvent::Reload(report)) => {
+                last_news = Instant::now();
+                if report.version == version {
+                    if let Some(reason) = report.refused {
+                        return Err(LearnerError::Refused { version, reason });
+                    }
+                    reload_seconds = report.seconds;
+                }
+            }
+            Some(HubEvent::State(engine)) => {
+                state = format!("the engine serves version {:?} to {} slots", engine.version, engine.slots);
+            }
+            Some(HubEvent::Gone) => tracing::warn!("an engine closed its connection; waiting for it or another one"),
+            None => {}
+        }
+        if last_news.elapsed() > SILENCE {
+            return Err(LearnerError::Silence {
+                waiting_for: format!("{} of {wanted} episodes of version {version}", wanted - trajectories.len()),
+                seconds: SILENCE.as_secs(),
+                state,
+            });
+        }
+    }
+    bar.finish_and_clear();
+    trajectories.sort_by_key(|t| (t.reset.env, t.reset.episode));
+    Ok(Collected { trajectories, reload_seconds, seconds: begin.elapsed().as_secs_f64() })
+}
+
+/// Share of successful episodes.
+pub fn success_rate(trajectories: &[Trajectory]) -> f64 {
+    trajectories.iter().filter(|t| t.success).count() as f64 / trajectories.len().max(1) as f64
+}
+
+/// All chunk records of an iteration, one row each.
+#[derive(Debug)]
+pub struct RolloutBatch {
+    /// What was seen.
+    pub observations: ObservationBatch,
+    /// `x` before the stochastic step, f32 `[N, H, A]`.
+    pub x: Tensor,
+    /// `x` after it, f32 `[N, H, A]`.
+    pub x_next: Tensor,
+    /// Which step, i64 `[N]`.
+    pub step: Tensor,
+    /// Log-probability at rollout, summed over the executed chunk, f32 `[N]`.
+    pub old_logprob: Tensor,
+    /// Value at rollout, f32 `[N]`; zeros without a critic.
+    pub old_value: Tensor,
+    /// Advantages, normalised when configured, f32 `[N]`.
+    pub advantage: Tensor,
+    /// Value targets, f32 `[N]`.
+    pub returns: Tensor,
+    /// Mean magnitude of the executed actions.
+    pub action_magnitude: f64,
+}
+
+/// A chunk record that does not fit the plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    /// An array.
+    #[error(transparent)]
+    Array(#[from] ArrayError),
+    /// Another field.
+    #[error("`{0}` does not fit the policy: {1}")]
+    Field(&'static str, String),
+}
+
+#[derive(Default)]
+struct Rows {
+    images: Vec<u8>,
+    image_mask: Vec<bool>,
+    prompt: Vec<i64>,
+    prompt_mask: Vec<bool>,
+    state: Vec<f32>,
+    x: Vec<f32>,
+    x_next: Vec<f32>,
+    step: Vec<i64>,
+    logprob: Vec<f32>,
+    value: Vec<f32>,
+    magnitude: f64,
+}
+
+impl RolloutBatch {
+    /// Checks every record against the plan and estimates the advantages.
+    ///
+    /// # Errors
+    /// Names the episode whose record does not fit.
+    pub fn new(plan: &RunPlan, trajectories: &[Trajectory], version: u64) -> Result<Self> {
+        let mut rows = Rows::default();
+        let mut rewards: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
+        let mut values: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
+        for trajectory in trajectories {
+            let Reset { env, episode, .. } = trajectory.reset;
+            let from = rows.value.len();
+            for chunk in &trajectory.chunks {
+                let record = chunk.record.as_deref().ok_or_else(|| LearnerError::Record {
+                    env,
+                    episode,
+                    detail: "a training episode came without its chunk records".to_owned(),
+                })?;
+                if record.version != version {
+                    return Err(LearnerError::Record {
+                        env,
+                        episode,
+                        detail: format!("chunk {} is of version {}, expected {version}", record.key.chunk, record.version),
+                    });
+                }
+                rows.push(plan, record).map_err(|source| LearnerError::Trajectory { env, episode, source })?;
+            }
+            rewards.push(trajectory.chunks.iter().map(|c| c.rewards.iter().sum()).collect());
+            values.push(rows.value.get(from..).unwrap_or_default().to_vec());
+        }
+        let algorithm = &plan.config.algorithm;
+        let estimate = estimator(&algorithm.adv_type).ok_or_else(|| unknown_estimator(&algorithm.adv_type))?;
+        let critic = plan.value_head.is_some();
+        let episodes: Vec<Episode<'_>> = trajectories
+            .iter()
+            .zip(rewards.iter().zip(&values))
+            .map(|(trajectory, (rewards, values))| Episode {
+                rewards,
+                values: if critic { values } else { &[] },
+                final_value: trajectory.final_value.unwrap_or(0.0),
+                group: trajectory.reset.group.map_or(0, u64::from),
+            })
+            .collect();
+        let settings = EstimatorSettings { gamma: algorithm.gamma, gae_lambda: algorithm.gae_lambda };
+        let estimated: Vec<Advantages> = estimate(&episodes, settings)?;
+        let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
+        let returns: Vec<f32> = estimated.iter().flat_map(|a| a.returns.iter().copied()).collect();
+        if algorithm.normalize_advantages {
+            normalize(&mut advantage, None);
+        }
+        Ok(rows.into_batch(plan, &advantage, &returns))
+    }
+
+    /// Number of records.
+    pub fn len(&self) -> usize {
+        self.step.numel()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn unknown_estimator(name: &str) -> LearnerError {
+    let known: Vec<&str> = crate::advantage::ESTIMATORS.iter().map(|(n, _)| *n).collect();
+    LearnerError::Missing(format!("`algorithm.adv_type` is `{name}`, expected one of {}", known.join(", ")))
+}
+
+impl Rows {
+    fn push(&mut self, plan: &RunPlan, record: &ChunkRecord) -> Result<(), RecordError> {
+        let dims = &plan.dims;
+        let model = &plan.config.actor.model;
+        let (side, horizon, width) = (dims.vision.image_size, dims.action_horizon, dims.action_dim);
+        let images = record.images.as_u8("images", Some(&[dims.cameras, side, side, 3]))?;
+        let state = record.state.to_f32("state", Some(&[width]))?;
+        let chain = record.chain.to_f32("chain", Some(&[model.num_steps + 1, horizon, width]))?;
+        let (rows, cols) = (model.num_action_chunks, model.env_action_dim);
+        let lengths = (record.image_mask.len(), record.prompt.len(), record.prompt_mask.len());
+        if lengths != (dims.cameras, dims.prompt_len, dims.prompt_len) {
+            return Err(RecordError::Field("masks and prompt", format!("lengths {lengths:?}")));
+        }
+        let logprob = record.logprob.as_ref().ok_or(RecordError::Field("logprob", "none".to_owned()))?;
+        let logprob = logprob.to_f32("logprob", Some(&[rows, cols]))?;
+        let elements = horizon * width;
+        let at = |k: usize| chain.get(k * elements..(k + 1) * elements);
+        let step = record.denoise_step.map(|s| s as usize).filter(|s| *s < model.num_steps);
+        let step = step.ok_or_else(|| RecordError::Field("denoise_step", format!("{:?}", record.denoise_step)))?;
+        let (x, x_next) = at(step).zip(at(step + 1)).ok_or(RecordError::Field("chain", "too short".to_owned()))?;
+        self.images.extend_from_slice(images);
+        self.image_mask.extend(&record.image_mask);
+        self.prompt.extend(&record.prompt);
+        self.prompt_mask.extend(&record.prompt_mask);
+        self.state.extend(state);
+        self.x.extend_from_slice(x);
+        self.x_next.extend_from_slice(x_next);
+        self.step.push(step as i64);
+        self.logprob.push(logprob.iter().sum());
+        self.value.push(record.value.unwrap_or(0.0));
+        let executed = at(model.num_steps).unwrap_or_default();
+        let sum: f32 = executed.chunks(width).take(rows).flat_map(|r| r.iter().take(cols)).map(|v| v.abs()).sum();
+        self.magnitude += f64::from(sum) / (rows * cols) as f64;
+        Ok(())
+    }
+
+    fn into_batch(self, plan: &RunPlan, advantage: &[f32], returns: &[f32]) -> RolloutBatch {
+        let dims = &plan.dims;
+        let n = self.step.len() as i64;
+        let (side, cameras) = (dims.vision.image_size as i64, dims.cameras as i64);
+        let chunk = [n, dims.action_horizon as i64, dims.action_dim as i64];
+        let observations = ObservationBatch {
+            images: Tensor::from_slice(&self.images).view([n, cameras, side, side, 3]),
+            image_mask: Tensor::from_slice(&self.image_mask).view([n, cameras]),
+            prompt: Tensor::from_slice(&self.prompt).view([n, dims.prompt_len as i64]),
+            prompt_mask: Tensor::from_slice(&self.prompt_mask).view([n, dims.prompt_len as i64]),
+            state: Tensor::from_slice(&self.state).view([n, dims.action_dim as i64]),
+        };
+        RolloutBatch {
+            observations,
+            x: Tensor::from_slice(&self.x).view(chunk),
+            x_next: Tensor::from_slice(&self.x_next).view(chunk),
+            step: Tensor::from_slice(&self.step).to_kind(Kind::Int64),
+            old_logprob: Tensor::from_slice(&self.logprob),
+            old_value: Tensor::from_slice(&self.value),
+            advantage: Tensor::from_slice(advantage),
+            returns: Tensor::from_slice(returns),
+            action_magnitude: self.magnitude / (n.max(1)) as f64,
+        }
+    }
+}

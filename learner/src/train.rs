@@ -1,0 +1,301 @@
+//! The commands: supervised stages, online RL, evaluation of bundles.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use policy::{
+    bundle::{Bundle, write_atomic},
+    config::Launch,
+    norm::NormStats,
+    params::Part,
+    plan::RunPlan,
+    weights::WeightFile,
+};
+use tch::Device;
+use wire::messages::{Mode, Reset};
+
+use crate::{
+    checkpoint::{self, Counters},
+    dataset,
+    error::{LearnerError, Result},
+    evaluate::{check_seed, evaluate},
+    hub::Hub,
+    launch::Children,
+    metrics::MetricsLog,
+    model::{ParamStore, Pi0},
+    picture,
+    pretrain::pretrain,
+    publish::Publisher,
+    rollout::{RolloutBatch, collect, success_rate},
+    sft::sft,
+    update::Updater,
+};
+
+/// Seeds of the data sets, apart from the run's own.
+const SCENES_SEED: u64 = 1_000_003;
+const DEMOS_SEED: u64 = 2_000_003;
+/// Episodes of an evaluation that send frames.
+const VIDEOS: usize = 12;
+
+/// Puts `config.toml` (effective) into the run's folder and prepares libtorch.
+fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
+    let actor = &plan.config.actor;
+    tch::set_num_threads(actor.threads as i32);
+    check_seed(plan)?;
+    let dir = plan.config.runner.output_dir.clone();
+    let config = dir.join("config.toml");
+    write_atomic(&config, plan.config.to_toml()?.as_bytes())?;
+    Ok((dir, config))
+}
+
+fn norm_stats(plan: &RunPlan) -> Result<Option<NormStats>> {
+    let path = plan.config.actor.model.norm_stats.as_deref();
+    path.map(|p| NormStats::load(p).map_err(|e| LearnerError::Missing(e.to_string()))).transpose()
+}
+
+fn load(policy: &Pi0, path: &Path, parts: &[Part]) -> Result<()> {
+    let weights = |source| LearnerError::Weights { path: path.to_owned(), source };
+    let file = WeightFile::open(path).map_err(weights)?;
+    match policy.store().load(&file, parts) {
+        Err(crate::model::ModelError::Weights(source)) => Err(weights(source)),
+        other => Ok(other?),
+    }
+}
+
+/// Where SFT leaves its weights.
+pub fn sft_checkpoint(dir: &Path) -> PathBuf {
+    dir.join("sft/model.safetensors")
+}
+
+/// Pre-training (when configured) and SFT; writes `sft/model.safetensors` under openpi's names.
+///
+/// # Errors
+/// Data, network or file errors.
+pub fn supervised(plan: &RunPlan) -> Result<()> {
+    let (dir, _) = prepare(plan)?;
+    let config = &plan.config;
+    let sft_config = config.sft.as_ref().ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
+    let mut log = MetricsLog::open(&dir)?;
+    let stats = norm_stats(plan)?;
+    let mut children = Children::default();
+    let store = ParamStore::random(&plan.dims, None, config.runner.seed, Device::cuda_if_available())?;
+    let policy = Pi0::new(plan.dims.clone(), None, store)?;
+    let data = |children: &mut Children, what: &str, args: &[String]| -> Result<PathBuf> {
+        let path = dir.join(format!("data/{what}.safetensors"));
+        if !path.exists() {
+            let mut all = args.to_vec();
+            all.extend(["--out".to_owned(), path.display().to_string()]);
+            children.write_data(plan, what, &all, &dir)?;
+        }
+        Ok(path)
+    };
+    let flag = |name: &str, value: String| [format!("--{name}"), value];
+    if let Some(checkpoint) = &config.actor.model.checkpoint {
+        load(&policy, checkpoint, &[Part::Vlm, Part::Expert])?;
+    } else if let Some(stage) = &config.pretrain {
+        let args = [flag("count", stage.scenes.to_string()), flag("seed", SCENES_SEED.to_string())].concat();
+        let path = data(&mut children, "scenes", &args)?;
+        let scenes = dataset::read(&path, "keypoints", &plan.dims, &config.actor.model, stats.as_ref())?;
+        let error = pretrain(&policy, stage, &scenes, config.runner.seed, &mut log)?;
+        tracing::info!("pre-training: mean localisation error {error:.4} of the image");
+    }
+    let args = [
+        flag("episodes", sft_config.demos.to_string()),
+        flag("seed", DEMOS_SEED.to_string()),
+        flag("horizon", plan.dims.action_horizon.to_string()),
+    ]
+    .concat();
+    let path = data(&mut children, "demos", &args)?;
+    let demos = dataset::read(&path, "actions", &plan.dims, &config.actor.model, stats.as_ref())?;
+    let loss = sft(&policy, sft_config, &demos, config.runner.seed, &mut log)?;
+    tracing::info!("SFT: loss {loss:.4} on {} frames", demos.observations.len());
+    let bytes = policy.store().to_safetensors(&[Part::Vlm, Part::Expert])?;
+    Ok(write_atomic(&sft_checkpoint(&dir), &bytes)?)
+}
+
+/// The processes around the learner, for as long as it lives.
+struct Ring {
+    hub: Hub,
+    children: Children,
+}
+
+impl Ring {
+    fn start(plan: &RunPlan, dir: &Path, config: &Path) -> Result<Self> {
+        let hub = Hub::start(&plan.config.learner.listen)?;
+        let mut children = Children::default();
+        match plan.config.runner.launch {
+            Launch::Local => {
+                let engine = children.engine(config, &hub.endpoint, dir)?;
+                children.workers(plan, &engine, dir)?;
+            }
+            Launch::None => tracing::info!(
+                "waiting for an engine: rollout-engine serve --config {} --learner {}",
+                config.display(),
+                hub.endpoint
+            ),
+        }
+        Ok(Self { hub, children })
+    }
+}
+
+/// The resets of one training iteration: every environment `rollout_epoch` times, or groups on the same start.
+fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
+    let train = &plan.config.env.train;
+    let size = plan.config.algorithm.group_size;
+    let per_env = train.rollout_epoch as u64;
+    (0..train.total_num_envs)
+        .flat_map(|env| (0..per_env).map(move |e| (env, u64::from(iteration) * per_env + e)))
+        .map(|(env, episode)| {
+            let group = env / size;
+            Reset {
+                seed: plan.config.runner.seed,
+                env: env as u32,
+                episode,
+                reset_state: (size > 1).then_some(episode << 24 | group as u64),
+                task: None,
+                group: (size > 1).then_some((group as u64 + (episode % per_env) * (train.total_num_envs / size) as u64) as u32),
+                video: false,
+            }
+        })
+        .collect()
+}
+
+/// Online RL from the SFT checkpoint.
+///
+/// # Errors
+/// Any process of the ring fails.
+pub fn train(plan: &RunPlan) -> Result<()> {
+    let (dir, config_path) = prepare(plan)?;
+    let config = &plan.config;
+    let start = config.actor.model.checkpoint.clone().filter(|_| config.sft.is_none()).unwrap_or_else(|| sft_checkpoint(&dir));
+    if !start.exists() {
+        return Err(LearnerError::Missing(format!(
+            "`{}` is missing: run `learner sft` with this configuration first",
+            start.display()
+        )));
+    }
+    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), config.runner.seed, Device::cuda_if_available())?;
+    let policy = Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store)?;
+    load(&policy, &start, &[Part::Vlm, Part::Expert])?;
+    let versions = dir.join("policy");
+    if versions.exists() {
+        std::fs::remove_dir_all(&versions).map_err(crate::error::io("removing the versions of an earlier run", &versions))?;
+    }
+    let mut publisher = Publisher::new(&versions, plan, norm_stats(plan)?);
+    let mut updater = Updater::new(plan, &policy)?;
+    let mut log = MetricsLog::open(&dir)?;
+    let mut ring = Ring::start(plan, &dir, &config_path)?;
+    let mut episodes = 0u64;
+    let mut bundle = publisher.publish(&policy, 0)?;
+    ring.hub.announce(&bundle)?;
+    for iteration in 0..config.runner.max_epochs {
+        let version = u64::from(iteration);
+        let validate = config.runner.val_check_interval;
+        if validate > 0 && iteration % validate == 0 {
+            validation(&mut ring, plan, &mut log, version, episodes)?;
+        }
+        let begin = Instant::now();
+        let label = format!("iteration {}/{}: rollout", iteration + 1, config.runner.max_epochs);
+        let got = collect(&ring.hub, &mut ring.children, version, Mode::Train, training_resets(plan, iteration), &label)?;
+        episodes += got.trajectories.len() as u64;
+        let batch = RolloutBatch::new(plan, &got.trajectories, version)?;
+        let report = updater.update(&policy, &batch, iteration)?;
+        let publishing = Instant::now();
+        bundle = publisher.publish(&policy, version + 1)?;
+        ring.hub.announce(&bundle)?;
+        let success = success_rate(&got.trajectories);
+        let a = &report.actor;
+        let env_steps: usize = got.trajectories.iter().flat_map(|t| &t.chunks).map(|c| c.rewards.len()).sum();
+        log.write(
+            "train",
+            version + 1,
+            &[
+                ("episodes", episodes as f64),
+                ("success", success),
+                ("records", report.records as f64),
+                ("env_steps", env_steps as f64),
+                ("action_magnitude", batch.action_magnitude),
+                ("policy_loss", a.policy_loss),
+                ("ratio", a.ratio),
+                ("approx_kl", a.approx_kl),
+                ("last_kl", report.last_kl),
+                ("clip_fraction", a.clip_fraction),
+                ("logprob_gap", report.logprob_gap),
+                ("first_ratio_deviation", report.first_ratio_deviation),
+                ("value_gap", report.first_value_gap),
+                ("value_loss", report.value_loss),
+                ("value_clip_fraction", report.value_clip_fraction),
+                ("explained_variance", report.explained_variance),
+                ("grad_norm", report.grad_norm),
+                ("lr", report.lr),
+                ("updates", report.updates as f64),
+                ("skipped_updates", report.skipped as f64),
+                ("rollout_seconds", got.seconds),
+                ("reload_seconds", got.reload_seconds),
+                ("prefix_seconds", report.prefix_seconds),
+                ("update_seconds", report.update_seconds),
+                ("publish_seconds", publishing.elapsed().as_secs_f64()),
+                ("iteration_seconds", begin.elapsed().as_secs_f64()),
+            ],
+        )?;
+        tracing::info!(
+            "iteration {}/{}: success {success:.3}, KL {:.4}, clip {:.3}, EV {:.2}, ratio gap {:.1e}, {} records, rollout {:.1} s, update {:.1} s",
+            iteration + 1,
+            config.runner.max_epochs,
+            a.approx_kl,
+            a.clip_fraction,
+            report.explained_variance,
+            report.first_ratio_deviation,
+            report.records,
+            got.seconds,
+            report.prefix_seconds + report.update_seconds,
+        );
+        let save = config.runner.save_interval;
+        let last = iteration + 1 == config.runner.max_epochs;
+        if last || (save > 0 && (iteration + 1) % save == 0) {
+            let counters = Counters { iteration: iteration + 1, episodes, config_digest: plan.config_digest.clone() };
+            let (actor, critic) = updater.optimizers();
+            checkpoint::write(&dir.join("checkpoints"), &policy, (actor, critic.as_deref()), &counters)?;
+        }
+    }
+    validation(&mut ring, plan, &mut log, u64::from(config.runner.max_epochs), episodes)?;
+    drop(ring);
+    tracing::info!("version {} is in {}", bundle.manifest.policy_version, bundle.dir().display());
+    picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
+}
+
+fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u64, episodes: u64) -> Result<()> {
+    let count = plan.config.env.eval.train_episodes;
+    let (success, _) = evaluate(&ring.hub, &mut ring.children, version, count, 0)?;
+    tracing::info!("version {version}: success {success:.3} on {count} unseen episodes (ODE)");
+    log.write("eval", version, &[("episodes", episodes as f64), ("success", success), ("eval_episodes", count as f64)])
+}
+
+/// Evaluates bundles on the same unseen episodes through a local ring; writes a GIF of one episode under each and returns
+/// (version, success) of each.
+///
+/// # Errors
+/// A bundle is not usable or a process of the ring fails.
+pub fn eval(plan: &RunPlan, bundles: &[PathBuf], episodes: usize, gif: Option<&Path>) -> Result<Vec<(u64, f64)>> {
+    let (dir, config) = prepare(plan)?;
+    let opened: Vec<Bundle> = bundles.iter().map(|b| Bundle::open(b)).collect::<Result<_, _>>()?;
+    for bundle in &opened {
+        bundle.verify()?;
+    }
+    let mut ring = Ring::start(plan, &dir, &config)?;
+    let mut results = Vec::new();
+    let mut films = Vec::new();
+    let videos = if gif.is_some() { VIDEOS.min(episodes) } else { 0 };
+    for bundle in &opened {
+        let version = bundle.manifest.policy_version;
+        ring.hub.announce(bundle)?;
+        let (success, trajectories) = evaluate(&ring.hub, &mut ring.children, version, episodes, videos)?;
+        results.push((version, success));
+        films.push((version, trajectories));
+    }
+    drop(ring);
+    if let Some(path) = gif {
+        picture::episode_gif(path, &films)?;
+    }
+    Ok(results)
+}

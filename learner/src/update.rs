@@ -1,0 +1,303 @@
+//! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
+
+use policy::{params::{CriticInput as CriticReads, Part}, plan::RunPlan};
+use tch::{Kind, Tensor};
+
+use crate::{
+    error::{LearnerError, Result},
+    logprob::{Executed, StepTable, TransitionBatch, transition},
+    loss::{
+        ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput, PolicyLossFn,
+        PolicySettings, policy_loss,
+    },
+    minibatch::{ShuffleSeed, micro_batches, minibatches, permutation},
+    model::{Pi0, PrefixCache},
+    optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+    rollout::RolloutBatch,
+};
+
+/// Rows of one frozen prefix pass.
+const PREFIX_ROWS: i64 = 256;
+
+/// Trains a policy on rollouts.
+#[derive(Debug)]
+pub struct Updater {
+    plan: RunPlan,
+    table: StepTable,
+    executed: Executed,
+    loss: PolicyLossFn,
+    settings: PolicySettings,
+    /// The actor's optimizer, then the critic's: each clips its own gradient, so that a cold critic does not slow the actor.
+    actor: AdamW,
+    critic: Option<AdamW>,
+    schedule: Schedule,
+}
+
+/// Means over the minibatches of an iteration; every number is over valid records only.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct UpdateReport {
+    /// Means of the policy loss's metrics.
+    pub actor: ActorMetrics,
+    /// Largest `|ratio - 1|` before the first optimizer step: the parity of engine and learner.
+    pub first_ratio_deviation: f64,
+    /// Largest `|value - recorded value|` before the first optimizer step.
+    pub first_value_gap: f64,
+    /// Largest `|logprob - recorded logprob|` before the first optimizer step.
+    pub logprob_gap: f64,
+    /// KL estimate of the last minibatch.
+    pub last_kl: f64,
+    /// Mean value loss.
+    pub value_loss: f64,
+    /// Share of values moved beyond the clip.
+    pub value_clip_fraction: f64,
+    /// Of the critic as it was at rollout.
+    pub explained_variance: f64,
+    /// Mean gradient norm of the actor.
+    pub grad_norm: f64,
+    /// Optimizer steps of the actor.
+    pub updates: u64,
+    /// Steps skipped for a gradient that was not finite.
+    pub skipped: u64,
+    /// Learning rate of the actor at the last step.
+    pub lr: f64,
+    /// Records.
+    pub records: usize,
+    /// Whether `target_kl` ended the iteration early.
+    pub stopped_early: bool,
+    /// Seconds of the frozen prefix.
+    pub prefix_seconds: f64,
+    /// Seconds of the updates.
+    pub update_seconds: f64,
+}
+
+fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> ParamGroup {
+    let params = policy.store().part(part).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
+    ParamGroup { name: name.to_owned(), lr, weight_decay, params }
+}
+
+impl Updater {
+    /// The optimizers and settings of a plan.
+    ///
+    /// # Errors
+    /// An unknown loss name or optimizer setting.
+    pub fn new(plan: &RunPlan, policy: &Pi0) -> Result<Self> {
+        let (algorithm, optim) = (&plan.config.algorithm, &plan.config.actor.optim);
+        let model = &plan.config.actor.model;
+        let loss = policy_loss(&algorithm.loss_type).ok_or_else(|| {
+            let known: Vec<&str> = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n).collect();
+            LearnerError::Missing(format!("`algorithm.loss_type` is `{}`, expected one of {}", algorithm.loss_type, known.join(", ")))
+        })?;
+        let adam = AdamWSettings {
+            beta1: optim.betas[0],
+            beta2: optim.betas[1],
+            eps: optim.eps,
+            clip_norm: Some(optim.clip_grad),
+        };
+        let actor = AdamW::new(adam, vec![group(policy, Part::Expert, "actor", optim.lr, optim.weight_decay)])?;
+        let critic = match &plan.value_head {
+            Some(_) => {
+                let head = group(policy, Part::ValueHead, "value_head", optim.value_lr, optim.weight_decay);
+                Some(AdamW::new(adam, vec![head])?)
+            }
+            None => None,
+        };
+        let records = plan.config.env.train.total_num_envs * plan.config.env.train.rollout_epoch;
+        // the number of records varies with the episodes' lengths; the cosine runs over the largest number of steps
+        let steps = u64::from(plan.config.runner.max_epochs)
+            * u64::from(algorithm.update_epoch)
+            * (records * 8 / plan.config.actor.global_batch_size).max(1) as u64;
+        let decay = if optim.min_lr_ratio < 1.0 {
+            Decay::Cosine { total_steps: steps, min_factor: optim.min_lr_ratio }
+        } else {
+            Decay::Constant
+        };
+        let settings = PolicySettings {
+            actor: ActorSettings {
+                clip_low: algorithm.clip_ratio_low,
+                clip_high: algorithm.clip_ratio_high,
+                dual_clip: algorithm.clip_ratio_c,
+                log_ratio_clamp: None,
+                episode_steps: None,
+                behaviour_ratio_max: None,
+            },
+            critic: CriticSettings {
+                value_clip: algorithm.value_clip,
+                huber_delta: algorithm.huber_delta,
+                episode_steps: None,
+            },
+            value_coef: 1.0,
+            entropy_coef: 0.0,
+        };
+        Ok(Self {
+            table: StepTable::new(&plan.schedule(), plan.dims.expert.width, policy.device()),
+            executed: Executed { action_chunk: model.num_action_chunks, env_action_dim: model.env_action_dim },
+            loss,
+            settings,
+            actor,
+            critic,
+            schedule: Schedule::warmup(u64::from(optim.lr_warmup_steps), decay),
+            plan: plan.clone(),
+        })
+    }
+
+    /// The actor's and the critic's optimizer, for checkpoints.
+    pub fn optimizers(&mut self) -> (&mut AdamW, Option<&mut AdamW>) {
+        (&mut self.actor, self.critic.as_mut())
+    }
+
+    /// Trains on one iteration's records. During the critic's warm-up the policy stays as it is.
+    ///
+    /// # Errors
+    /// Shapes that do not fit the policy.
+    pub fn update(&mut self, policy: &Pi0, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
+        let begin = std::time::Instant::now();
+        let (cache, pooled) = batch.observations.frozen_prefix(policy, PREFIX_ROWS)?;
+        let mut report = UpdateReport {
+            records: batch.len(),
+            prefix_seconds: begin.elapsed().as_secs_f64(),
+            ..UpdateReport::default()
+        };
+        policy.store().set_trainable(&[Part::Expert, Part::ValueHead]);
+        let begin = std::time::Instant::now();
+        let config = &self.plan.config;
+        let warming = iteration < config.actor.optim.critic_warmup_epochs && self.critic.is_some();
+        let loss = if warming { policy_loss("critic").unwrap_or(self.loss) } else { self.loss };
+        let (global, micro) = (config.actor.global_batch_size, config.actor.micro_batch_size);
+        let (seed, epochs, target_kl) = (config.runner.seed, config.algorithm.update_epoch, config.algorithm.target_kl);
+        let mut minibatches_done = 0.0;
+        let mut variance = ExplainedVariance::default();
+        'epochs: for epoch in 0..epochs {
+            let shuffle = ShuffleSeed { run: seed, iteration: u64::from(iteration), epoch: u64::from(epoch) };
+            let order = permutation(batch.len(), shuffle);
+            for minibatch in minibatches(&order, global) {
+                self.actor.zero_grad();
+                if let Some(critic) = &mut self.critic {
+                    critic.zero_grad();
+                }
+                let first = minibatches_done == 0.0;
+                let mut actor = ActorMetrics::default();
+                for part in micro_batches(minibatch, micro) {
+                    let rows: Vec<i64> = part.rows.iter().map(|r| *r as i64).collect();
+                    let rows = Tensor::from_slice(&rows).to_device(policy.device());
+                    let out = self.forward(policy, batch, &cache, &pooled, &rows, loss, warming)?;
+                    (&out.loss * part.weight).backward();
+                    if first {
+                        report.logprob_gap = report.logprob_gap.max(out.logprob_gap);
+                        report.first_value_gap = report.first_value_gap.max(out.value_gap);
+                        report.first_ratio_deviation = report.first_ratio_deviation.max(out.logprob_gap.exp_m1());
+                    }
+                    if let Some(metrics) = out.actor {
+                        add(&mut actor, &metrics, part.weight);
+                    }
+                    if let Some((value_loss, clipped, sums)) = out.critic {
+                        report.value_loss += value_loss * part.weight;
+                        report.value_clip_fraction += clipped * part.weight;
+                        if epoch == 0 {
+                            variance.merge(&sums);
+                        }
+                    }
+                }
+                minibatches_done += 1.0;
+                report.last_kl = actor.approx_kl;
+                add(&mut report.actor, &actor, 1.0);
+                if let Some(critic) = &mut self.critic {
+                    report.skipped += u64::from(critic.step(1.0)?.skipped);
+                }
+                if !warming {
+                    if target_kl.is_some_and(|limit| actor.approx_kl > limit) {
+                        report.stopped_early = true;
+                        break 'epochs;
+                    }
+                    let factor = self.schedule.factor(self.actor.updates());
+                    let step = self.actor.step(factor)?;
+                    report.lr = config.actor.optim.lr * factor;
+                    report.grad_norm += step.grad_norm;
+                    report.skipped += u64::from(step.skipped);
+                    report.updates += 1;
+                }
+            }
+        }
+        let count = f64::max(minibatches_done, 1.0);
+        let sum = std::mem::take(&mut report.actor);
+        add(&mut report.actor, &sum, count.recip());
+        report.value_loss /= count;
+        report.value_clip_fraction /= count;
+        report.grad_norm /= (report.updates as f64).max(1.0);
+        report.explained_variance = variance.value().unwrap_or(f64::NAN);
+        report.update_seconds = begin.elapsed().as_secs_f64();
+        policy.store().set_trainable(&[]);
+        Ok(report)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the rows of one pass and what is computed from them")]
+    fn forward(
+        &self,
+        policy: &Pi0,
+        batch: &RolloutBatch,
+        cache: &PrefixCache,
+        pooled: &Tensor,
+        rows: &Tensor,
+        loss: PolicyLossFn,
+        warming: bool,
+    ) -> Result<Pass> {
+        let pick = |t: &Tensor| t.index_select(0, rows);
+        let reads = policy.critic_input();
+        let (old_logprob, old_value, returns) = (pick(&batch.old_logprob), pick(&batch.old_value), pick(&batch.returns));
+        let advantage = pick(&batch.advantage);
+        let (mut logprob, mut value) = (None, None);
+        if !warming || reads == Some(CriticReads::Expert) {
+            let (state, x, x_next, step) =
+                (pick(&batch.observations.state), pick(&batch.x), pick(&batch.x_next), pick(&batch.step));
+            let inputs = TransitionBatch { state: Some(&state), x: &x, x_next: &x_next, step: &step };
+            let detach = self.plan.config.actor.model.value_head.as_ref().is_none_or(|head| head.detach_critic_input);
+            let out = transition(policy, &self.table, &cache.index_select(rows)?, inputs, self.executed, detach || warming)?;
+            logprob = Some(out.logprob.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float));
+            value = out.value;
+        }
+        if reads == Some(CriticReads::Vlm) {
+            value = Some(policy.value(&pick(pooled))?);
+        }
+        let gap = |a: &Tensor, b: &Tensor| (a.detach() - b).abs().max().double_value(&[]);
+        let logprob_gap = logprob.as_ref().map_or(0.0, |l| gap(l, &old_logprob));
+        let value_gap = value.as_ref().map_or(0.0, |v| gap(v, &old_value));
+        let actor = logprob.as_ref().filter(|_| !warming).map(|logprob| ActorInput {
+            logprob,
+            old_logprob: &old_logprob,
+            proximal_logprob: None,
+            advantage: &advantage,
+            mask: None,
+            episode_len: None,
+        });
+        let critic = value.as_ref().map(|value| CriticInput {
+            value,
+            old_value: &old_value,
+            returns: &returns,
+            mask: None,
+            episode_len: None,
+        });
+        let out = loss(&PolicyInput { actor, critic, entropy: None }, &self.settings)?;
+        let critic = out.critic.map(|c| (c.value_loss, c.value_clip_fraction, c.explained_variance));
+        Ok(Pass { loss: out.loss, actor: out.actor, critic, logprob_gap, value_gap })
+    }
+}
+
+struct Pass {
+    loss: Tensor,
+    actor: Option<ActorMetrics>,
+    critic: Option<(f64, f64, ExplainedVariance)>,
+    logprob_gap: f64,
+    value_gap: f64,
+}
+
+/// `sum += weight * one`; the largest deviation is a maximum, not a mean.
+fn add(sum: &mut ActorMetrics, one: &ActorMetrics, weight: f64) {
+    sum.policy_loss += weight * one.policy_loss;
+    sum.ratio += weight * one.ratio;
+    sum.ratio_deviation += weight * one.ratio_deviation;
+    sum.ratio_deviation_max = sum.ratio_deviation_max.max(one.ratio_deviation_max);
+    sum.approx_kl += weight * one.approx_kl;
+    sum.approx_kl_k1 += weight * one.approx_kl_k1;
+    sum.clip_fraction += weight * one.clip_fraction;
+    sum.dual_clip_fraction += weight * one.dual_clip_fraction;
+    sum.behaviour_clip_fraction += weight * one.behaviour_clip_fraction;
+}

@@ -1,0 +1,440 @@
+//! The network goldens through the exported graphs in ONNX Runtime: pi0 and pi0.5, both weight modes, fixed and symbolic batch.
+
+use std::{collections::BTreeMap, path::Path, sync::OnceLock};
+
+use export::{
+    GraphOptions, denoise_graph, prefix_graph,
+    signature::{expert_params, vlm_params},
+    weight_bytes,
+};
+use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff};
+use ort::{
+    environment::Environment,
+    session::{Session, SessionInputValue},
+    value::Tensor,
+};
+use policy::{
+    bundle::{EXPERT_WEIGHTS, VLM_WEIGHTS},
+    config::WeightMode,
+    dims::{PolicyDims, StackDims, Variant, VisionDims},
+    flow::{DenoiseStep, NoiseMethod, step_table, time_embedding},
+    params::{CriticInput, ParamSpec, ValueHeadDims, params},
+    weights::{Weight, WeightFile, locations},
+};
+
+/// f32 against f32 with sums in another order; the bound on network outputs.
+const TOLERANCE: f64 = 1e-4;
+const MODES: [&str; 2] = ["pi0", "pi05"];
+const VARIANTS: [(WeightMode, bool); 4] = [
+    (WeightMode::Constants, false),
+    (WeightMode::Constants, true),
+    (WeightMode::Inputs, false),
+    (WeightMode::Inputs, true),
+];
+
+fn environment() -> &'static Environment {
+    static LOADED: OnceLock<Environment> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/onnxruntime/libonnxruntime.so");
+        ort::init_from(&library).expect("libonnxruntime, which scripts/setup fetches").build().expect("environment")
+    })
+}
+
+fn session(path: &Path) -> Session {
+    Session::builder(environment())
+        .expect("session builder")
+        .with_intra_threads(1)
+        .expect("one thread")
+        .commit_from_file(path)
+        .unwrap_or_else(|e| panic!("loading {}: {e}", path.display()))
+}
+
+/// The model sizes of a golden file, with the cameras counted in `model`.
+fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueHeadDims) {
+    let entry = golden_dims(file);
+    let size = |key: &str| entry["dims"][key].as_u64().unwrap_or_else(|| panic!("{file}: size {key}")) as usize;
+    let dims = PolicyDims {
+        variant: if entry["mode"] == "pi0" { Variant::Pi0 } else { Variant::Pi05 },
+        vocab: size("vocab"),
+        vlm: StackDims { width: size("vlm_w"), mlp: size("vlm_mlp") },
+        expert: StackDims { width: size("exp_w"), mlp: size("exp_mlp") },
+        depth: size("depth"),
+        heads: size("heads"),
+        kv_heads: size("kv"),
+        head_dim: size("hd"),
+        vision: VisionDims {
+            width: size("vis_h"),
+            mlp: size("vis_mlp"),
+            depth: size("vis_l"),
+            heads: size("vis_heads"),
+            image_size: size("img"),
+            patch: size("patch"),
+        },
+        cameras: cameras(model).len(),
+        prompt_len: size("lang"),
+        action_horizon: size("horizon"),
+        action_dim: size("action_dim"),
+    };
+    dims.check().expect("golden sizes");
+    let hidden = entry["dims"]["vh"].as_array().expect("vh").iter().map(|n| n.as_u64().expect("vh") as usize).collect();
+    (dims, ValueHeadDims { input: critic, hidden })
+}
+
+/// Camera names; their alphabetical order is the order of the observation.
+fn cameras(model: &Golden) -> Vec<String> {
+    model.names().iter().filter_map(|n| n.strip_prefix("in.image.").map(str::to_owned)).collect()
+}
+
+type Weights = BTreeMap<String, Weight>;
+
+/// The weights of a golden file, the value head from `heads`.
+fn weights(file: &str, heads: &str, dims: &PolicyDims, head: &ValueHeadDims) -> Weights {
+    let files = [file, heads]
+        .map(|name| WeightFile::open(&golden_dir().join(format!("{name}.safetensors"))).expect("golden weights"));
+    let read = |spec: &ParamSpec| {
+        let [weights, heads] = &files;
+        let file = if spec.name.starts_with("value_head.") { heads } else { weights };
+        (spec.name.clone(), file.read(spec).expect("golden weight"))
+    };
+    params(dims, Some(head)).iter().map(read).collect()
+}
+
+/// What one run of a graph gave, as f64.
+type Outputs = BTreeMap<String, Array>;
+
+fn run(session: &mut Session, inputs: Vec<(String, SessionInputValue<'_>)>) -> Outputs {
+    let outputs = session.run(inputs).expect("inference");
+    let mut arrays = BTreeMap::new();
+    for (name, value) in outputs.iter() {
+        let shape = value.shape().iter().map(|n| *n as usize).collect();
+        let data: Vec<f64> = if let Ok((_, data)) = value.try_extract_tensor::<f32>() {
+            data.iter().map(|v| f64::from(*v)).collect()
+        } else if let Ok((_, data)) = value.try_extract_tensor::<i64>() {
+            data.iter().map(|v| *v as f64).collect()
+        } else {
+            let (_, data) = value.try_extract_tensor::<bool>().expect("f32, i64 or bool");
+            data.iter().map(|v| f64::from(u8::from(*v))).collect()
+        };
+        arrays.insert(name.to_owned(), Array { shape, data, dtype: safetensors::Dtype::F32 });
+    }
+    arrays
+}
+
+fn floats(shape: &[usize], data: Vec<f32>) -> SessionInputValue<'static> {
+    Tensor::from_array((shape.to_vec(), data)).expect("tensor").into()
+}
+
+fn booleans(array: &Array) -> SessionInputValue<'static> {
+    Tensor::from_array((array.shape.clone(), array.bool())).expect("tensor").into()
+}
+
+/// Both graphs of one policy in ONNX Runtime.
+struct Graphs {
+    dims: PolicyDims,
+    vlm_critic: bool,
+    weight_inputs: Vec<(String, Weight)>,
+    prefix: Session,
+    denoise: Session,
+    _folder: tempfile::TempDir,
+}
+
+impl Graphs {
+    fn build(dims: &PolicyDims, head: &ValueHeadDims, weights: &Weights, mode: WeightMode, batch: Option<usize>) -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        let options = GraphOptions { batch, debug: true };
+        let expert_specs = expert_params(dims, Some(head));
+        let vlm = weight_bytes(&vlm_params(dims), weights).expect("weights");
+        let expert = weight_bytes(&expert_specs, weights).expect("weights");
+        let prefix = prefix_graph(dims, &locations(&vlm).expect("header"), options).expect("prefix graph");
+        let denoise =
+            denoise_graph(dims, Some(head), &locations(&expert).expect("header"), mode, options).expect("denoise graph");
+        let files = [(VLM_WEIGHTS, vlm), (EXPERT_WEIGHTS, expert), ("prefix.onnx", prefix), ("denoise.onnx", denoise)];
+        for (name, bytes) in files {
+            std::fs::write(folder.path().join(name), bytes).expect("writing");
+        }
+        let weight_inputs = match mode {
+            WeightMode::Constants => Vec::new(),
+            WeightMode::Inputs => expert_specs.iter().map(|s| (s.name.clone(), weights[&s.name].clone())).collect(),
+        };
+        Self {
+            dims: dims.clone(),
+            vlm_critic: head.input == CriticInput::Vlm,
+            weight_inputs,
+            prefix: session(&folder.path().join("prefix.onnx")),
+            denoise: session(&folder.path().join("denoise.onnx")),
+            _folder: folder,
+        }
+    }
+
+    /// `images`: preprocessed, per camera `[B, 3, size, size]` under `PREFIX.NAME`.
+    fn prefix(&mut self, model: &Golden, images: &str) -> Outputs {
+        let names = cameras(model);
+        let per_camera: Vec<Array> = names.iter().map(|n| model.get(&format!("{images}.{n}"))).collect();
+        let masks: Vec<Array> = names.iter().map(|n| model.get(&format!("in.image_mask.{n}"))).collect();
+        let batch = masks[0].shape[0];
+        let side = self.dims.vision.image_size;
+        let pixels = 3 * side * side;
+        let (mut image, mut mask) = (Vec::new(), Vec::new());
+        for b in 0..batch {
+            for (camera, valid) in per_camera.iter().zip(&masks) {
+                assert_eq!(camera.shape, [batch, 3, side, side], "preprocessed image");
+                image.extend(camera.data[b * pixels..(b + 1) * pixels].iter().map(|v| *v as f32));
+                mask.push(valid.data[b] != 0.0);
+            }
+        }
+        let prompt = model.get("in.tokenized_prompt");
+        let inputs = vec![
+            ("images".to_owned(), floats(&[batch, names.len(), 3, side, side], image)),
+            ("image_mask".to_owned(), Tensor::from_array(([batch, names.len()], mask)).expect("tensor").into()),
+            ("prompt".to_owned(), Tensor::from_array((prompt.shape.clone(), prompt.i64())).expect("tensor").into()),
+            ("prompt_mask".to_owned(), booleans(&model.get("in.tokenized_prompt_mask"))),
+        ];
+        run(&mut self.prefix, inputs)
+    }
+
+    fn step(&mut self, prefix: &Outputs, state: &Array, step: &Step<'_>) -> Outputs {
+        let batch = step.x.len() / (self.dims.action_horizon * self.dims.action_dim);
+        let actions = [batch, self.dims.action_horizon, self.dims.action_dim];
+        let width = self.dims.expert.width;
+        let time: Vec<f32> = step.t.iter().flat_map(|t| time_embedding(*t, width)).collect();
+        let all = |value: f64| floats(&[batch], vec![value as f32; batch]);
+        let of = |name: &str| floats(&prefix[name].shape, prefix[name].f32());
+        let mut inputs = vec![
+            ("x_t".to_owned(), floats(&actions, step.x.to_vec())),
+            ("time_emb".to_owned(), floats(&[batch, width], time)),
+            ("k".to_owned(), of("k")),
+            ("v".to_owned(), of("v")),
+            ("prefix_mask".to_owned(), booleans(&prefix["prefix_mask"])),
+            ("c_x".to_owned(), all(step.coefficients.0)),
+            ("c_v".to_owned(), all(step.coefficients.1)),
+            ("std".to_owned(), all(step.std)),
+            ("z".to_owned(), floats(&actions, step.z.to_vec())),
+        ];
+        if self.dims.variant == Variant::Pi0 {
+            inputs.push(("state".to_owned(), floats(&state.shape, state.f32())));
+        }
+        if self.vlm_critic {
+            inputs.push(("pooled".to_owned(), of("pooled")));
+        }
+        for (name, weight) in &self.weight_inputs {
+            inputs.push((name.clone(), floats(&weight.shape, weight.data.clone())));
+        }
+        run(&mut self.denoise, inputs)
+    }
+}
+
+/// One denoise step for a batch: time per sample, coefficients for all.
+struct Step<'a> {
+    x: &'a [f32],
+    t: Vec<f64>,
+    coefficients: (f64, f64),
+    std: f64,
+    z: &'a [f32],
+}
+
+/// The `index`-th entry of an array's first axis.
+fn at(array: &Array, index: usize) -> Array {
+    let shape = array.shape[1..].to_vec();
+    let length: usize = shape.iter().product();
+    Array { shape, data: array.data[index * length..(index + 1) * length].to_vec(), dtype: array.dtype }
+}
+
+/// Layer `l` of a cache `[B, depth, ...]`.
+fn layer(cache: &Array, l: usize) -> Array {
+    let samples: Vec<Array> = (0..cache.shape[0]).map(|b| at(&at(cache, b), l)).collect();
+    let shape = [vec![cache.shape[0]], samples[0].shape.clone()].concat();
+    Array { shape, data: samples.into_iter().flat_map(|s| s.data).collect(), dtype: cache.dtype }
+}
+
+/// Compares and gives the error.
+#[track_caller]
+fn close(what: &str, got: &Array, want: &Array, tolerance: f64) -> f64 {
+    assert_eq!(got.shape, want.shape, "{what}: shape");
+    let diff = max_abs_diff(&got.f32(), &want.data);
+    assert!(diff <= tolerance, "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}");
+    diff
+}
+
+fn main_case(mode: &str) -> (Golden, PolicyDims, ValueHeadDims, Weights) {
+    let model = Golden::open(&format!("{mode}_model"));
+    let (dims, head) = sizes(&format!("{mode}_model"), &model, CriticInput::Expert);
+    let weights = weights(&format!("{mode}_weights"), &format!("{mode}_rl_heads"), &dims, &head);
+    (model, dims, head, weights)
+}
+
+fn each_variant(mode: &str, mut test: impl FnMut(&str, &Golden, &mut Graphs)) {
+    let (model, dims, head, weights) = main_case(mode);
+    let batch = model.get("in.state").shape[0];
+    for (weights_mode, fixed) in VARIANTS {
+        let mut graphs = Graphs::build(&dims, &head, &weights, weights_mode, fixed.then_some(batch));
+        let label = format!("{mode}, weights as {weights_mode:?}, {} batch", if fixed { "fixed" } else { "symbolic" });
+        test(&label, &model, &mut graphs);
+    }
+}
+
+#[test]
+fn prefix_graph_matches_the_golden_network() {
+    for mode in MODES {
+        each_variant(mode, |label, model, graphs| {
+            let got = graphs.prefix(model, "pre.image");
+            let mut worst = 0.0f64;
+            let mut check = |name: &str, got: &Array, want: &str, tolerance: f64| {
+                worst = worst.max(close(&format!("{label}: {name}"), got, &model.get(want), tolerance));
+            };
+            for (i, camera) in cameras(model).iter().enumerate() {
+                for (ours, theirs) in
+                    [("patch_pos_emb", "patch_pos_emb"), ("vision_hidden", "last_hidden"), ("vision_projected", "projected")]
+                {
+                    let name = format!("{ours}.{i}");
+                    check(&name, &got[&name], &format!("vis.{camera}.{theirs}"), TOLERANCE);
+                }
+            }
+            check("prefix_embs", &got["prefix_embs"], "prefix.embs", TOLERANCE);
+            check("prefix_mask", &got["prefix_mask"], "prefix.pad_masks", 0.0);
+            check("position_ids", &got["position_ids"], "prefix.position_ids", 0.0);
+            for l in 0..graphs.dims.depth {
+                check("k", &layer(&got["k"], l), &format!("prefix.k.{l}"), TOLERANCE);
+                check("v", &layer(&got["v"], l), &format!("prefix.v.{l}"), TOLERANCE);
+            }
+            check("prefix_out", &got["prefix_out"], "prefix.out", TOLERANCE);
+            println!("{label}: prefix, largest error {worst:.1e}");
+        });
+    }
+}
+
+#[test]
+fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
+    for mode in MODES {
+        each_variant(mode, |label, model, graphs| {
+            let prefix = graphs.prefix(model, "pre.image");
+            let state = model.get("in.state");
+            let mut worst = 0.0f64;
+            let mut check = |name: &str, got: &Array, want: &Array, tolerance: f64| {
+                worst = worst.max(close(&format!("{label}: {name}"), got, want, tolerance));
+            };
+            let x = model.get("step.x_t").f32();
+            let zeros = vec![0.0; x.len()];
+            let step = Step { x: &x, t: model.get("step.t").data, coefficients: (1.0, 0.0), std: 0.0, z: &zeros };
+            let got = graphs.step(&prefix, &state, &step);
+            check("suffix_embs", &got["suffix_embs"], &model.get("step.suffix_embs"), TOLERANCE);
+            check("suffix_position_ids", &got["suffix_position_ids"], &model.get("step.position_ids"), 0.0);
+            check("suffix_out", &got["suffix_out"], &model.get("step.suffix_out"), TOLERANCE);
+            check("v_t", &got["v_t"], &model.get("step.v_t"), TOLERANCE);
+            if model.has("step.adarms_cond") {
+                check("adarms_cond", &got["adarms_cond"], &model.get("step.adarms_cond"), TOLERANCE);
+            }
+            for steps in [4, 10] {
+                let golden = |name: &str| model.get(&format!("ode{steps}.{name}"));
+                let (times, xs, vs) = (golden("t"), golden("x_path"), golden("v_path"));
+                let mut x = model.get("ode.noise");
+                for i in 0..steps {
+                    check("x of the ODE path", &x, &at(&xs, i), TOLERANCE);
+                    let now = x.f32();
+                    let coefficients = (1.0, f64::from(-1.0 / steps as f32));
+                    let step = Step { x: &now, t: at(&times, i).data, coefficients, std: 0.0, z: &zeros };
+                    let mut got = graphs.step(&prefix, &state, &step);
+                    check("v of the ODE path", &got["v_t"], &at(&vs, i), TOLERANCE);
+                    x = got.remove("x_next").expect("x_next");
+                }
+                check("ODE actions", &x, &golden("actions"), TOLERANCE);
+            }
+            println!("{label}: denoise, largest error {worst:.1e}");
+        });
+    }
+}
+
+#[test]
+fn denoise_graph_matches_the_golden_step_grids_and_expert_values() {
+    for mode in MODES {
+        for (file, method) in [("flow_sde", NoiseMethod::FlowSde), ("flow_ode", NoiseMethod::FlowOde), ("flow_cps", NoiseMethod::FlowCps)] {
+            let rl = Golden::open(&format!("{mode}_rl_{file}"));
+            let grids: Vec<String> = rl.names().iter().filter_map(|n| n.strip_suffix(".timesteps").map(str::to_owned)).collect();
+            assert!(!grids.is_empty(), "{mode} {file}: no step grid");
+            // by Flow-SDE's formula its first step has the noise level itself as deviation
+            let sde = Golden::open(&format!("{mode}_rl_flow_sde"));
+            let level = sde.get(&format!("{}.std", grids[0])).data[0];
+            each_variant(mode, |label, model, graphs| {
+                let prefix = graphs.prefix(model, "pre.image");
+                let state = model.get("in.state");
+                let batch = state.shape[0];
+                for grid in &grids {
+                    let golden = |name: &str| rl.get(&format!("{grid}.{name}"));
+                    let (x, z, times) = (golden("x"), golden("noise"), golden("timesteps"));
+                    let rows: Vec<DenoiseStep> = step_table(method, x.shape[0], level);
+                    for (k, row) in rows.iter().enumerate() {
+                        let (x, z) = (at(&x, k).f32(), at(&z, k).f32());
+                        let step = Step {
+                            x: &x,
+                            t: vec![times.data[k]; batch],
+                            coefficients: row.mean_coefficients(),
+                            std: row.std,
+                            z: &z,
+                        };
+                        let got = graphs.step(&prefix, &state, &step);
+                        for (name, want) in [("v_t", "v"), ("mean", "mean"), ("x_next", "next"), ("value", "value")] {
+                            let what = format!("{label}: {file} {grid} step {k} {name}");
+                            close(&what, &got[name], &at(&golden(want), k), TOLERANCE);
+                        }
+                    }
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn value_of_the_prefix_is_the_masked_mean_of_the_reference() {
+    for mode in MODES {
+        let model = Golden::open(&format!("{mode}_vlmvalue"));
+        let file = format!("{mode}_vlmvalue_weights");
+        let (dims, head) = sizes(&file, &model, CriticInput::Vlm);
+        let weights = weights(&file, &file, &dims, &head);
+        let want = Golden::open(&format!("{mode}_vlmvalue_rlsampler")).get("masked_mean.value");
+        for (weights_mode, fixed) in VARIANTS {
+            let state = model.get("in.state");
+            let batch = state.shape[0];
+            let mut graphs = Graphs::build(&dims, &head, &weights, weights_mode, fixed.then_some(batch));
+            let prefix = graphs.prefix(&model, "in.image");
+            close(&format!("{mode}: prefix_out"), &prefix["prefix_out"], &model.get("prefix_out"), TOLERANCE);
+            let x = vec![0.5; batch * dims.action_horizon * dims.action_dim];
+            let step = Step { x: &x, t: vec![1.0; batch], coefficients: (1.0, 0.0), std: 0.0, z: &x };
+            let got = graphs.step(&prefix, &state, &step);
+            close(&format!("{mode}: V_vlm"), &got["value"], &want, TOLERANCE);
+        }
+    }
+}
+
+/// Grouped heads have no golden: a policy whose two kv heads hold the same numbers is the golden one with a single kv head.
+#[test]
+fn two_equal_kv_heads_are_one() {
+    for mode in MODES {
+        let (model, dims, head, weights) = main_case(mode);
+        if dims.kv_heads != 1 || dims.heads % 2 != 0 {
+            continue;
+        }
+        let doubled_dims = PolicyDims { kv_heads: 2, ..dims.clone() };
+        let doubled: Weights = weights
+            .iter()
+            .map(|(name, weight)| {
+                let mut weight = weight.clone();
+                let is_kv = name.ends_with("self_attn.k_proj.weight") || name.ends_with("self_attn.v_proj.weight");
+                if is_kv && !name.contains("vision_tower") {
+                    weight.data = [weight.data.clone(), weight.data].concat();
+                    weight.shape[0] *= 2;
+                }
+                (name.clone(), weight)
+            })
+            .collect();
+        let state = model.get("in.state");
+        let x = model.get("step.x_t").f32();
+        let step = || Step { x: &x, t: model.get("step.t").data, coefficients: (1.0, 0.0), std: 0.0, z: &x };
+        for (weights_mode, fixed) in VARIANTS {
+            let batch = fixed.then_some(state.shape[0]);
+            let mut graphs = Graphs::build(&doubled_dims, &head, &doubled, weights_mode, batch);
+            let prefix = graphs.prefix(&model, "pre.image");
+            close("prefix_out", &prefix["prefix_out"], &model.get("prefix.out"), TOLERANCE);
+            let got = graphs.step(&prefix, &state, &step());
+            close("v_t", &got["v_t"], &model.get("step.v_t"), TOLERANCE);
+        }
+    }
+}
