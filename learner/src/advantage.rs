@@ -268,7 +268,7 @@ pub fn episode_scores(layout: Layout, rewards: &[f32], dones: &[bool]) -> Result
     Ok((0..layout.envs).map(score).collect())
 }
 
-/// Group-relative advantage of consecutive groups (Shao et al. 2024, "DeepSeekMath", section 4.1.2):
+/// Group-relative advantage of consecutive groups (Shao et al. 2024, section 4.1.2):
 /// `(s - mean) / (std + GROUP_EPS)` within each group of `group_size`, unbiased standard deviation. Equal scores give 0.
 pub fn group_relative(scores: &[f32], group_size: usize) -> Result<Vec<f32>> {
     if group_size < 2 || !scores.len().is_multiple_of(group_size) {
@@ -477,7 +477,7 @@ pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advanta
 /// The one table of advantage estimators.
 pub const ESTIMATORS: [(&str, Estimator); 3] = [("gae", gae_episodes), ("grpo", grpo_episodes), ("raw", raw_episodes)];
 
-/// The advantage estimator of this name (`algorithm.advantage` of the configuration); see [`ESTIMATORS`].
+/// The advantage estimator of this name (`algorithm.adv_type` of the configuration); see [`ESTIMATORS`].
 pub fn estimator(name: &str) -> Option<Estimator> {
     ESTIMATORS
         .iter()
@@ -532,6 +532,7 @@ fn grpo_episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Resu
     Ok(episodes.iter().map(one).collect())
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "every estimator of the table has one signature")]
 fn raw_episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     Ok(episodes
         .iter()

@@ -587,7 +587,7 @@ pub const POLICY_LOSSES: [(&str, PolicyLossFn); 4] = [
     }),
 ];
 
-/// The policy loss of this name (`algorithm.loss` of the configuration); see [`POLICY_LOSSES`].
+/// The policy loss of this name (`algorithm.loss_type` of the configuration); see [`POLICY_LOSSES`].
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
     POLICY_LOSSES
         .iter()

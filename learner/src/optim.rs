@@ -1,4 +1,4 @@
-//! AdamW with a float32 master copy, parameter groups, a global gradient-norm clip and learning-rate schedules.
+//! `AdamW` with a float32 master copy, parameter groups, a global gradient-norm clip and learning-rate schedules.
 //!
 //! A parameter that is not float32 itself (bfloat16) has a float32 master: the step changes the master and the
 //! parameter receives it rounded. Updates far smaller than a bfloat16 ulp therefore add up instead of being lost. A
@@ -239,8 +239,8 @@ impl AdamW {
     /// One update with the gradients that are there; `lr_factor` is the schedule's factor of this step.
     ///
     /// The gradient is scaled by `min(1, clip_norm / (norm + 1e-6))`. With a norm that is not finite nothing changes
-    /// and the step counts as skipped. A parameter without a gradient stays as it is. The gradients are left for
-    /// [`AdamW::zero_grad`].
+    /// and the step counts as skipped. A parameter that no backward pass has reached yet stays as it is. The
+    /// gradients are left for [`AdamW::zero_grad`].
     pub fn step(&mut self, lr_factor: f64) -> Result<StepReport> {
         let grad_norm = self.grad_norm()?;
         if !grad_norm.is_finite() {

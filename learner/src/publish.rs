@@ -70,7 +70,8 @@ impl Publisher {
         self.published.push(version);
         while self.published.len() > KEEP + 1 {
             // index 0 is the first version, which others link and the report compares with
-            let old = self.path(self.published.remove(1));
+            let version = self.published.remove(1);
+            let old = self.path(version);
             std::fs::remove_dir_all(&old).map_err(crate::error::io("removing the old version", &old))?;
         }
         Ok(bundle)

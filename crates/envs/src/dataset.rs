@@ -152,3 +152,92 @@ pub fn write_scenes(path: &Path, params: &TabletopParams, scenes: usize, seed: u
     }
     columns.write(path, params.image_size, ("keypoints", vec![3, 2]))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    /// A tensor of the file as (shape, values).
+    fn floats(file: &[u8], name: &str) -> (Vec<usize>, Vec<f32>) {
+        let tensors = SafeTensors::deserialize(file).expect("safetensors");
+        let tensor = tensors.tensor(name).expect("tensor");
+        assert_eq!(tensor.dtype(), Dtype::F32);
+        let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        (tensor.shape().to_vec(), values)
+    }
+
+    #[test]
+    fn demonstrations_replay_to_success_and_stand_still_after_it() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("demos.safetensors");
+        let params = TabletopParams { demo_bias: 0.032, demo_noise: 0.1, ..TabletopParams::default() };
+        let horizon = 6;
+        let rows = write_demos(&path, &params, 20, horizon, 3).expect("demos");
+        assert_eq!(fs::read_dir(folder.path()).expect("folder").count(), 1, "nothing is left beside the file");
+        let file = fs::read(&path).expect("file");
+        let (shape, actions) = floats(&file, "actions");
+        assert_eq!(shape, [rows, horizon, ACTION_DIM]);
+        let (_, states) = floats(&file, "state");
+        let step = horizon * ACTION_DIM;
+        let mut row = 0;
+        for episode in 0..20 {
+            // the demonstrator succeeds in every one of these episodes (asserted here), so that they are numbered without a gap
+            let mut table = Table::draw(&mut key(3, episode).rng());
+            loop {
+                assert_eq!(states[4 * row..4 * row + 4], table.state());
+                let chunk = &actions[row * step..(row + 1) * step];
+                let done = table.step([chunk[0], chunk[1], chunk[2]], &params);
+                row += 1;
+                if done {
+                    for rest in chunk[ACTION_DIM..].as_chunks::<ACTION_DIM>().0 {
+                        assert_eq!(*rest, [0.0, 0.0, chunk[2]]);
+                    }
+                    break;
+                }
+                // the chunk of a step goes on as the next step's does
+                assert_eq!(chunk[ACTION_DIM..], actions[row * step..(row + 1) * step - ACTION_DIM]);
+            }
+        }
+        assert_eq!(row, rows);
+    }
+
+    #[test]
+    fn scenes_show_the_gripper_at_its_key_point() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("scenes.safetensors");
+        let scenes = 4000;
+        write_scenes(&path, &TabletopParams::default(), scenes, 1).expect("scenes");
+        let file = fs::read(&path).expect("file");
+        let (shape, points) = floats(&file, "keypoints");
+        assert_eq!(shape, [scenes, 3, 2]);
+        assert!(points.iter().all(|v| (0.0..=1.0).contains(v)));
+        let (_, states) = floats(&file, "state");
+        let mut near = [0.0; 2];
+        for (point, state) in points.as_chunks::<6>().0.iter().zip(states.as_chunks::<4>().0) {
+            let [block, zone, gripper] = [[point[0], point[1]], [point[2], point[3]], [point[4], point[5]]];
+            assert_eq!([4.0 * gripper[0] - 2.0, 4.0 * gripper[1] - 2.0], state[..2]);
+            near[0] += f64::from(u8::from(crate::tabletop::distance(block, gripper) < 0.15)) / scenes as f64;
+            near[1] += f64::from(u8::from(crate::tabletop::distance(block, zone) < 0.15)) / scenes as f64;
+        }
+        // starts are 0.2 apart, and a jitter of 5 deviations is not seen; 5 standard errors of a share of 4000 are below 0.04.
+        // A moved block or gripper may also land near the third point, rarely.
+        assert!((near[0] - 0.35).abs() < 0.04 && (near[1] - 0.15).abs() < 0.04, "{near:?}");
+        let tensors = SafeTensors::deserialize(&file).expect("safetensors");
+        assert_eq!(tensors.tensor("images").expect("images").shape(), [scenes, 1, 32, 32, 3]);
+        assert_eq!(tensors.tensor("prompt_id").expect("prompts").shape(), [scenes]);
+    }
+
+    #[test]
+    fn a_demonstrator_that_fails_writes_nothing() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("demos.safetensors");
+        let params = TabletopParams { demo_bias: 0.2, ..TabletopParams::default() };
+        let refused = write_demos(&path, &params, 5, 4, 1);
+        assert!(matches!(refused, Err(DatasetError::TooFew { wanted: 5, found: 0, tried: 26 })), "{refused:?}");
+        assert!(!path.exists());
+    }
+}

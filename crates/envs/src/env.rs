@@ -89,7 +89,7 @@ pub trait VecEnv: Send {
     fn spec(&self) -> EnvSpec;
     /// Number of slots.
     fn num_envs(&self) -> usize;
-    /// Starts an episode; `None` for a slot that does not exist.
+    /// Starts an episode; `None` for a slot or a task that does not exist.
     fn reset(&mut self, slot: usize, key: &ResetKey) -> Option<Observation>;
     /// The present observation; `None` for a slot that does not exist.
     fn observe(&self, slot: usize) -> Option<Observation>;

@@ -135,6 +135,18 @@ impl Table {
         }
     }
 
+    /// Makes `task` (a colour number) the named colour; positions stay, and a distractor of that colour takes the old one. `None`
+    /// when there is no such colour.
+    #[must_use]
+    pub fn with_task(mut self, task: usize) -> Option<Self> {
+        COLOURS.get(task)?;
+        if self.colours[1] == task {
+            self.colours[1] = self.colours[0];
+        }
+        self.colours[0] = task;
+        Some(self)
+    }
+
     /// One env step with the action `[dx, dy, grip]`; returns whether the goal is reached.
     pub fn step(&mut self, action: [f32; 3], params: &TabletopParams) -> bool {
         let action = action.map(|a| if a.is_nan() { 0.0 } else { a.clamp(-1.0, 1.0) });
@@ -229,7 +241,11 @@ impl VecEnv for Tabletop {
     }
 
     fn reset(&mut self, slot: usize, key: &ResetKey) -> Option<Observation> {
-        let table = Table::draw(&mut key.rng());
+        let drawn = Table::draw(&mut key.rng());
+        let table = match key.task {
+            Some(task) => drawn.with_task(task as usize)?,
+            None => drawn,
+        };
         *self.tables.get_mut(slot)? = Some(table);
         Some(self.look(&table))
     }
@@ -332,9 +348,82 @@ mod tests {
         assert_eq!(pixel(16, 18), [114, 28, 28]);
     }
 
+    #[test]
+    fn a_named_task_changes_colours_only() {
+        let mut env = Tabletop::new(1, TabletopParams::default());
+        for (task, colour) in (0u32..).zip(COLOURS) {
+            for episode in 0..20 {
+                let drawn = Table::draw(&mut key(5, 0, episode).rng());
+                let named = ResetKey { task: Some(task), ..key(5, 0, episode) };
+                let seen = env.reset(0, &named).expect("slot");
+                assert_eq!(seen.prompt, format!("pick {colour}"));
+                let table = env.tables[0].expect("reset");
+                assert_ne!(table.colours[0], table.colours[1]);
+                assert_eq!(table, Table { colours: table.colours, ..drawn });
+            }
+        }
+        assert!(env.reset(0, &ResetKey { task: Some(3), ..key(5, 0, 0) }).is_none(), "there is no fourth colour");
+    }
+
+    #[test]
+    fn success_in_the_last_step_is_no_truncation() {
+        let mut env = Tabletop::new(1, TabletopParams { max_episode_steps: 3, ..TabletopParams::default() });
+        env.reset(0, &key(1, 1, 1)).expect("slot");
+        let table = env.tables[0].as_mut().expect("reset");
+        table.steps = 2;
+        table.blocks[0] = table.zone;
+        let outcome = env.step_chunk(0, &[0.0, 0.0, -1.0, 0.0, 0.0, -1.0], false).expect("slot");
+        assert_eq!(outcome.rewards, [1.0], "the chunk stops at success");
+        assert!(outcome.success && outcome.terminated && !outcome.truncated);
+    }
+
+    #[test]
+    fn actions_that_are_no_numbers_stand_still_and_infinite_ones_are_clipped() {
+        let params = TabletopParams::default();
+        let start = Table::draw(&mut key(1, 1, 1).rng());
+        let after = |action| {
+            let mut table = start;
+            table.step(action, &params);
+            table
+        };
+        assert_eq!(after([f32::NAN; 3]), after([0.0; 3]));
+        assert_eq!(after([f32::INFINITY, f32::NEG_INFINITY, f32::INFINITY]), after([1.0, -1.0, 1.0]));
+    }
+
+    #[test]
+    fn the_bounded_painter_agrees_with_painting_every_pixel() {
+        for (episode, size) in [(0, 32), (1, 32), (2, 48), (3, 17)] {
+            let table = Table::draw(&mut key(9, 0, episode).rng());
+            let colour = |block: usize| COLOUR_RGB[table.colours[block]];
+            let discs = [
+                (table.zone, 0.09, ZONE_RGB),
+                (table.blocks[0], 0.06, colour(0)),
+                (table.blocks[1], 0.06, colour(1)),
+                (table.gripper, 0.04, OPEN_RGB),
+            ];
+            let image = table.image(size);
+            for (place, byte) in image.data.iter().enumerate() {
+                let (row, column, channel) = (place / (3 * size), place / 3 % size, place % 3);
+                let at = |i: usize| (i as f64 + 0.5) / size as f64;
+                let mut value = 0.12;
+                for (centre, radius, rgb) in discs {
+                    let apart = (at(column) - f64::from(centre[0])).hypot(at(row) - f64::from(centre[1]));
+                    let alpha = ((radius - apart) * size as f64 + 0.5).clamp(0.0, 1.0);
+                    value += (f64::from(rgb[channel]) - value) * alpha;
+                }
+                // half a step of u8, and f32 against f64
+                assert!((f64::from(*byte) - 255.0 * value).abs() < 0.5 + 1e-3, "{episode} {row} {column} {channel}");
+            }
+        }
+    }
+
     proptest! {
         #[test]
-        fn the_state_stays_on_the_table(actions in proptest::collection::vec(any::<[f32; 3]>(), 1..60), env in 0u32..50) {
+        fn the_state_stays_on_the_table(
+            // `ANY` has NaN and the infinities, which the default strategy of f32 leaves out
+            actions in proptest::collection::vec(proptest::array::uniform3(proptest::num::f32::ANY), 1..60),
+            env in 0u32..50,
+        ) {
             let params = TabletopParams::default();
             let mut table = Table::draw(&mut key(3, env, 0).rng());
             for action in actions {
@@ -342,6 +431,7 @@ mod tests {
                 for p in [table.gripper, table.blocks[0], table.blocks[1]] {
                     prop_assert!(p.iter().all(|v| (-0.05..=1.05).contains(v)), "{table:?}");
                 }
+                prop_assert!(table.state().iter().all(|v| (-2.0..=2.0).contains(v)), "{table:?}");
             }
         }
     }

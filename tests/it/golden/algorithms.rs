@@ -1,5 +1,13 @@
 //! Advantages, losses, optimizer and schedules against the recorded reference. Where the reference is wrong, both
 //! numbers are stated: the recorded one is reproduced from its cause by a few lines here, ours is the library's.
+#![expect(
+    clippy::expect_used,
+    clippy::float_cmp,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "helpers of tests: they fail by panicking, print what was covered and compare infinities"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -205,16 +213,13 @@ fn check_gae(case: &Case<'_>, coverage: &mut Coverage) {
     let layout = layout(&rewards);
     let dones = case.array("in.dones").bool();
     let mask = case.maybe("in.loss_mask").map(|mask| mask.bool());
-    let (mut advantages, mut returns) = match case.maybe("in.values") {
-        Some(values) => {
-            let (gamma, lambda) = (case.need("gamma"), case.need("gae_lambda"));
-            let out = reference_gae(layout, &rewards.f32(), &values.f32(), &dones, gamma, lambda);
-            (out.advantages, out.returns)
-        }
-        None => {
-            let to_go = reward_to_go(layout, &rewards.f32(), &dones[layout.envs..]).unwrap();
-            (to_go.clone(), to_go)
-        }
+    let (mut advantages, mut returns) = if let Some(values) = case.maybe("in.values") {
+        let (gamma, lambda) = (case.need("gamma"), case.need("gae_lambda"));
+        let out = reference_gae(layout, &rewards.f32(), &values.f32(), &dones, gamma, lambda);
+        (out.advantages, out.returns)
+    } else {
+        let to_go = reward_to_go(layout, &rewards.f32(), &dones[layout.envs..]).unwrap();
+        (to_go.clone(), to_go)
     };
     if case.flag("normalize_advantages").unwrap_or(true) {
         normalize(&mut advantages, mask.as_deref());

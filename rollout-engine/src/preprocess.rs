@@ -1,0 +1,182 @@
+//! From an observation to model input: pixels, prompt tokens, normalised state.
+
+use policy::{
+    bundle::Manifest,
+    prompt::{PromptError, Tokenizer},
+};
+use wire::{array::ArrayError, messages::Observation};
+
+use crate::backend::PrefixBatch;
+
+/// An observation that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ObservationError {
+    /// Another number of cameras.
+    #[error("observation has {found} images, the policy has {expected} cameras ({names})")]
+    Cameras {
+        /// Cameras of the policy.
+        expected: usize,
+        /// What came.
+        found: usize,
+        /// Their names.
+        names: String,
+    },
+    /// No camera at all.
+    #[error("observation has no image: at least one camera must be there")]
+    Blind,
+    /// An image that is none.
+    #[error(transparent)]
+    Array(#[from] ArrayError),
+    /// An image of an impossible size.
+    #[error("image of camera `{camera}` has shape {found:?}, expected [height, width, 3] with 1 to {MAX_SIDE} pixels a side")]
+    Image {
+        /// Which camera.
+        camera: String,
+        /// Its shape.
+        found: Vec<usize>,
+    },
+    /// A state that does not fit.
+    #[error("state has {found} numbers, the policy takes at most {expected}")]
+    State {
+        /// Width of the model's state.
+        expected: usize,
+        /// What came.
+        found: usize,
+    },
+    /// NaN or infinity.
+    #[error("state holds {value} at dimension {index}")]
+    NotFinite {
+        /// Which dimension.
+        index: usize,
+        /// What is there.
+        value: f32,
+    },
+    /// A prompt outside the vocabulary.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// Statistics that do not fit.
+    #[error(transparent)]
+    Norm(#[from] policy::norm::NormError),
+}
+
+/// Largest side of an image that is taken.
+const MAX_SIDE: usize = 8192;
+
+/// One observation in model units.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInput {
+    /// Pixels as the network sees them, `[cameras, size, size, 3]`, 0 to 255; zero for an absent camera.
+    pub images: Vec<u8>,
+    /// Which cameras were there.
+    pub image_mask: Vec<bool>,
+    /// Prompt ids, padded.
+    pub prompt: Vec<i64>,
+    /// Which of them are valid.
+    pub prompt_mask: Vec<bool>,
+    /// Normalised state padded with zeros, `[action_dim]`.
+    pub state: Vec<f32>,
+}
+
+/// Makes model inputs as a bundle's manifest says.
+#[derive(Debug, Clone)]
+pub struct Preprocessor {
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+}
+
+impl Preprocessor {
+    /// The preprocessor of a bundle.
+    ///
+    /// # Errors
+    /// A tokenizer that is not read.
+    pub fn new(manifest: &Manifest, dir: &std::path::Path) -> Result<Self, PromptError> {
+        let tokenizer = Tokenizer::from_config(&manifest.tokenizer, Some(dir))?;
+        Ok(Self { manifest: manifest.clone(), tokenizer })
+    }
+
+    /// Checks and converts one observation.
+    ///
+    /// # Errors
+    /// Says what was expected and what came.
+    pub fn prepare(&self, seen: &Observation) -> Result<ModelInput, ObservationError> {
+        let manifest = &self.manifest;
+        let dims = &manifest.dims;
+        if seen.images.len() != dims.cameras {
+            return Err(ObservationError::Cameras {
+                expected: dims.cameras,
+                found: seen.images.len(),
+                names: manifest.cameras.join(", "),
+            });
+        }
+        if seen.images.iter().all(Option::is_none) {
+            return Err(ObservationError::Blind);
+        }
+        let size = dims.vision.image_size;
+        let mut images = Vec::with_capacity(dims.cameras * size * size * 3);
+        for (image, camera) in seen.images.iter().zip(&manifest.cameras) {
+            let Some(image) = image else {
+                images.resize(images.len() + size * size * 3, 0);
+                continue;
+            };
+            let shape = image.dims();
+            let &[height, width, 3] = shape.as_slice() else {
+                return Err(ObservationError::Image { camera: camera.clone(), found: shape });
+            };
+            if height == 0 || width == 0 || height > MAX_SIDE || width > MAX_SIDE {
+                return Err(ObservationError::Image { camera: camera.clone(), found: shape });
+            }
+            let pixels = image.as_u8(camera, None)?;
+            if (height, width) == (size, size) {
+                images.extend_from_slice(pixels);
+            } else {
+                images.extend(fit(pixels, height, width, size));
+            }
+        }
+        let tokens = self.tokenizer.tokenize(&seen.prompt, dims.prompt_len)?;
+        Ok(ModelInput {
+            images,
+            image_mask: seen.images.iter().map(Option::is_some).collect(),
+            prompt: tokens.ids,
+            prompt_mask: tokens.mask,
+            state: self.state(&seen.state)?,
+        })
+    }
+
+    fn state(&self, state: &[f32]) -> Result<Vec<f32>, ObservationError> {
+        let width = self.manifest.dims.action_dim;
+        if state.len() > width {
+            return Err(ObservationError::State { expected: width, found: state.len() });
+        }
+        if let Some((index, value)) = state.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(ObservationError::NotFinite { index, value: *value });
+        }
+        let mut normalised = match &self.manifest.norm_stats {
+            Some(stats) => self.manifest.normalization.normalize(&stats.state, state)?,
+            None => state.to_vec(),
+        };
+        normalised.resize(width, 0.0);
+        Ok(normalised)
+    }
+}
+
+/// Puts inputs together; `size` is the side of an image. Pixels become `x / 255 * 2 - 1`, channels first.
+pub fn batch(inputs: &[&ModelInput], size: usize) -> PrefixBatch {
+    let plane = size * size;
+    let mut images = Vec::with_capacity(inputs.iter().map(|i| i.images.len()).sum());
+    for input in inputs {
+        for camera in input.images.chunks_exact(plane * 3) {
+            for channel in 0..3 {
+                images.extend(camera.iter().skip(channel).step_by(3).map(|p| f32::from(*p) / 255.0 * 2.0 - 1.0));
+            }
+        }
+    }
+    PrefixBatch {
+        rows: inputs.len(),
+        images,
+        image_mask: inputs.iter().flat_map(|i| i.image_mask.iter().copied()).collect(),
+        prompt: inputs.iter().flat_map(|i| i.prompt.iter().copied()).collect(),
+        prompt_mask: inputs.iter().flat_map(|i| i.prompt_mask.iter().copied()).collect(),
+        state: inputs.iter().flat_map(|i| i.state.iter().copied()).collect(),
+    }
+}
