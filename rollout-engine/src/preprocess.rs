@@ -2,6 +2,7 @@
 
 use policy::{
     bundle::Manifest,
+    image::{CHANNELS, ImageError, RgbImage, normalise_u8, resize_with_pad},
     prompt::{PromptError, Tokenizer},
 };
 use wire::{array::ArrayError, messages::Observation};
@@ -28,13 +29,21 @@ pub enum ObservationError {
     /// An image that is none.
     #[error(transparent)]
     Array(#[from] ArrayError),
-    /// An image of an impossible size.
-    #[error("image of camera `{camera}` has shape {found:?}, expected [height, width, 3] with 1 to {MAX_SIDE} pixels a side")]
-    Image {
+    /// An image of another layout.
+    #[error("image of camera `{camera}` has shape {found:?}, expected [height, width, 3]")]
+    Shape {
         /// Which camera.
         camera: String,
         /// Its shape.
         found: Vec<usize>,
+    },
+    /// An image of an impossible size.
+    #[error("camera `{camera}`: {source}")]
+    Image {
+        /// Which camera.
+        camera: String,
+        /// What is wrong.
+        source: ImageError,
     },
     /// A state that does not fit.
     #[error("state has {found} numbers, the policy takes at most {expected}")]
@@ -59,9 +68,6 @@ pub enum ObservationError {
     #[error(transparent)]
     Norm(#[from] policy::norm::NormError),
 }
-
-/// Largest side of an image that is taken.
-const MAX_SIDE: usize = 8192;
 
 /// One observation in model units.
 #[derive(Debug, Clone, PartialEq)]
@@ -116,21 +122,21 @@ impl Preprocessor {
         let mut images = Vec::with_capacity(dims.cameras * size * size * 3);
         for (image, camera) in seen.images.iter().zip(&manifest.cameras) {
             let Some(image) = image else {
-                images.resize(images.len() + size * size * 3, 0);
+                images.resize(images.len() + size * size * CHANNELS, 0);
                 continue;
             };
             let shape = image.dims();
-            let &[height, width, 3] = shape.as_slice() else {
-                return Err(ObservationError::Image { camera: camera.clone(), found: shape });
+            let &[height, width, CHANNELS] = shape.as_slice() else {
+                return Err(ObservationError::Shape { camera: camera.clone(), found: shape });
             };
-            if height == 0 || width == 0 || height > MAX_SIDE || width > MAX_SIDE {
-                return Err(ObservationError::Image { camera: camera.clone(), found: shape });
-            }
             let pixels = image.as_u8(camera, None)?;
             if (height, width) == (size, size) {
                 images.extend_from_slice(pixels);
             } else {
-                images.extend(fit(pixels, height, width, size));
+                let fitted = RgbImage::new(height, width, pixels.to_vec())
+                    .and_then(|image| resize_with_pad(&image, size, size))
+                    .map_err(|source| ObservationError::Image { camera: camera.clone(), source })?;
+                images.extend(fitted.into_data());
             }
         }
         let tokens = self.tokenizer.tokenize(&seen.prompt, dims.prompt_len)?;
@@ -165,9 +171,9 @@ pub fn batch(inputs: &[&ModelInput], size: usize) -> PrefixBatch {
     let plane = size * size;
     let mut images = Vec::with_capacity(inputs.iter().map(|i| i.images.len()).sum());
     for input in inputs {
-        for camera in input.images.chunks_exact(plane * 3) {
-            for channel in 0..3 {
-                images.extend(camera.iter().skip(channel).step_by(3).map(|p| f32::from(*p) / 255.0 * 2.0 - 1.0));
+        for camera in input.images.chunks_exact(plane * CHANNELS) {
+            for channel in 0..CHANNELS {
+                images.extend(camera.iter().skip(channel).step_by(CHANNELS).map(|p| normalise_u8(*p)));
             }
         }
     }

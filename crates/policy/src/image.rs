@@ -316,8 +316,7 @@ mod tests {
                         proptest::prop_assert!(pixel.iter().all(|v| *v == if inside { value } else { 0 }));
                         proptest::prop_assert!(!inside || (*float - 0.5).abs() < 1e-6);
                     }
-                    let filled = floats.iter().filter(|v| **v > 0.0).count();
-                    proptest::prop_assert!(filled % th == 0 || filled % tw == 0, "one side is filled");
+                    proptest::prop_assert!(floats.iter().any(|v| *v > 0.0));
                 }
                 (Err(a), Err(b)) => proptest::prop_assert_eq!(a, b),
                 (a, b) => proptest::prop_assert!(false, "they differ: {:?} {:?}", a.is_ok(), b.is_ok()),

@@ -1155,12 +1155,19 @@ fn check_adamw(case: &Case<'_>) {
     }
 }
 
-/// AdamW as a plain loop in f64: parameter, first and second moment and step count by name.
+/// `AdamW` as a plain loop in f64, by parameter name.
 #[derive(Default)]
-struct AdamWOracle(BTreeMap<String, (Vec<f64>, Vec<f64>, Vec<f64>, i32)>);
+struct AdamWOracle(BTreeMap<String, OracleState>);
+
+/// Parameter, first and second moment, steps taken.
+struct OracleState {
+    param: Vec<f64>,
+    m: Vec<f64>,
+    v: Vec<f64>,
+    steps: i32,
+}
 
 impl AdamWOracle {
-    #[expect(clippy::too_many_arguments, reason = "everything that one textbook step depends on")]
     fn step(
         &mut self,
         name: &str,
@@ -1171,12 +1178,13 @@ impl AdamWOracle {
         settings: &AdamWSettings,
         weight_decay: f64,
     ) -> &[f64] {
-        let zeros = vec![0.0; gradient.len()];
-        let state = self
-            .0
-            .entry(name.to_owned())
-            .or_insert_with(|| (initial(), zeros.clone(), zeros.clone(), 0));
-        let (param, m, v, steps) = (&mut state.0, &mut state.1, &mut state.2, &mut state.3);
+        let state = self.0.entry(name.to_owned()).or_insert_with(|| OracleState {
+            param: initial(),
+            m: vec![0.0; gradient.len()],
+            v: vec![0.0; gradient.len()],
+            steps: 0,
+        });
+        let OracleState { param, m, v, steps } = state;
         *steps += 1;
         for at in 0..gradient.len() {
             let g = gradient[at] * scale;
@@ -1248,9 +1256,9 @@ fn check_schedule(case: &Case<'_>, coverage: &mut Coverage) {
 fn the_optimizer_and_its_schedules_agree_with_the_reference() {
     run("rlinf_optim", &[], |case, coverage| {
         if case.has("in.p0.actor.w") {
-            check_adamw(case)
+            check_adamw(case);
         } else {
-            check_schedule(case, coverage)
+            check_schedule(case, coverage);
         }
     });
 }
