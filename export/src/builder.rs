@@ -154,7 +154,11 @@ impl<'a> GraphBuilder<'a> {
     /// A graph input.
     pub fn input(&mut self, port: &Port) -> Value {
         self.inputs.push(port.clone());
-        Value { name: port.name.clone(), shape: port.shape.clone(), elem: port.elem }
+        Value {
+            name: port.name.clone(),
+            shape: port.shape.clone(),
+            elem: port.elem,
+        }
     }
 
     /// Makes a value a graph output under this name.
@@ -177,8 +181,15 @@ impl<'a> GraphBuilder<'a> {
     /// # Errors
     /// It is not in the parameter table, or the weight file has none or another one of this name.
     pub fn weight(&mut self, name: &str) -> Result<Value, GraphError> {
-        let spec = self.params.get(name).ok_or_else(|| GraphError::UnknownWeight(name.to_owned()))?;
-        let value = Value { name: spec.name.clone(), shape: crate::shape::fixed(&spec.shape), elem: Elem::F32 };
+        let spec = self
+            .params
+            .get(name)
+            .ok_or_else(|| GraphError::UnknownWeight(name.to_owned()))?;
+        let value = Value {
+            name: spec.name.clone(),
+            shape: crate::shape::fixed(&spec.shape),
+            elem: Elem::F32,
+        };
         if self.used.insert(spec.name.clone())
             && let WeightsAs::External { file, locations } = self.weights
         {
@@ -194,7 +205,10 @@ impl<'a> GraphBuilder<'a> {
     pub fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Value, GraphError> {
         let name = self.next_name("const");
         if shape.iter().product::<usize>() != data.len() {
-            return Err(GraphError::Node { node: name, detail: format!("{} values for shape {shape:?}", data.len()) });
+            return Err(GraphError::Node {
+                node: name,
+                detail: format!("{} values for shape {shape:?}", data.len()),
+            });
         }
         let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
         Ok(self.store(name, shape, Elem::F32, raw))
@@ -228,7 +242,11 @@ impl<'a> GraphBuilder<'a> {
             raw_data: Some(raw),
             ..TensorProto::default()
         });
-        Value { name, shape: crate::shape::fixed(shape), elem }
+        Value {
+            name,
+            shape: crate::shape::fixed(shape),
+            elem,
+        }
     }
 
     fn next_name(&mut self, kind: &str) -> String {
@@ -238,7 +256,10 @@ impl<'a> GraphBuilder<'a> {
 
     /// An error of the operation that would come next.
     pub(crate) fn refuse(&self, op: &str, detail: String) -> GraphError {
-        GraphError::Node { node: format!("{}/{op}_{}", self.scope, self.count + 1), detail }
+        GraphError::Node {
+            node: format!("{}/{op}_{}", self.scope, self.count + 1),
+            detail,
+        }
     }
 
     /// Appends a node with one result.
@@ -275,7 +296,11 @@ impl<'a> GraphBuilder<'a> {
         let values: Vec<Value> = shapes
             .into_iter()
             .enumerate()
-            .map(|(i, shape)| Value { name: format!("{name}.{i}"), shape, elem })
+            .map(|(i, shape)| Value {
+                name: format!("{name}.{i}"),
+                shape,
+                elem,
+            })
             .collect();
         self.nodes.push(NodeProto {
             name: Some(name),
@@ -297,15 +322,36 @@ impl<'a> GraphBuilder<'a> {
             return Err(GraphError::UnusedWeight(name.clone()));
         }
         self.name_outputs();
-        let weight_inputs = self.weights_are_inputs().then_some(&self.order).into_iter().flatten().filter_map(|name| {
-            let spec = self.params.get(name)?;
-            Some(Port { name: name.clone(), elem: Elem::F32, shape: crate::shape::fixed(&spec.shape) })
-        });
-        let input = self.inputs.iter().cloned().chain(weight_inputs).map(|port| value_info(&port)).collect();
+        let weight_inputs = self
+            .weights_are_inputs()
+            .then_some(&self.order)
+            .into_iter()
+            .flatten()
+            .filter_map(|name| {
+                let spec = self.params.get(name)?;
+                Some(Port {
+                    name: name.clone(),
+                    elem: Elem::F32,
+                    shape: crate::shape::fixed(&spec.shape),
+                })
+            });
+        let input = self
+            .inputs
+            .iter()
+            .cloned()
+            .chain(weight_inputs)
+            .map(|port| value_info(&port))
+            .collect();
         let output = self
             .outputs
             .iter()
-            .map(|(name, v)| value_info(&Port { name: name.clone(), elem: v.elem, shape: v.shape.clone() }))
+            .map(|(name, v)| {
+                value_info(&Port {
+                    name: name.clone(),
+                    elem: v.elem,
+                    shape: v.shape.clone(),
+                })
+            })
             .collect();
         let graph = GraphProto {
             name: Some(self.name),
@@ -317,7 +363,10 @@ impl<'a> GraphBuilder<'a> {
         };
         let model = ModelProto {
             ir_version: Some(IR_VERSION),
-            opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET) }],
+            opset_import: vec![OperatorSetIdProto {
+                domain: Some(String::new()),
+                version: Some(OPSET),
+            }],
             producer_name: Some("pirl-export".to_owned()),
             producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             graph: Some(graph),
@@ -353,14 +402,11 @@ impl<'a> GraphBuilder<'a> {
     }
 }
 
-fn external(
-    spec: &ParamSpec,
-    file: &str,
-    locations: &BTreeMap<String, Location>,
-) -> Result<TensorProto, GraphError> {
-    let location = locations
-        .get(&spec.name)
-        .ok_or_else(|| GraphError::NoLocation { file: file.to_owned(), name: spec.name.clone() })?;
+fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>) -> Result<TensorProto, GraphError> {
+    let location = locations.get(&spec.name).ok_or_else(|| GraphError::NoLocation {
+        file: file.to_owned(),
+        name: spec.name.clone(),
+    })?;
     let bytes = spec.shape.iter().product::<usize>() as u64 * 4;
     if location.shape != spec.shape || location.length != bytes {
         return Err(GraphError::Location {
@@ -369,7 +415,10 @@ fn external(
             found: format!("shape {:?} and {} bytes", location.shape, location.length),
         });
     }
-    let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) };
+    let entry = |key: &str, value: String| StringStringEntryProto {
+        key: Some(key.to_owned()),
+        value: Some(value),
+    };
     Ok(TensorProto {
         name: Some(spec.name.clone()),
         dims: spec.shape.iter().map(|n| *n as i64).collect(),
@@ -388,19 +437,31 @@ fn value_info(port: &Port) -> ValueInfoProto {
     use tensor_shape_proto::{Dimension, dimension};
     let axis = |dim: &Dim| {
         let value = if dim.is_batched() {
-            dimension::Value::DimParam(if dim.count() == 1 { BATCH.to_owned() } else { dim.to_string() })
+            dimension::Value::DimParam(if dim.count() == 1 {
+                BATCH.to_owned()
+            } else {
+                dim.to_string()
+            })
         } else {
             dimension::Value::DimValue(dim.count() as i64)
         };
-        Dimension { value: Some(value), ..Dimension::default() }
+        Dimension {
+            value: Some(value),
+            ..Dimension::default()
+        }
     };
     let tensor = type_proto::Tensor {
         elem_type: Some(port.elem.code()),
-        shape: Some(TensorShapeProto { dim: port.shape.iter().map(axis).collect() }),
+        shape: Some(TensorShapeProto {
+            dim: port.shape.iter().map(axis).collect(),
+        }),
     };
     ValueInfoProto {
         name: Some(port.name.clone()),
-        r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }),
+        r#type: Some(TypeProto {
+            value: Some(type_proto::Value::TensorType(tensor)),
+            ..TypeProto::default()
+        }),
         ..ValueInfoProto::default()
     }
 }
@@ -442,5 +503,140 @@ pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
         r#type: Some(AttributeType::String as i32),
         s: Some(value.as_bytes().to_vec()),
         ..AttributeProto::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use policy::params::Part;
+
+    use super::*;
+    use crate::shape::fixed;
+
+    fn spec(name: &str, shape: &[usize]) -> ParamSpec {
+        ParamSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            part: Part::Expert,
+        }
+    }
+
+    fn port(name: &str, shape: Vec<Dim>) -> Port {
+        Port {
+            name: name.to_owned(),
+            elem: Elem::F32,
+            shape,
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused_with_both() {
+        let mut g = GraphBuilder::new("g", None, vec![spec("w.weight", &[5, 4])], WeightsAs::Inputs);
+        g.scope("layer");
+        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(3)]));
+        let error = g
+            .linear_named(&x, "w", false)
+            .expect_err("3 columns do not fit 4")
+            .to_string();
+        assert_eq!(
+            error,
+            "graph node `layer/Gemm_1`: input [batch, 3], weight [5, 4], bias none: expected [rows, in], [out, in], [out]"
+        );
+        let wide = g.input(&port("wide", vec![g.rows(1), Dim::fixed(4)]));
+        assert!(g.add(&x, &wide).is_err(), "3 and 4 do not broadcast");
+        assert!(g.matmul(&x, &wide).is_err(), "inner axes differ");
+        assert!(g.reshape(&x, &fixed(&[3])).is_err(), "the batch is lost");
+        assert!(
+            g.reshape(&x, &[Dim::batch(1), Dim::fixed(4)]).is_err(),
+            "one element more"
+        );
+        assert!(g.split(&wide, 1, &[1, 2]).is_err(), "the pieces do not add up");
+        assert!(g.slice(&wide, 1, 3, 2).is_err(), "beyond the end");
+        assert!(g.concat(&[&x, &wide], 0).is_err(), "another width");
+        assert!(g.transpose(&x, &[0, 0]).is_err(), "no permutation");
+        assert!(
+            g.expand(&wide, &[Dim::batch(1), Dim::fixed(8)]).is_err(),
+            "only axes of size 1 grow"
+        );
+        assert!(g.choose(&x, &x, &x).is_err(), "the condition is no boolean");
+        assert!(g.weight("other").is_err(), "not in the table");
+    }
+
+    #[test]
+    fn a_symbolic_batch_follows_reshapes() {
+        let mut g = GraphBuilder::new("g", None, vec![], WeightsAs::Inputs);
+        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(6), Dim::fixed(2)]));
+        let flat = g.reshape(&x, &[g.rows(6), Dim::fixed(2)]).expect("same elements");
+        assert_eq!(text(flat.shape()), "[6*batch, 2]");
+        let mut g = GraphBuilder::new("g", Some(4), vec![], WeightsAs::Inputs);
+        assert_eq!(g.rows(6), Dim::fixed(24));
+        assert!(g.constant(&[2], &[1.0]).is_err(), "one value for two");
+    }
+
+    #[test]
+    fn external_data_points_into_the_weight_file() {
+        let weights: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        let bytes = policy::weights::to_safetensors([
+            ("a.weight", [2usize, 3].as_slice(), weights.as_slice()),
+            ("b", [6].as_slice(), weights.as_slice()),
+        ])
+        .expect("safetensors");
+        let locations = policy::weights::locations(&bytes).expect("header");
+        let external = WeightsAs::External {
+            file: "w.safetensors",
+            locations: &locations,
+        };
+        let mut g = GraphBuilder::new("g", None, vec![spec("a.weight", &[2, 3])], external);
+        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(3)]));
+        let y = g.linear_named(&x, "a", false).expect("fits");
+        g.output(&port("y", vec![g.rows(1), Dim::fixed(2)]), &y)
+            .expect("as declared");
+        let model = ModelProto::decode(g.finish().expect("graph").as_slice()).expect("ONNX");
+        let graph = model.graph.expect("graph");
+        let tensor = graph
+            .initializer
+            .iter()
+            .find(|t| t.name() == "a.weight")
+            .expect("initializer");
+        let entry = |key: &str| {
+            tensor
+                .external_data
+                .iter()
+                .find(|e| e.key() == key)
+                .expect("entry")
+                .value()
+                .to_owned()
+        };
+        assert_eq!(entry("location"), "w.safetensors");
+        let from: usize = entry("offset").parse().expect("number");
+        let length: usize = entry("length").parse().expect("number");
+        let stored: Vec<f32> = bytes[from..from + length]
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
+        assert_eq!(stored, weights, "the graph reads the very bytes of the tensor");
+        assert_eq!(
+            graph.node.first().expect("node").output,
+            ["y"],
+            "the node itself carries the output's name"
+        );
+    }
+
+    #[test]
+    fn a_weight_of_another_size_or_without_reader_is_refused() {
+        let bytes =
+            policy::weights::to_safetensors([("a", [2usize].as_slice(), [0.0f32; 2].as_slice())]).expect("file");
+        let locations = policy::weights::locations(&bytes).expect("header");
+        let external = WeightsAs::External {
+            file: "w.safetensors",
+            locations: &locations,
+        };
+        let mut g = GraphBuilder::new("g", None, vec![spec("a", &[3]), spec("b", &[1])], external);
+        assert!(matches!(g.weight("a"), Err(GraphError::Location { .. })));
+        assert!(matches!(g.weight("b"), Err(GraphError::NoLocation { .. })));
+        let g = GraphBuilder::new("g", None, vec![spec("a", &[2])], external);
+        assert_eq!(g.finish(), Err(GraphError::UnusedWeight("a".to_owned())));
     }
 }

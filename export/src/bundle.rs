@@ -7,8 +7,8 @@ use std::{
 
 use policy::{
     bundle::{
-        BUNDLE_VERSION, Bundle, BundleError, BundleFile, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, Manifest, PREFIX_GRAPH,
-        Sampling, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
+        BUNDLE_VERSION, Bundle, BundleError, BundleFile, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, Manifest,
+        PREFIX_GRAPH, Sampling, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
     },
     config::{TokenizerConfig, WeightMode},
     dims::DimsError,
@@ -132,7 +132,9 @@ pub fn manifest_of(
         env_action_dim: model.env_action_dim,
         cameras: model.cameras.clone(),
         tokenizer: match &model.tokenizer {
-            TokenizerConfig::SentencePiece { .. } => TokenizerConfig::SentencePiece { model: TOKENIZER_MODEL.into() },
+            TokenizerConfig::SentencePiece { .. } => TokenizerConfig::SentencePiece {
+                model: TOKENIZER_MODEL.into(),
+            },
             words @ TokenizerConfig::Words { .. } => words.clone(),
         },
         normalization: model.normalization,
@@ -154,7 +156,9 @@ pub fn manifest_of(
 pub fn weight_bytes(params: &[ParamSpec], weights: &BTreeMap<String, Weight>) -> Result<Vec<u8>, WeightsError> {
     let mut parts = Vec::with_capacity(params.len());
     for spec in params {
-        let weight = weights.get(&spec.name).ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
+        let weight = weights
+            .get(&spec.name)
+            .ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
         if weight.shape != spec.shape {
             return Err(WeightsError::Shape {
                 name: spec.name.clone(),
@@ -173,7 +177,13 @@ pub fn weight_bytes(params: &[ParamSpec], weights: &BTreeMap<String, Weight>) ->
 /// Weights that are not exactly the policy's or not finite, graphs that do not fit them, or a file operation; then
 /// nothing is left at `dir`.
 pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportError> {
-    let BundleSpec { mut manifest, vlm, expert, graphs, tokenizer } = spec;
+    let BundleSpec {
+        mut manifest,
+        vlm,
+        expert,
+        graphs,
+        tokenizer,
+    } = spec;
     manifest.dims.check()?;
     manifest.format_version = BUNDLE_VERSION;
     FLOW_TIME.clone_into(&mut manifest.flow_time);
@@ -183,18 +193,31 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
     let (expert, expert_locations) = weight_file(EXPERT_WEIGHTS, expert, &expert_params)?;
     let (prefix, denoise) = match graphs {
         GraphSource::Build => {
-            let options = GraphOptions { batch: manifest.batch, debug: false };
+            let options = GraphOptions {
+                batch: manifest.batch,
+                debug: false,
+            };
             let head = manifest.value_head.as_ref();
             (
                 Source::Bytes(prefix_graph(&manifest.dims, &vlm_locations, options)?),
-                Source::Bytes(denoise_graph(&manifest.dims, head, &expert_locations, manifest.weights, options)?),
+                Source::Bytes(denoise_graph(
+                    &manifest.dims,
+                    head,
+                    &expert_locations,
+                    manifest.weights,
+                    options,
+                )?),
             )
         }
         GraphSource::Reuse(earlier) => {
             reusable(earlier, &manifest)?;
             same_layout(VLM_WEIGHTS, &file_locations(earlier, VLM_WEIGHTS)?, &vlm_locations)?;
             if manifest.weights == WeightMode::Constants {
-                same_layout(EXPERT_WEIGHTS, &file_locations(earlier, EXPERT_WEIGHTS)?, &expert_locations)?;
+                same_layout(
+                    EXPERT_WEIGHTS,
+                    &file_locations(earlier, EXPERT_WEIGHTS)?,
+                    &expert_locations,
+                )?;
             }
             (same_file(earlier, PREFIX_GRAPH)?, same_file(earlier, DENOISE_GRAPH)?)
         }
@@ -209,10 +232,14 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
         (TokenizerConfig::SentencePiece { .. }, Some(source)) => files.push((TOKENIZER_MODEL.to_owned(), source)),
         (TokenizerConfig::Words { .. }, None) => {}
         (TokenizerConfig::SentencePiece { .. }, None) => {
-            return Err(ExportError::Tokenizer("the manifest names a model file, but none is given"));
+            return Err(ExportError::Tokenizer(
+                "the manifest names a model file, but none is given",
+            ));
         }
         (TokenizerConfig::Words { .. }, Some(_)) => {
-            return Err(ExportError::Tokenizer("a model file is given, but the manifest lists words"));
+            return Err(ExportError::Tokenizer(
+                "a model file is given, but the manifest lists words",
+            ));
         }
     }
     Ok(publish(dir, files, manifest)?)
@@ -279,23 +306,26 @@ fn weight_file(
             Ok((Source::Bytes(bytes), found))
         }
         WeightSource::Same(path, entry) => {
-            let found = WeightFile::open(&path).and_then(|weights| weights.locations()).map_err(wrong)?;
+            let found = WeightFile::open(&path)
+                .and_then(|weights| weights.locations())
+                .map_err(wrong)?;
             Ok((Source::Same(path, entry), found))
         }
     }
 }
 
 /// Exactly the tensors of `params`, in F32, all finite.
-fn check_tensors(
-    params: &[ParamSpec],
-    found: &BTreeMap<String, Location>,
-    bytes: &[u8],
-) -> Result<(), WeightsError> {
+fn check_tensors(params: &[ParamSpec], found: &BTreeMap<String, Location>, bytes: &[u8]) -> Result<(), WeightsError> {
     if let Some(name) = found.keys().find(|name| params.iter().all(|spec| spec.name != **name)) {
-        return Err(WeightsError::Extra { name: name.clone(), hint: String::new() });
+        return Err(WeightsError::Extra {
+            name: name.clone(),
+            hint: String::new(),
+        });
     }
     for spec in params {
-        let location = found.get(&spec.name).ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
+        let location = found
+            .get(&spec.name)
+            .ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
         if location.shape != spec.shape {
             return Err(WeightsError::Shape {
                 name: spec.name.clone(),
@@ -305,12 +335,19 @@ fn check_tensors(
         }
         let (from, length) = (location.offset as usize, location.length as usize);
         if length != spec.shape.iter().product::<usize>() * 4 {
-            return Err(WeightsError::Type { name: spec.name.clone(), found: format!("{length} bytes (a bundle holds F32)") });
+            return Err(WeightsError::Type {
+                name: spec.name.clone(),
+                found: format!("{length} bytes (a bundle holds F32)"),
+            });
         }
         let raw = bytes.get(from..from + length).unwrap_or_default();
         let values = raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
         if let Some((index, value)) = values.enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(WeightsError::NotFinite { name: spec.name.clone(), index, value: value.to_string() });
+            return Err(WeightsError::NotFinite {
+                name: spec.name.clone(),
+                index,
+                value: value.to_string(),
+            });
         }
     }
     Ok(())
@@ -325,7 +362,10 @@ fn reusable(earlier: &Bundle, manifest: &Manifest) -> Result<(), ExportError> {
         ("batch", old.batch == manifest.batch),
     ];
     match same.into_iter().find(|(_, same)| !same) {
-        Some((key, _)) => Err(ExportError::Reuse { version: old.policy_version, key }),
+        Some((key, _)) => Err(ExportError::Reuse {
+            version: old.policy_version,
+            key,
+        }),
         None => Ok(()),
     }
 }
@@ -336,9 +376,16 @@ fn same_layout(
     new: &BTreeMap<String, Location>,
 ) -> Result<(), ExportError> {
     let text = |location: Option<&Location>| {
-        location.map_or_else(|| "no place".to_owned(), |l| format!("offset {} ({} bytes)", l.offset, l.length))
+        location.map_or_else(
+            || "no place".to_owned(),
+            |l| format!("offset {} ({} bytes)", l.offset, l.length),
+        )
     };
-    match old.keys().chain(new.keys()).find(|name| old.get(*name) != new.get(*name)) {
+    match old
+        .keys()
+        .chain(new.keys())
+        .find(|name| old.get(*name) != new.get(*name))
+    {
         Some(name) => Err(ExportError::Layout {
             file,
             name: name.clone(),

@@ -17,7 +17,9 @@ use prost::Message;
 
 use crate::{
     builder::{BATCH, IR_VERSION, OPSET},
-    proto::{GraphProto, ModelProto, TensorProto, ValueInfoProto, tensor_proto::DataLocation, tensor_shape_proto, type_proto},
+    proto::{
+        GraphProto, ModelProto, TensorProto, ValueInfoProto, tensor_proto::DataLocation, tensor_shape_proto, type_proto,
+    },
     shape::{Dim, Elem, Port},
     signature::{Signature, denoise_signature, expert_params, prefix_signature, vlm_params},
 };
@@ -98,30 +100,49 @@ struct Expected {
 impl Expected {
     /// Reads the graph and compares; gives its number of nodes.
     fn check(&self, bundle: &Bundle) -> Result<usize, CheckError> {
-        let fail = |detail: String| CheckError::Graph { file: self.file.to_owned(), detail };
+        let fail = |detail: String| CheckError::Graph {
+            file: self.file.to_owned(),
+            detail,
+        };
         let path = bundle.path(self.file);
         let mut bytes = Vec::new();
-        let io = |source| BundleError::Io { action: "reading", path: path.clone(), source };
+        let io = |source| BundleError::Io {
+            action: "reading",
+            path: path.clone(),
+            source,
+        };
         let file = File::open(&path).map_err(io)?;
         file.take(MAX_GRAPH_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
         if bytes.len() as u64 > MAX_GRAPH_BYTES {
-            return Err(fail(format!("larger than {MAX_GRAPH_BYTES} bytes, expected a graph without weights")));
+            return Err(fail(format!(
+                "larger than {MAX_GRAPH_BYTES} bytes, expected a graph without weights"
+            )));
         }
         let weights = bundle.path(self.weight_file);
         let locations = WeightFile::open(&weights)
             .and_then(|file| file.locations())
-            .map_err(|source| BundleError::Weights { path: weights.clone(), source })?;
+            .map_err(|source| BundleError::Weights {
+                path: weights.clone(),
+                source,
+            })?;
         self.structure(&bytes, &locations).map_err(fail)
     }
 
     fn structure(&self, bytes: &[u8], locations: &BTreeMap<String, Location>) -> Result<usize, String> {
         let model = ModelProto::decode(bytes).map_err(|e| format!("no ONNX model ({e})"))?;
         if model.ir_version() > IR_VERSION {
-            return Err(format!("IR version {}, expected at most {IR_VERSION}", model.ir_version()));
+            return Err(format!(
+                "IR version {}, expected at most {IR_VERSION}",
+                model.ir_version()
+            ));
         }
         for set in &model.opset_import {
             if !set.domain().is_empty() || set.version() != OPSET {
-                return Err(format!("operator set `{}` {}, expected `` {OPSET}", set.domain(), set.version()));
+                return Err(format!(
+                    "operator set `{}` {}, expected `` {OPSET}",
+                    set.domain(),
+                    set.version()
+                ));
             }
         }
         let graph = model.graph.as_ref().ok_or("the model has no graph")?;
@@ -152,19 +173,38 @@ impl Expected {
 
     fn external(&self, tensor: &TensorProto, locations: &BTreeMap<String, Location>) -> Result<(), String> {
         let name = tensor.name();
-        let entry = |key: &str| tensor.external_data.iter().find(|e| e.key() == key).map_or("", |e| e.value());
+        let entry = |key: &str| {
+            tensor
+                .external_data
+                .iter()
+                .find(|e| e.key() == key)
+                .map_or("", |e| e.value())
+        };
         if entry("location") != self.weight_file {
-            return Err(format!("weight `{name}` lies in `{}`, expected `{}`", entry("location"), self.weight_file));
+            return Err(format!(
+                "weight `{name}` lies in `{}`, expected `{}`",
+                entry("location"),
+                self.weight_file
+            ));
         }
-        let location = locations.get(name).ok_or_else(|| format!("weight `{name}` is not in `{}`", self.weight_file))?;
+        let location = locations
+            .get(name)
+            .ok_or_else(|| format!("weight `{name}` is not in `{}`", self.weight_file))?;
         let shape: Vec<i64> = location.shape.iter().map(|n| *n as i64).collect();
         if tensor.data_type() != Elem::F32.code() || tensor.dims != shape {
-            return Err(format!("weight `{name}` has type {} and shape {:?}, expected F32 {shape:?}", tensor.data_type(), tensor.dims));
+            return Err(format!(
+                "weight `{name}` has type {} and shape {:?}, expected F32 {shape:?}",
+                tensor.data_type(),
+                tensor.dims
+            ));
         }
         // the file's own header says where the tensor lies, and that was checked against the file's size
         for (key, expected) in [("offset", location.offset), ("length", location.length)] {
             if entry(key).parse() != Ok(expected) {
-                return Err(format!("weight `{name}` has {key} `{}`, expected {expected}", entry(key)));
+                return Err(format!(
+                    "weight `{name}` has {key} `{}`, expected {expected}",
+                    entry(key)
+                ));
             }
         }
         Ok(())
@@ -174,7 +214,11 @@ impl Expected {
 /// Every node reads only what stands before it, every name is made once, every output is made.
 fn defined(graph: &GraphProto) -> Result<(), String> {
     let mut known: BTreeSet<&str> = BTreeSet::new();
-    let given = graph.input.iter().map(ValueInfoProto::name).chain(graph.initializer.iter().map(TensorProto::name));
+    let given = graph
+        .input
+        .iter()
+        .map(ValueInfoProto::name)
+        .chain(graph.initializer.iter().map(TensorProto::name));
     for name in given {
         if !known.insert(name) {
             return Err(format!("`{name}` is defined twice"));
@@ -182,10 +226,21 @@ fn defined(graph: &GraphProto) -> Result<(), String> {
     }
     for node in &graph.node {
         if !node.domain().is_empty() {
-            return Err(format!("node `{}` is of domain `{}`, expected ONNX's own", node.name(), node.domain()));
+            return Err(format!(
+                "node `{}` is of domain `{}`, expected ONNX's own",
+                node.name(),
+                node.domain()
+            ));
         }
-        if let Some(name) = node.input.iter().find(|name| !name.is_empty() && !known.contains(name.as_str())) {
-            return Err(format!("node `{}` reads `{name}`, which nothing before it makes", node.name()));
+        if let Some(name) = node
+            .input
+            .iter()
+            .find(|name| !name.is_empty() && !known.contains(name.as_str()))
+        {
+            return Err(format!(
+                "node `{}` reads `{name}`, which nothing before it makes",
+                node.name()
+            ));
         }
         for name in &node.output {
             if !known.insert(name) {
@@ -213,12 +268,20 @@ fn ports(kind: &str, found: &[ValueInfoProto], expected: &[Port]) -> Result<(), 
 }
 
 fn port_of(info: &ValueInfoProto) -> Option<Port> {
-    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref()?.value.as_ref() else { return None };
-    let elem = [Elem::F32, Elem::I64, Elem::Bool].into_iter().find(|e| e.code() == tensor.elem_type())?;
+    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref()?.value.as_ref() else {
+        return None;
+    };
+    let elem = [Elem::F32, Elem::I64, Elem::Bool]
+        .into_iter()
+        .find(|e| e.code() == tensor.elem_type())?;
     let axis = |dim: &tensor_shape_proto::Dimension| match dim.value.as_ref()? {
         tensor_shape_proto::dimension::Value::DimValue(n) => usize::try_from(*n).ok().map(Dim::fixed),
         tensor_shape_proto::dimension::Value::DimParam(name) => (name == BATCH).then_some(Dim::batch(1)),
     };
     let shape = tensor.shape.as_ref()?.dim.iter().map(axis).collect::<Option<_>>()?;
-    Some(Port { name: info.name().to_owned(), elem, shape })
+    Some(Port {
+        name: info.name().to_owned(),
+        elem,
+        shape,
+    })
 }

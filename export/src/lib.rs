@@ -3,19 +3,26 @@
 //! The graphs hold no weights. Their external data points at offset and length inside the bundle's safetensors files, so a
 //! new policy version reuses the graphs of the first and writes only what was trained. No device, no runtime is linked here.
 
-pub mod shape;
-#[expect(unreachable_pub, clippy::pedantic, clippy::use_self, reason = "generated from the schema")]
-mod proto;
 pub mod builder;
-mod ops;
-pub mod signature;
-mod graph;
 pub mod bundle;
 pub mod check;
+mod graph;
+mod ops;
+#[expect(
+    unreachable_pub,
+    clippy::pedantic,
+    clippy::use_self,
+    reason = "generated from the schema"
+)]
+mod proto;
+pub mod shape;
+pub mod signature;
+#[cfg(test)]
+mod tests;
 
+pub use builder::GraphError;
 pub use bundle::{
     BundleSpec, ExportError, GraphSource, WeightSource, manifest_of, next_version, weight_bytes, write_bundle,
 };
-pub use builder::GraphError;
 pub use check::{CheckError, CheckReport, check_bundle};
 pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};

@@ -40,7 +40,10 @@ fn main() -> ExitCode {
 
 fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     if args.out.exists() {
-        bail!("bundle `{}` exists already and bundles are never changed: choose another folder", args.out.display());
+        bail!(
+            "bundle `{}` exists already and bundles are never changed: choose another folder",
+            args.out.display()
+        );
     }
     let mut config = RunConfig::load(&args.config, &args.overrides)?;
     if let Some(weights) = args.weights {
@@ -62,13 +65,15 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     }
     let all = params(&plan.dims, plan.value_head.as_ref());
     let wanted: Vec<&ParamSpec> = all.iter().collect();
-    let weights = checkpoint.read_all(&wanted).with_context(|| format!("checkpoint `{path}`"))?;
+    let weights = checkpoint
+        .read_all(&wanted)
+        .with_context(|| format!("checkpoint `{path}`"))?;
     let vlm = weight_bytes(&vlm_params(&plan.dims), &weights)?;
     let expert = weight_bytes(&expert_params(&plan.dims, plan.value_head.as_ref()), &weights)?;
     drop(weights);
 
     let model = &plan.config.actor.model;
-    let norm_stats = model.norm_stats.as_deref().map(norm_stats).transpose()?;
+    let norm_stats = model.norm_stats.as_deref().map(NormStats::load).transpose()?;
     let tokenizer = match &model.tokenizer {
         TokenizerConfig::SentencePiece { model } => {
             let mut entry = describe_file(model)?;
@@ -101,19 +106,6 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     ))
 }
 
-/// openpi's `norm_stats.json`: the statistics stand under one key.
-fn norm_stats(path: &Path) -> anyhow::Result<NormStats> {
-    #[derive(serde::Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct NormStatsFile {
-        norm_stats: NormStats,
-    }
-    let text = std::fs::read(path).with_context(|| format!("reading norm stats `{}`", path.display()))?;
-    let file: NormStatsFile =
-        serde_json::from_slice(&text).with_context(|| format!("norm stats `{}`", path.display()))?;
-    Ok(file.norm_stats)
-}
-
 fn check(args: &CheckArgs) -> anyhow::Result<String> {
     let report = check_bundle(&args.dir)?;
     let checked = format!(
@@ -144,10 +136,21 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
         .with_context(|| format!("starting `{}` for the golden run", engine.display()))?;
     if !run.status.success() {
         let said = String::from_utf8_lossy(&run.stderr);
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message").trim();
+        let last = said
+            .lines()
+            .rev()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or("no message")
+            .trim();
         bail!("{checked}: the golden run failed ({}): {last}", run.status);
     }
     let said = String::from_utf8_lossy(&run.stdout);
-    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("passed").trim().to_owned();
+    let last = said
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("passed")
+        .trim()
+        .to_owned();
     Ok(format!("{checked}: good; golden run: {last}"))
 }

@@ -13,13 +13,21 @@ impl GraphBuilder<'_> {
     }
 
     fn need_float(&self, op: &str, value: &Value) -> Result<(), GraphError> {
-        self.need(op, value.elem == Elem::F32, || format!("takes F32, found {:?}", value.elem))
+        self.need(op, value.elem == Elem::F32, || {
+            format!("takes F32, found {:?}", value.elem)
+        })
     }
 
     fn binary(&mut self, op: &str, a: &Value, b: &Value) -> Built {
-        self.need(op, a.elem == b.elem, || format!("takes one type, found {:?} and {:?}", a.elem, b.elem))?;
-        let shape = broadcast(&a.shape, &b.shape)
-            .ok_or_else(|| self.refuse(op, format!("{} and {} do not broadcast", text(&a.shape), text(&b.shape))))?;
+        self.need(op, a.elem == b.elem, || {
+            format!("takes one type, found {:?} and {:?}", a.elem, b.elem)
+        })?;
+        let shape = broadcast(&a.shape, &b.shape).ok_or_else(|| {
+            self.refuse(
+                op,
+                format!("{} and {} do not broadcast", text(&a.shape), text(&b.shape)),
+            )
+        })?;
         Ok(self.node(op, &[a, b], vec![], shape, a.elem))
     }
 
@@ -68,7 +76,9 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// No booleans, or shapes that do not go together.
     pub fn and(&mut self, a: &Value, b: &Value) -> Built {
-        self.need("And", a.elem == Elem::Bool, || format!("takes Bool, found {:?}", a.elem))?;
+        self.need("And", a.elem == Elem::Bool, || {
+            format!("takes Bool, found {:?}", a.elem)
+        })?;
         self.binary("And", a, b)
     }
 
@@ -124,7 +134,13 @@ impl GraphBuilder<'_> {
     /// No floats.
     pub fn gelu_tanh(&mut self, x: &Value) -> Built {
         self.need_float("Gelu", x)?;
-        Ok(self.node("Gelu", &[x], vec![string("approximate", "tanh")], x.shape.clone(), Elem::F32))
+        Ok(self.node(
+            "Gelu",
+            &[x],
+            vec![string("approximate", "tanh")],
+            x.shape.clone(),
+            Elem::F32,
+        ))
     }
 
     /// Softmax over the last axis.
@@ -162,18 +178,35 @@ impl GraphBuilder<'_> {
     /// Weight or bias of another width.
     pub fn layer_norm(&mut self, x: &Value, weight: &Value, bias: &Value, eps: f32) -> Built {
         let last = x.shape.last().copied().unwrap_or(Dim::fixed(1));
-        self.need("LayerNormalization", weight.shape == [last] && bias.shape == [last], || {
-            format!("weight {} and bias {}, expected {}", text(&weight.shape), text(&bias.shape), text(&[last]))
-        })?;
+        self.need(
+            "LayerNormalization",
+            weight.shape == [last] && bias.shape == [last],
+            || {
+                format!(
+                    "weight {} and bias {}, expected {}",
+                    text(&weight.shape),
+                    text(&bias.shape),
+                    text(&[last])
+                )
+            },
+        )?;
         let attributes = vec![int("axis", -1), float("epsilon", eps)];
-        Ok(self.node("LayerNormalization", &[x, weight, bias], attributes, x.shape.clone(), Elem::F32))
+        Ok(self.node(
+            "LayerNormalization",
+            &[x, weight, bias],
+            attributes,
+            x.shape.clone(),
+            Elem::F32,
+        ))
     }
 
     /// `ReduceMean` or `ReduceSum` over one axis, which stays with size 1.
     pub(crate) fn reduce(&mut self, op: &str, x: &Value, axis: usize) -> Built {
         self.need_float(op, x)?;
         let mut shape = x.shape.clone();
-        let slot = shape.get_mut(axis).ok_or_else(|| self.refuse(op, format!("no axis {axis} in {}", text(&x.shape))))?;
+        let slot = shape
+            .get_mut(axis)
+            .ok_or_else(|| self.refuse(op, format!("no axis {axis} in {}", text(&x.shape))))?;
         *slot = Dim::fixed(1);
         let axes = self.integers(&[axis as i64]);
         Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, Elem::F32))
@@ -201,7 +234,9 @@ impl GraphBuilder<'_> {
     /// No such axis.
     pub fn cumsum(&mut self, x: &Value, axis: usize) -> Built {
         self.need_float("CumSum", x)?;
-        self.need("CumSum", axis < x.shape.len(), || format!("no axis {axis} in {}", text(&x.shape)))?;
+        self.need("CumSum", axis < x.shape.len(), || {
+            format!("no axis {axis} in {}", text(&x.shape))
+        })?;
         let axis = self.integers(&[axis as i64]);
         Ok(self.node("CumSum", &[x, &axis], vec![], x.shape.clone(), Elem::F32))
     }
@@ -232,7 +267,11 @@ impl GraphBuilder<'_> {
     /// No such weight, or shapes that do not fit.
     pub fn linear_named(&mut self, x: &Value, name: &str, with_bias: bool) -> Built {
         let weight = self.weight(&format!("{name}.weight"))?;
-        let bias = if with_bias { Some(self.weight(&format!("{name}.bias"))?) } else { None };
+        let bias = if with_bias {
+            Some(self.weight(&format!("{name}.bias"))?)
+        } else {
+            None
+        };
         self.linear(x, &weight, bias.as_ref())
     }
 
@@ -246,7 +285,9 @@ impl GraphBuilder<'_> {
             && b.shape.len() == rank
             && a.shape.get(..rank - 2) == b.shape.get(..rank - 2)
             && a.axis(rank - 1) == b.axis(rank - 2);
-        self.need("MatMul", fits, || format!("{} times {}", text(&a.shape), text(&b.shape)))?;
+        self.need("MatMul", fits, || {
+            format!("{} times {}", text(&a.shape), text(&b.shape))
+        })?;
         let mut shape = a.shape.clone();
         shape.pop();
         shape.push(b.axis(rank - 1));
@@ -263,7 +304,10 @@ impl GraphBuilder<'_> {
         }
         let same = elements(&x.shape).is_some_and(|n| Some(n) == elements(shape));
         self.need("Reshape", same, || format!("{} to {}", text(&x.shape), text(shape)))?;
-        let target: Vec<i64> = shape.iter().map(|d| if d.is_batched() { -1 } else { d.count() as i64 }).collect();
+        let target: Vec<i64> = shape
+            .iter()
+            .map(|d| if d.is_batched() { -1 } else { d.count() as i64 })
+            .collect();
         let target = self.integers(&target);
         Ok(self.node("Reshape", &[x, &target], vec![], shape.to_vec(), x.elem))
     }
@@ -289,7 +333,9 @@ impl GraphBuilder<'_> {
     /// Fewer than two axes.
     pub fn transpose_last(&mut self, x: &Value) -> Built {
         let rank = x.shape.len();
-        self.need("Transpose", rank >= 2, || format!("takes two axes, found {}", text(&x.shape)))?;
+        self.need("Transpose", rank >= 2, || {
+            format!("takes two axes, found {}", text(&x.shape))
+        })?;
         let mut order: Vec<usize> = (0..rank).collect();
         order.swap(rank - 1, rank - 2);
         self.transpose(x, &order)
@@ -304,11 +350,18 @@ impl GraphBuilder<'_> {
             return Ok(x.clone());
         }
         let grows = x.shape.len() == shape.len()
-            && x.shape.iter().zip(shape).all(|(a, b)| a == b || (*a == Dim::fixed(1) && !b.is_batched()));
+            && x.shape
+                .iter()
+                .zip(shape)
+                .all(|(a, b)| a == b || (*a == Dim::fixed(1) && !b.is_batched()));
         self.need("Expand", grows, || format!("{} to {}", text(&x.shape), text(shape)))?;
         // an axis that stays is asked for as 1, so that the batch may be symbolic
-        let target: Vec<i64> =
-            x.shape.iter().zip(shape).map(|(a, b)| if a == b { 1 } else { b.count() as i64 }).collect();
+        let target: Vec<i64> = x
+            .shape
+            .iter()
+            .zip(shape)
+            .map(|(a, b)| if a == b { 1 } else { b.count() as i64 })
+            .collect();
         let target = self.integers(&target);
         Ok(self.node("Expand", &[x, &target], vec![], shape.to_vec(), x.elem))
     }
@@ -324,7 +377,13 @@ impl GraphBuilder<'_> {
         })?;
         let shapes = sizes
             .iter()
-            .map(|n| x.shape.iter().enumerate().map(|(i, d)| if i == axis { Dim::fixed(*n) } else { *d }).collect())
+            .map(|n| {
+                x.shape
+                    .iter()
+                    .enumerate()
+                    .map(|(i, d)| if i == axis { Dim::fixed(*n) } else { *d })
+                    .collect()
+            })
             .collect();
         let lengths: Vec<i64> = sizes.iter().map(|n| *n as i64).collect();
         let lengths = self.integers(&lengths);
@@ -359,7 +418,9 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Nothing to join, or another axis or type differs.
     pub fn concat(&mut self, parts: &[&Value], axis: usize) -> Built {
-        let first = parts.first().ok_or_else(|| self.refuse("Concat", "nothing to join".to_owned()))?;
+        let first = parts
+            .first()
+            .ok_or_else(|| self.refuse("Concat", "nothing to join".to_owned()))?;
         if parts.len() == 1 {
             return Ok((*first).clone());
         }
@@ -377,7 +438,11 @@ impl GraphBuilder<'_> {
         let joined = parts.iter().map(|p| p.axis(axis).count()).sum();
         let mut shape = first.shape.clone();
         if let Some(slot) = shape.get_mut(axis) {
-            *slot = if slot.is_batched() { Dim::batch(joined) } else { Dim::fixed(joined) };
+            *slot = if slot.is_batched() {
+                Dim::batch(joined)
+            } else {
+                Dim::fixed(joined)
+            };
         }
         let elem = first.elem;
         Ok(self.node("Concat", parts, vec![int("axis", axis as i64)], shape, elem))
@@ -390,7 +455,11 @@ impl GraphBuilder<'_> {
     pub fn pad_last(&mut self, x: &Value, count: usize) -> Built {
         self.need_float("Pad", x)?;
         let mut shape = x.shape.clone();
-        let fixed = shape.last_mut().filter(|d| !d.is_batched()).map(|d| *d = Dim::fixed(d.count() + count)).is_some();
+        let fixed = shape
+            .last_mut()
+            .filter(|d| !d.is_batched())
+            .map(|d| *d = Dim::fixed(d.count() + count))
+            .is_some();
         self.need("Pad", fixed, || format!("the last axis of {}", text(&x.shape)))?;
         let mut pads = vec![0; 2 * x.shape.len()];
         if let Some(end) = pads.last_mut() {
@@ -415,7 +484,10 @@ impl GraphBuilder<'_> {
     /// Types or shapes that do not go together.
     pub fn choose(&mut self, condition: &Value, yes: &Value, no: &Value) -> Built {
         self.need("Where", condition.elem == Elem::Bool && yes.elem == no.elem, || {
-            format!("takes Bool and one type, found {:?}, {:?}, {:?}", condition.elem, yes.elem, no.elem)
+            format!(
+                "takes Bool and one type, found {:?}, {:?}, {:?}",
+                condition.elem, yes.elem, no.elem
+            )
         })?;
         let shape = broadcast(&yes.shape, &no.shape)
             .and_then(|s| broadcast(&condition.shape, &s))
@@ -450,12 +522,20 @@ impl GraphBuilder<'_> {
             && side % patch == 0
             && bias.shape == [weight.axis(0)];
         self.need("Conv", fits, || {
-            format!("input {}, weight {}, bias {}", text(&x.shape), text(&weight.shape), text(&bias.shape))
+            format!(
+                "input {}, weight {}, bias {}",
+                text(&x.shape),
+                text(&weight.shape),
+                text(&bias.shape)
+            )
         })?;
         let grid = Dim::fixed(side / patch);
         let shape = vec![x.axis(0), weight.axis(0), grid, grid];
         let stride = patch as i64;
-        let attributes = vec![ints("kernel_shape", &[stride, stride]), ints("strides", &[stride, stride])];
+        let attributes = vec![
+            ints("kernel_shape", &[stride, stride]),
+            ints("strides", &[stride, stride]),
+        ];
         Ok(self.node("Conv", &[x, weight, bias], attributes, shape, Elem::F32))
     }
 }

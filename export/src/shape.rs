@@ -33,7 +33,10 @@ impl Dim {
     /// The axis `factor` times as long.
     #[must_use]
     pub const fn times(self, factor: usize) -> Self {
-        Self { count: self.count * factor, batched: self.batched }
+        Self {
+            count: self.count * factor,
+            batched: self.batched,
+        }
     }
 
     const fn is_one(self) -> bool {
@@ -65,7 +68,10 @@ pub fn text(shape: &[Dim]) -> String {
 /// Number of elements; `None` when the batch is a factor of two axes.
 pub(crate) fn elements(shape: &[Dim]) -> Option<Dim> {
     shape.iter().try_fold(Dim::fixed(1), |all, axis| {
-        (!(all.batched && axis.batched)).then(|| Dim { count: all.count * axis.count, batched: all.batched || axis.batched })
+        (!(all.batched && axis.batched)).then(|| Dim {
+            count: all.count * axis.count,
+            batched: all.batched || axis.batched,
+        })
     })
 }
 
@@ -73,7 +79,10 @@ pub(crate) fn elements(shape: &[Dim]) -> Option<Dim> {
 pub(crate) fn broadcast(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
     let rank = a.len().max(b.len());
     let axis = |shape: &[Dim], i: usize| -> Dim {
-        (i + shape.len()).checked_sub(rank).and_then(|at| shape.get(at).copied()).unwrap_or(Dim::fixed(1))
+        (i + shape.len())
+            .checked_sub(rank)
+            .and_then(|at| shape.get(at).copied())
+            .unwrap_or(Dim::fixed(1))
     };
     (0..rank)
         .map(|i| match (axis(a, i), axis(b, i)) {
@@ -130,10 +139,17 @@ mod tests {
     #[test]
     fn broadcasting_follows_numpy() {
         let b = Dim::batch(1);
-        assert_eq!(broadcast(&[b, Dim::fixed(1)], &fixed(&[5])), Some(vec![b, Dim::fixed(5)]));
+        assert_eq!(
+            broadcast(&[b, Dim::fixed(1)], &fixed(&[5])),
+            Some(vec![b, Dim::fixed(5)])
+        );
         assert_eq!(broadcast(&fixed(&[3, 1]), &fixed(&[2, 3, 4])), Some(fixed(&[2, 3, 4])));
         assert_eq!(broadcast(&fixed(&[3]), &fixed(&[4])), None);
-        assert_eq!(broadcast(&[Dim::batch(2)], &[b]), None, "two multiples of the batch differ");
+        assert_eq!(
+            broadcast(&[Dim::batch(2)], &[b]),
+            None,
+            "two multiples of the batch differ"
+        );
     }
 
     #[test]

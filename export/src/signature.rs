@@ -26,7 +26,11 @@ impl Signature {
 
 fn port(name: &str, elem: Elem, batch: Option<usize>, axes: &[usize]) -> Port {
     let rows = batch.map_or(Dim::batch(1), Dim::fixed);
-    Port { name: name.to_owned(), elem, shape: [rows].into_iter().chain(fixed(axes)).collect() }
+    Port {
+        name: name.to_owned(),
+        elem,
+        shape: [rows].into_iter().chain(fixed(axes)).collect(),
+    }
 }
 
 /// The prefix graph: `images` f32 in [-1, 1], `image_mask`, `prompt`, `prompt_mask` to `k`, `v` (keys after RoPE),
@@ -73,7 +77,12 @@ pub fn denoise_signature(
     if value_head.is_some_and(|head| head.input == CriticInput::Vlm) {
         inputs.push(f32_port("pooled", &[dims.vlm.width]));
     }
-    inputs.extend([f32_port("c_x", &[]), f32_port("c_v", &[]), f32_port("std", &[]), f32_port("z", &actions)]);
+    inputs.extend([
+        f32_port("c_x", &[]),
+        f32_port("c_v", &[]),
+        f32_port("std", &[]),
+        f32_port("z", &actions),
+    ]);
     if weights == WeightMode::Inputs {
         inputs.extend(expert_params(dims, value_head).into_iter().map(|spec| Port {
             shape: fixed(&spec.shape),
@@ -81,7 +90,11 @@ pub fn denoise_signature(
             elem: Elem::F32,
         }));
     }
-    let mut outputs = vec![f32_port("x_next", &actions), f32_port("mean", &actions), f32_port("v_t", &actions)];
+    let mut outputs = vec![
+        f32_port("x_next", &actions),
+        f32_port("mean", &actions),
+        f32_port("v_t", &actions),
+    ];
     if value_head.is_some() {
         outputs.push(f32_port("value", &[]));
     }
@@ -95,5 +108,8 @@ pub fn vlm_params(dims: &PolicyDims) -> Vec<ParamSpec> {
 
 /// Weights of the denoise graph, in the order of the parameter table.
 pub fn expert_params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<ParamSpec> {
-    params(dims, value_head).into_iter().filter(|p| p.part != Part::Vlm).collect()
+    params(dims, value_head)
+        .into_iter()
+        .filter(|p| p.part != Part::Vlm)
+        .collect()
 }

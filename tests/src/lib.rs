@@ -1,6 +1,8 @@
 //! What the integration tests share: the golden tensors and the comparison that states its tolerance.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test helper fails by panicking with the reason")]
 
+pub mod ring;
+
 use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};

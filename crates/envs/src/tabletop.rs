@@ -80,6 +80,18 @@ impl TabletopParams {
         if parsed.max_episode_steps == 0 {
             return Err(bad("`max_episode_steps` is 0, expected at least 1".to_owned()));
         }
+        // a NaN fails every comparison below
+        for (name, value) in [("grasp_tol", parsed.grasp_tol), ("place_tol", parsed.place_tol)] {
+            if !(value > 0.0 && value <= 1.0) {
+                return Err(bad(format!("`{name}` is {value}, expected above 0 and at most 1")));
+            }
+        }
+        if !(-1.0..=1.0).contains(&parsed.demo_bias) {
+            return Err(bad(format!("`demo_bias` is {}, expected -1 to 1", parsed.demo_bias)));
+        }
+        if !(0.0..=10.0).contains(&parsed.demo_noise) {
+            return Err(bad(format!("`demo_noise` is {}, expected 0 to 10", parsed.demo_noise)));
+        }
         Ok(parsed)
     }
 }
@@ -175,6 +187,12 @@ impl Table {
         distance(self.blocks[0], self.zone) < params.place_tol && self.held != Some(0)
     }
 
+    /// Whether the other block was put into the zone: a failure that ends the episode, so that trying both blocks is no way round
+    /// the prompt.
+    pub fn misplaced(&self, params: &TabletopParams) -> bool {
+        distance(self.blocks[1], self.zone) < params.place_tol && self.held != Some(1)
+    }
+
     /// The picture from above, `[size, size, 3]`.
     pub fn image(&self, size: usize) -> Image {
         let mut canvas = Canvas::new(size, BACKGROUND);
@@ -265,9 +283,9 @@ impl VecEnv for Tabletop {
                 outcome.frames.push(table.image(VIDEO_SIZE));
             }
             outcome.success = success;
-            outcome.terminated = success;
-            outcome.truncated = !success && table.steps >= params.max_episode_steps;
-            if success || outcome.truncated {
+            outcome.terminated = success || table.misplaced(&params);
+            outcome.truncated = !outcome.terminated && table.steps >= params.max_episode_steps;
+            if outcome.terminated || outcome.truncated {
                 break;
             }
         }
@@ -346,6 +364,21 @@ mod tests {
         // two columns beside the centre: distance 2/32, coverage (0.06 - 0.0625) * 32 + 0.5 = 0.42:
         // 255 (0.12 + 0.42 (0.9 - 0.12)) = 114.1 and 255 (0.12 + 0.42 (0.1 - 0.12)) = 28.5 (28.458)
         assert_eq!(pixel(16, 18), [114, 28, 28]);
+    }
+
+    #[test]
+    fn parameters_out_of_range_are_refused_by_name() {
+        let refusal = |text: &str| {
+            let params = text.parse().expect("TOML");
+            TabletopParams::parse(params).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(refusal("grasp_tol = 0.05\ndemo_bias = -0.03\ndemo_noise = 0.1"), "");
+        for key in ["grasp_tol", "place_tol", "demo_bias", "demo_noise"] {
+            for value in ["nan", "inf", "-2.0"] {
+                assert!(refusal(&format!("{key} = {value}")).contains(&format!("`{key}` is")), "{key} = {value}");
+            }
+        }
+        assert!(refusal("grasp_tl = 0.05").contains("grasp_tl"));
     }
 
     #[test]

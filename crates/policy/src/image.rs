@@ -313,7 +313,8 @@ mod tests {
                     for (pixel, float) in bytes.data().chunks_exact(3).zip(&floats) {
                         // weights of 22 bits sum to one within 2^-20, far below half a level
                         let inside = (*float + 1.0).abs() > 1e-6;
-                        proptest::prop_assert!(pixel.iter().all(|v| *v == if inside { value } else { 0 }));
+                        let want = if inside { value } else { 0 };
+                        proptest::prop_assert!(pixel.iter().all(|v| *v == want));
                         proptest::prop_assert!(!inside || (*float - 0.5).abs() < 1e-6);
                     }
                     proptest::prop_assert!(floats.iter().any(|v| *v > 0.0));

@@ -38,7 +38,10 @@ pub fn denoise_graph(
     options: GraphOptions,
 ) -> Result<Vec<u8>, GraphError> {
     let weights = match mode {
-        WeightMode::Constants => WeightsAs::External { file: EXPERT_WEIGHTS, locations },
+        WeightMode::Constants => WeightsAs::External {
+            file: EXPERT_WEIGHTS,
+            locations,
+        },
         WeightMode::Inputs => WeightsAs::Inputs,
     };
     let mut builder = GraphBuilder::new("denoise", options.batch, expert_params(dims, value_head), weights);
@@ -48,7 +51,10 @@ pub fn denoise_graph(
     let plain = denoise_signature(dims, value_head, WeightMode::Constants, options.batch).inputs;
     let inputs: BTreeMap<String, Value> = plain.iter().map(|port| (port.name.clone(), g.input(port))).collect();
     let input = |g: &GraphBuilder<'_>, name: &str| {
-        inputs.get(name).cloned().ok_or_else(|| g.refuse("inputs", format!("no input `{name}`")))
+        inputs
+            .get(name)
+            .cloned()
+            .ok_or_else(|| g.refuse("inputs", format!("no input `{name}`")))
     };
     let (x_t, time_emb) = (input(g, "x_t")?, input(g, "time_emb")?);
     let prefix_mask = input(g, "prefix_mask")?;
@@ -99,7 +105,11 @@ pub fn denoise_graph(
         g.scope("debug");
         let embs = g.reshape(&embs, &[batch, tokens, width])?;
         let ids = position_ids(g, &expert.positions)?;
-        for (name, value) in [("suffix_embs", &embs), ("suffix_out", &out), ("suffix_position_ids", &ids)] {
+        for (name, value) in [
+            ("suffix_embs", &embs),
+            ("suffix_out", &out),
+            ("suffix_position_ids", &ids),
+        ] {
             debug_output(g, name, value)?;
         }
         if let Some(condition) = condition {

@@ -38,7 +38,10 @@ pub(crate) fn suffix(
             let hidden = g.linear_named(time_emb, "time_mlp_in", true)?;
             let hidden = g.silu(&hidden)?;
             let hidden = g.linear_named(&hidden, "time_mlp_out", true)?;
-            Ok(Suffix { tokens: actions, condition: Some(g.silu(&hidden)?) })
+            Ok(Suffix {
+                tokens: actions,
+                condition: Some(g.silu(&hidden)?),
+            })
         }
         Variant::Pi0 => {
             let state = state.ok_or_else(|| g.refuse("Gemm", "pi0 takes a `state`".to_owned()))?;
@@ -62,7 +65,10 @@ pub(crate) fn suffix(
             let state = g.reshape(&state, &[batch, Dim::fixed(1), wide])?;
             let tokens = g.concat(&[&state, &mixed], 1)?;
             let rows = g.rows(dims.suffix_len());
-            Ok(Suffix { tokens: g.reshape(&tokens, &[rows, wide])?, condition: None })
+            Ok(Suffix {
+                tokens: g.reshape(&tokens, &[rows, wide])?,
+                condition: None,
+            })
         }
     }
 }
@@ -98,14 +104,26 @@ pub(crate) fn expert(
     let keys = per_layer(g, dims, k)?;
     let values = per_layer(g, dims, v)?;
     let norm = suffix.condition.map_or(Norm::Weight, Norm::Adaptive);
-    let stack = Stack { dims, width: dims.expert.width, tokens, norm, rotary, bias };
+    let stack = Stack {
+        dims,
+        width: dims.expert.width,
+        tokens,
+        norm,
+        rotary,
+        bias,
+    };
     let mut x = suffix.tokens;
     for (l, (k, v)) in keys.into_iter().zip(values).enumerate() {
         g.scope(&format!("expert.{l}"));
-        x = stack.layer(g, &format!("{EXPERT}layers.{l}"), &x, Some(&Cache { k, v }))?.0;
+        x = stack
+            .layer(g, &format!("{EXPERT}layers.{l}"), &x, Some(&Cache { k, v }))?
+            .0;
     }
     g.scope("expert.out");
-    Ok(ExpertOutput { tokens: stack.final_norm(g, &x, &format!("{EXPERT}norm"))?, positions })
+    Ok(ExpertOutput {
+        tokens: stack.final_norm(g, &x, &format!("{EXPERT}norm"))?,
+        positions,
+    })
 }
 
 /// One value per layer in the layout of [`Cache`].
@@ -114,7 +132,10 @@ fn per_layer(g: &mut GraphBuilder<'_>, dims: &PolicyDims, cached: &Value) -> Res
     if dims.depth == 1 {
         return Ok(vec![g.reshape(cached, &shape)?]);
     }
-    g.split(cached, 1, &vec![1; dims.depth])?.iter().map(|layer| g.reshape(layer, &shape)).collect()
+    g.split(cached, 1, &vec![1; dims.depth])?
+        .iter()
+        .map(|layer| g.reshape(layer, &shape))
+        .collect()
 }
 
 /// Every token sees the valid prefix; pi0's state token sees itself besides, the action tokens all of the suffix.
@@ -129,7 +150,13 @@ fn suffix_bias(g: &mut GraphBuilder<'_>, dims: &PolicyDims, prefix_mask: &Value)
         Variant::Pi05 => bias,
         Variant::Pi0 => {
             let own: Vec<f32> = (0..tokens * keys)
-                .map(|at| if at / keys == 0 && at % keys > prefix { FORBIDDEN } else { 0.0 })
+                .map(|at| {
+                    if at / keys == 0 && at % keys > prefix {
+                        FORBIDDEN
+                    } else {
+                        0.0
+                    }
+                })
                 .collect();
             let own = g.constant(&[1, tokens, keys], &own)?;
             g.add(&bias, &own)?

@@ -22,11 +22,19 @@ pub(crate) struct Rotary {
 ///
 /// With `swap(x)` the two halves of a head exchanged, rotation is `x cos + swap(x) sin`, where the sine of the first half is
 /// negative. The tables have all heads, so that the products in every layer run over contiguous memory.
-pub(crate) fn rotary(g: &mut GraphBuilder<'_>, dims: &PolicyDims, positions: &Value, tokens: usize) -> Result<Rotary, GraphError> {
+pub(crate) fn rotary(
+    g: &mut GraphBuilder<'_>,
+    dims: &PolicyDims,
+    positions: &Value,
+    tokens: usize,
+) -> Result<Rotary, GraphError> {
     let head_dim = dims.head_dim;
     let half = head_dim / 2;
     let frequency = |j: usize| ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32;
-    let signed: Vec<f32> = (0..half).map(|j| -frequency(j)).chain((0..half).map(frequency)).collect();
+    let signed: Vec<f32> = (0..half)
+        .map(|j| -frequency(j))
+        .chain((0..half).map(frequency))
+        .collect();
     let signed = g.constant(&[head_dim], &signed)?;
     let rows = g.rows(tokens);
     let column = g.reshape(positions, &[rows, Dim::fixed(1), Dim::fixed(1)])?;
@@ -41,7 +49,10 @@ pub(crate) fn rotary(g: &mut GraphBuilder<'_>, dims: &PolicyDims, positions: &Va
         };
         Ok::<_, GraphError>((table(&cos)?, table(&sin)?))
     };
-    Ok(Rotary { query: tables(dims.heads, Some(&scale))?, key: tables(dims.kv_heads, None)? })
+    Ok(Rotary {
+        query: tables(dims.heads, Some(&scale))?,
+        key: tables(dims.kv_heads, None)?,
+    })
 }
 
 /// Rotates `x` `[rows, heads * head_dim]`; gives `[rows, heads, head_dim]`.
@@ -99,7 +110,12 @@ pub(crate) fn cache_shape(g: &GraphBuilder<'_>, dims: &PolicyDims, tokens: usize
     if dims.kv_heads == 1 {
         vec![g.rows(1), Dim::fixed(tokens), Dim::fixed(dims.head_dim)]
     } else {
-        vec![g.rows(1), Dim::fixed(dims.kv_heads), Dim::fixed(tokens), Dim::fixed(dims.head_dim)]
+        vec![
+            g.rows(1),
+            Dim::fixed(dims.kv_heads),
+            Dim::fixed(tokens),
+            Dim::fixed(dims.head_dim),
+        ]
     }
 }
 
@@ -143,9 +159,15 @@ impl Stack<'_> {
                 if g.weights_are_inputs() {
                     // a constant scale lets the runtime fuse the norm; the weight follows as one product
                     let normed = self.plain_norm(g, x)?;
-                    return Ok(Normed { tokens: g.mul(&normed, &scale)?, gate: None });
+                    return Ok(Normed {
+                        tokens: g.mul(&normed, &scale)?,
+                        gate: None,
+                    });
                 }
-                Ok(Normed { tokens: g.rms_norm(x, &scale, EPS)?, gate: None })
+                Ok(Normed {
+                    tokens: g.rms_norm(x, &scale, EPS)?,
+                    gate: None,
+                })
             }
             Norm::Adaptive(condition) => {
                 let (batch, width) = (g.rows(1), Dim::fixed(self.width));
@@ -161,7 +183,10 @@ impl Stack<'_> {
                 let scaled = g.mul(&normed, &scale)?;
                 let shifted = g.add(&scaled, &shift)?;
                 let rows = self.rows(g);
-                Ok(Normed { tokens: g.reshape(&shifted, &[rows, width])?, gate: Some(gate) })
+                Ok(Normed {
+                    tokens: g.reshape(&shifted, &[rows, width])?,
+                    gate: Some(gate),
+                })
             }
         }
     }
@@ -172,7 +197,13 @@ impl Stack<'_> {
     }
 
     /// `x + gate * y`, or `x + y` without a gate.
-    fn residual(&self, g: &mut GraphBuilder<'_>, x: &Value, y: &Value, gate: Option<&Value>) -> Result<Value, GraphError> {
+    fn residual(
+        &self,
+        g: &mut GraphBuilder<'_>,
+        x: &Value,
+        y: &Value,
+        gate: Option<&Value>,
+    ) -> Result<Value, GraphError> {
         let Some(gate) = gate else { return g.add(x, y) };
         let width = Dim::fixed(self.width);
         let (batch, rows) = (g.rows(1), self.rows(g));
@@ -202,7 +233,10 @@ impl Stack<'_> {
         let v = g.linear_named(&normed.tokens, &format!("{name}.self_attn.v_proj"), false)?;
         let q = rotate(g, &q, &self.rotary.query)?;
         let k = rotate(g, &k, &self.rotary.key)?;
-        let own = Cache { k: self.to_cache(g, &k)?, v: self.to_cache(g, &v)? };
+        let own = Cache {
+            k: self.to_cache(g, &k)?,
+            v: self.to_cache(g, &v)?,
+        };
         let mixed = match past {
             Some(past) => {
                 let axis = own.k.shape().len() - 2;
@@ -231,7 +265,12 @@ impl Stack<'_> {
             let shape = cache_shape(g, dims, self.tokens);
             return g.reshape(x, &shape);
         }
-        let apart = [g.rows(1), Dim::fixed(self.tokens), Dim::fixed(dims.kv_heads), Dim::fixed(dims.head_dim)];
+        let apart = [
+            g.rows(1),
+            Dim::fixed(self.tokens),
+            Dim::fixed(dims.kv_heads),
+            Dim::fixed(dims.head_dim),
+        ];
         let x = g.reshape(x, &apart)?;
         g.transpose(&x, &[0, 2, 1, 3])
     }

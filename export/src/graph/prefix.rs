@@ -32,7 +32,10 @@ pub fn prefix_graph(
     locations: &BTreeMap<String, Location>,
     options: GraphOptions,
 ) -> Result<Vec<u8>, GraphError> {
-    let weights = WeightsAs::External { file: VLM_WEIGHTS, locations };
+    let weights = WeightsAs::External {
+        file: VLM_WEIGHTS,
+        locations,
+    };
     let mut builder = GraphBuilder::new("prefix", options.batch, vlm_params(dims), weights);
     let g = &mut builder;
     let signature = prefix_signature(dims, options.batch);
@@ -57,8 +60,10 @@ pub fn prefix_graph(
 
     g.scope("prefix.mask");
     let per_camera = g.reshape(&image_mask, &[batch, Dim::fixed(dims.cameras), Dim::fixed(1)])?;
-    let per_token =
-        g.expand(&per_camera, &[batch, Dim::fixed(dims.cameras), Dim::fixed(dims.vision.tokens())])?;
+    let per_token = g.expand(
+        &per_camera,
+        &[batch, Dim::fixed(dims.cameras), Dim::fixed(dims.vision.tokens())],
+    )?;
     let per_token = g.reshape(&per_token, &[batch, Dim::fixed(image_len)])?;
     let mask = g.concat(&[&per_token, &prompt_mask], 1)?;
     let valid = g.cast(&mask, Elem::F32)?;
@@ -72,11 +77,24 @@ pub fn prefix_graph(
     let bias = grouped_bias(g, dims, &bias, dims.prefix_len())?;
     let rotary = rotary(g, dims, &positions, dims.prefix_len())?;
 
-    let stack = Stack { dims, width: dims.vlm.width, tokens: dims.prefix_len(), norm: Norm::Weight, rotary, bias };
+    let stack = Stack {
+        dims,
+        width: dims.vlm.width,
+        tokens: dims.prefix_len(),
+        norm: Norm::Weight,
+        rotary,
+        bias,
+    };
     let rows = g.rows(dims.prefix_len());
     let mut x = g.reshape(&embs, &[rows, width])?;
     let (mut keys, mut values) = (Vec::new(), Vec::new());
-    let entry = [batch, Dim::fixed(1), Dim::fixed(dims.kv_heads), prefix, Dim::fixed(dims.head_dim)];
+    let entry = [
+        batch,
+        Dim::fixed(1),
+        Dim::fixed(dims.kv_heads),
+        prefix,
+        Dim::fixed(dims.head_dim),
+    ];
     for l in 0..dims.depth {
         g.scope(&format!("prefix.{l}"));
         let (next, cache) = stack.layer(g, &format!("{VLM}language_model.layers.{l}"), &x, None)?;
@@ -111,15 +129,24 @@ pub fn prefix_graph(
 
 /// A further output with whatever type and shape it has.
 pub(crate) fn debug_output(g: &mut GraphBuilder<'_>, name: &str, value: &Value) -> Result<(), GraphError> {
-    g.output(&Port { name: name.to_owned(), elem: value.elem(), shape: value.shape().to_vec() }, value)
+    g.output(
+        &Port {
+            name: name.to_owned(),
+            elem: value.elem(),
+            shape: value.shape().to_vec(),
+        },
+        value,
+    )
 }
 
 fn per_camera_outputs(g: &mut GraphBuilder<'_>, dims: &PolicyDims, image: &ImageTokens) -> Result<(), GraphError> {
     g.scope("debug");
     let (batch, tokens) = (g.rows(1), Dim::fixed(dims.vision.tokens()));
-    for (name, value) in
-        [("patch_pos_emb", &image.embedded), ("vision_hidden", &image.hidden), ("vision_projected", &image.projected)]
-    {
+    for (name, value) in [
+        ("patch_pos_emb", &image.embedded),
+        ("vision_hidden", &image.hidden),
+        ("vision_projected", &image.projected),
+    ] {
         let width = value.axis(2);
         let all = g.reshape(value, &[batch, Dim::fixed(dims.cameras), tokens, width])?;
         for camera in 0..dims.cameras {

@@ -20,7 +20,11 @@ pub(crate) struct ImageTokens {
 }
 
 /// `images` is `[n, 3, size, size]`.
-pub(crate) fn image_tokens(g: &mut GraphBuilder<'_>, dims: &PolicyDims, images: &Value) -> Result<ImageTokens, GraphError> {
+pub(crate) fn image_tokens(
+    g: &mut GraphBuilder<'_>,
+    dims: &PolicyDims,
+    images: &Value,
+) -> Result<ImageTokens, GraphError> {
     let vision = &dims.vision;
     let (patches, width) = (Dim::fixed(vision.tokens()), Dim::fixed(vision.width));
     let n = images.axis(0);
@@ -66,16 +70,15 @@ fn norm(g: &mut GraphBuilder<'_>, x: &Value, name: &str) -> Result<Value, GraphE
 }
 
 /// Full attention among the patches of one image; `x` is `[n * N, width]`.
-fn attention(
-    g: &mut GraphBuilder<'_>,
-    dims: &PolicyDims,
-    x: &Value,
-    name: &str,
-    n: Dim,
-) -> Result<Value, GraphError> {
+fn attention(g: &mut GraphBuilder<'_>, dims: &PolicyDims, x: &Value, name: &str, n: Dim) -> Result<Value, GraphError> {
     let vision = &dims.vision;
     let head_dim = vision.width / vision.heads;
-    let split = [n, Dim::fixed(vision.tokens()), Dim::fixed(vision.heads), Dim::fixed(head_dim)];
+    let split = [
+        n,
+        Dim::fixed(vision.tokens()),
+        Dim::fixed(vision.heads),
+        Dim::fixed(head_dim),
+    ];
     let mut heads = |proj: &str, order: [usize; 4]| {
         let flat = g.linear_named(x, &format!("{name}.{proj}"), true)?;
         let flat = g.reshape(&flat, &split)?;

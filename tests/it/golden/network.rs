@@ -154,8 +154,12 @@ fn image_tower_and_prefix() {
                 close(&format!("{mode} {name}"), &cache.select(1, l as i64), &golden.get(&name), OUTPUT);
             }
         }
-        // joint pass of the reference: the prefix never sees the suffix, so its output is the same
-        close(&format!("{mode} joint prefix"), &prefix.out, &golden.get("train.joint_prefix_out"), OUTPUT);
+        // joint pass of the reference: a valid prefix token never sees the suffix, so its output is the same; a padded one is a
+        // mean over all keys, there the suffix's too
+        let joint = float(&golden.get("train.joint_prefix_out"));
+        let gap = (&prefix.out - joint).abs() * prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
+        let gap = gap.max().double_value(&[]);
+        assert!(gap <= OUTPUT, "{mode} joint prefix: {gap:e}");
     }
 }
 
@@ -209,8 +213,10 @@ fn check_gradients(policy: &Pi0, golden: &Golden, prefix: &str, skip: impl Fn(&s
         let key = format!("{prefix}{}", if name == EMBEDDING { EMBEDDING_ALIAS } else { name });
         let grad = tensor.grad();
         if left.remove(&key) {
-            assert!(grad.defined(), "{key}: no gradient");
-            assert_close_relative(&key, &values(&grad), &golden.get(&key), GRADIENT);
+            let want = golden.get(&key);
+            // a recorded gradient of exactly zero (the last layer's query of the prefix) is one that nothing reads
+            let got = if grad.defined() { values(&grad) } else { vec![0.0; want.data.len()] };
+            assert_close_relative(&key, &got, &want, GRADIENT);
             checked += 1;
         } else if !skip(name) {
             let largest = if grad.defined() { grad.abs().max().double_value(&[]) } else { 0.0 };
@@ -539,14 +545,12 @@ fn variants() {
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
             let schedule = Schedule::new(method(name), steps, level, group == "ignore_last");
             let what = format!("{mode} variant");
-            if steps > 1 {
-                check_rollout(&s, &schedule, &golden, case, &what);
-            }
+            check_rollout(&s, &schedule, &golden, case, &what);
             if group == "ignore_last" {
                 let step = steps_of(&golden, case);
                 assert!(step.iter().all(|k| (*k as usize) < schedule.drawable) && schedule.drawable == steps - 1);
             }
-            if group != "no_value_head" && steps > 1 {
+            if group != "no_value_head" {
                 check_recompute(&s, &s.prefix.cache, &schedule, &golden, &format!("{case}."), "re", &what);
             }
             seen.insert(group, steps);

@@ -1,6 +1,6 @@
 //! `env-worker`: drives environments against an engine, and writes their data sets.
 
-use std::{io::Write, path::PathBuf};
+use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -30,7 +30,7 @@ enum Command {
         params: String,
         /// Number of slots.
         #[arg(long)]
-        num_envs: usize,
+        num_envs: NonZeroUsize,
         /// Name that stays the same over restarts of this worker.
         #[arg(long, default_value = "env-worker-0")]
         name: String,
@@ -42,10 +42,10 @@ enum Command {
         params: String,
         /// Successful episodes.
         #[arg(long)]
-        episodes: usize,
+        episodes: NonZeroUsize,
         /// Actions per row.
         #[arg(long)]
-        horizon: usize,
+        horizon: NonZeroUsize,
         /// Seed.
         #[arg(long)]
         seed: u64,
@@ -60,7 +60,7 @@ enum Command {
         params: String,
         /// Number of scenes.
         #[arg(long)]
-        count: usize,
+        count: NonZeroUsize,
         /// Seed.
         #[arg(long)]
         seed: u64,
@@ -92,7 +92,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     match args.command {
         Command::Serve { engine, env, params, num_envs, name } => {
-            let mut env = env::make(&env, num_envs, table(&params)?)?;
+            let mut env = env::make(&env, num_envs.get(), table(&params)?)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
                 let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -104,11 +104,11 @@ fn run(args: Args) -> anyhow::Result<()> {
             })
         }
         Command::Demos { params, episodes, horizon, seed, out: path } => {
-            let rows = dataset::write_demos(&path, &tabletop_params(&params)?, episodes, horizon, seed)?;
+            let rows = dataset::write_demos(&path, &tabletop_params(&params)?, episodes.get(), horizon.get(), seed)?;
             Ok(writeln!(out, "{}: {episodes} episodes, {rows} rows", path.display())?)
         }
         Command::Scenes { params, count, seed, out: path } => {
-            dataset::write_scenes(&path, &tabletop_params(&params)?, count, seed)?;
+            dataset::write_scenes(&path, &tabletop_params(&params)?, count.get(), seed)?;
             Ok(writeln!(out, "{}: {count} scenes", path.display())?)
         }
         Command::CheckExpert { params, episodes } => {

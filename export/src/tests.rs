@@ -1,0 +1,337 @@
+//! Bundles of a tiny policy: written, continued, checked, refused.
+
+use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
+
+use policy::{
+    bundle::{
+        Bundle, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, Sampling, VLM_WEIGHTS,
+    },
+    config::{TokenizerConfig, WeightMode},
+    dims::{PolicyDims, StackDims, Variant, VisionDims},
+    flow::NoiseMethod,
+    norm::Normalization,
+    params::{CriticInput, ValueHeadDims, params},
+    weights::{Weight, WeightsError},
+};
+
+use crate::{
+    BundleSpec, ExportError, GraphSource, WeightSource, check_bundle, next_version,
+    signature::{denoise_signature, expert_params, vlm_params},
+    weight_bytes, write_bundle,
+};
+
+fn dims(variant: Variant) -> PolicyDims {
+    PolicyDims {
+        variant,
+        vocab: 11,
+        vlm: StackDims { width: 12, mlp: 10 },
+        expert: StackDims { width: 8, mlp: 6 },
+        depth: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 4,
+        vision: VisionDims {
+            width: 6,
+            mlp: 5,
+            depth: 1,
+            heads: 2,
+            image_size: 4,
+            patch: 2,
+        },
+        cameras: 2,
+        prompt_len: 3,
+        action_horizon: 5,
+        action_dim: 3,
+    }
+}
+
+fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Manifest {
+    Manifest {
+        format_version: 0,
+        policy_version: 0,
+        flow_time: FLOW_TIME.to_owned(),
+        dims: dims(variant),
+        value_head: Some(ValueHeadDims {
+            input: CriticInput::Vlm,
+            hidden: vec![7],
+        }),
+        sampling: Sampling {
+            noise_method: NoiseMethod::FlowSde,
+            noise_level: 0.5,
+            ignore_last: false,
+            num_steps: 4,
+        },
+        action_chunk: 5,
+        env_action_dim: 2,
+        cameras: vec!["a".to_owned(), "b".to_owned()],
+        tokenizer: TokenizerConfig::Words {
+            words: vec!["go".to_owned()],
+        },
+        normalization: Normalization::None,
+        norm_stats: None,
+        weights,
+        batch,
+        config_digest: String::new(),
+        self_test: None,
+        files: Vec::new(),
+    }
+}
+
+fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
+    params(&manifest.dims, manifest.value_head.as_ref())
+        .into_iter()
+        .map(|spec| {
+            let data = vec![value; spec.shape.iter().product()];
+            (
+                spec.name,
+                Weight {
+                    shape: spec.shape,
+                    data,
+                },
+            )
+        })
+        .collect()
+}
+
+fn parts(manifest: &Manifest, value: f32) -> (Vec<u8>, Vec<u8>) {
+    let weights = weights(manifest, value);
+    let vlm = weight_bytes(&vlm_params(&manifest.dims), &weights).expect("vlm");
+    let head = manifest.value_head.as_ref();
+    (
+        vlm,
+        weight_bytes(&expert_params(&manifest.dims, head), &weights).expect("expert"),
+    )
+}
+
+fn first(dir: &Path, manifest: Manifest) -> Result<Bundle, ExportError> {
+    let (vlm, expert) = parts(&manifest, 0.25);
+    let spec = BundleSpec {
+        manifest,
+        vlm: WeightSource::Bytes(vlm),
+        expert: WeightSource::Bytes(expert),
+        graphs: GraphSource::Build,
+        tokenizer: None,
+    };
+    write_bundle(dir, spec)
+}
+
+#[test]
+fn bundles_of_every_kind_pass_the_check() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (i, (variant, mode, batch)) in [
+        (Variant::Pi0, WeightMode::Constants, None),
+        (Variant::Pi0, WeightMode::Inputs, Some(3)),
+        (Variant::Pi05, WeightMode::Constants, Some(1)),
+        (Variant::Pi05, WeightMode::Inputs, None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let dir = folder.path().join(i.to_string());
+        first(&dir, manifest(variant, mode, batch)).expect("written");
+        let report = check_bundle(&dir).expect("sound");
+        assert_eq!((report.policy_version, report.files), (0, 4));
+    }
+}
+
+#[test]
+fn the_next_version_writes_only_the_expert() {
+    let folder = tempfile::tempdir().expect("folder");
+    let zero = first(
+        &folder.path().join("0"),
+        manifest(Variant::Pi0, WeightMode::Constants, None),
+    )
+    .expect("first");
+    let (_, expert) = parts(&zero.manifest, -1.5);
+    let one = next_version(&zero, &folder.path().join("1"), 1, expert, None).expect("second");
+    check_bundle(one.dir()).expect("sound");
+    let inode = |bundle: &Bundle, name: &str| fs::metadata(bundle.path(name)).expect("file").ino();
+    for name in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS] {
+        assert_eq!(inode(&zero, name), inode(&one, name), "`{name}` is linked");
+    }
+    assert_ne!(inode(&zero, EXPERT_WEIGHTS), inode(&one, EXPERT_WEIGHTS));
+    assert_eq!(one.manifest.policy_version, 1);
+}
+
+#[test]
+fn weights_that_are_not_the_policys_leave_nothing_behind() {
+    let folder = tempfile::tempdir().expect("folder");
+    let zero = first(
+        &folder.path().join("0"),
+        manifest(Variant::Pi05, WeightMode::Constants, None),
+    )
+    .expect("first");
+    let dir = folder.path().join("1");
+    let specs = expert_params(&zero.manifest.dims, zero.manifest.value_head.as_ref());
+    let good = weights(&zero.manifest, 1.0);
+    let name = specs.first().expect("a weight").name.clone();
+
+    let mut diverged = good.clone();
+    diverged.get_mut(&name).expect("weight").data[1] = f32::NAN;
+    let bytes = weight_bytes(&specs, &diverged).expect("bytes");
+    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("NaN");
+    assert!(
+        matches!(
+            &error,
+            ExportError::Weights {
+                source: WeightsError::NotFinite { index: 1, .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let bytes = weight_bytes(&specs[1..], &good).expect("bytes");
+    let error = next_version(&zero, &dir, 1, bytes, None)
+        .expect_err("missing")
+        .to_string();
+    assert_eq!(
+        error,
+        format!("weights for `expert.safetensors`: tensor `{name}` is missing")
+    );
+
+    let bytes = weight_bytes(&params(&zero.manifest.dims, zero.manifest.value_head.as_ref()), &good).expect("bytes");
+    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("extra");
+    assert!(
+        matches!(
+            &error,
+            ExportError::Weights {
+                source: WeightsError::Extra { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let mut bytes = weight_bytes(&specs, &good).expect("bytes");
+    bytes.truncate(bytes.len() - 1);
+    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("truncated");
+    assert!(
+        matches!(
+            &error,
+            ExportError::Weights {
+                source: WeightsError::Format(_),
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let left: Vec<_> = fs::read_dir(folder.path())
+        .expect("list")
+        .map(|e| e.expect("entry").file_name())
+        .collect();
+    assert_eq!(left, ["0"], "nothing beside the first bundle");
+}
+
+#[test]
+fn graphs_are_only_reused_for_the_same_policy() {
+    let folder = tempfile::tempdir().expect("folder");
+    let zero = first(
+        &folder.path().join("0"),
+        manifest(Variant::Pi0, WeightMode::Constants, None),
+    )
+    .expect("first");
+    let other = manifest(Variant::Pi0, WeightMode::Constants, Some(2));
+    let (vlm, expert) = parts(&other, 0.0);
+    let spec = BundleSpec {
+        manifest: other,
+        vlm: WeightSource::Bytes(vlm),
+        expert: WeightSource::Bytes(expert),
+        graphs: GraphSource::Reuse(&zero),
+        tokenizer: None,
+    };
+    let error = write_bundle(&folder.path().join("1"), spec)
+        .expect_err("another batch")
+        .to_string();
+    assert_eq!(error, "the graphs of version 0 cannot be reused: `batch` differs");
+}
+
+/// Writes `bytes` over a file of the bundle and its entry, so that only the content is wrong.
+fn replace(dir: &Path, name: &str, bytes: &[u8]) {
+    fs::write(dir.join(name), bytes).expect("writing");
+    let entry = policy::bundle::describe_file(&dir.join(name)).expect("entry");
+    let mut manifest = Bundle::open(dir).expect("bundle").manifest;
+    for file in &mut manifest.files {
+        if file.name == name {
+            file.clone_from(&entry);
+        }
+    }
+    fs::write(dir.join(MANIFEST), serde_json::to_vec(&manifest).expect("json")).expect("writing");
+}
+
+#[test]
+fn wrong_graphs_are_refused_with_the_reason() {
+    let folder = tempfile::tempdir().expect("folder");
+    let good = manifest(Variant::Pi0, WeightMode::Constants, None);
+    let refusal = |i: usize, name: &str, bytes: &[u8]| {
+        let dir = folder.path().join(i.to_string());
+        first(&dir, good.clone()).expect("written");
+        replace(&dir, name, bytes);
+        check_bundle(&dir).expect_err("wrong graph").to_string()
+    };
+    let other = first(
+        &folder.path().join("other"),
+        manifest(Variant::Pi0, WeightMode::Constants, Some(2)),
+    )
+    .expect("other");
+    let read = |name: &str| fs::read(other.path(name)).expect("graph");
+    let error = refusal(0, PREFIX_GRAPH, &read(PREFIX_GRAPH));
+    assert!(
+        error.contains("`images` F32 [2, 2, 3, 4, 4], expected `images` F32 [batch, 2, 3, 4, 4]"),
+        "{error}"
+    );
+    let error = refusal(1, DENOISE_GRAPH, &read(PREFIX_GRAPH));
+    assert!(error.contains("expected `x_t`"), "{error}");
+    let error = refusal(2, DENOISE_GRAPH, b"not a graph at all");
+    assert!(error.starts_with("graph `denoise.onnx`: "), "{error}");
+
+    // a tensor that is read four bytes early
+    let mine = first(&folder.path().join("mine"), good.clone()).expect("mine");
+    let mut model = <crate::proto::ModelProto as prost::Message>::decode(
+        fs::read(mine.path(DENOISE_GRAPH)).expect("graph").as_slice(),
+    )
+    .expect("model");
+    let graph = model.graph.as_mut().expect("graph");
+    let tensor = graph
+        .initializer
+        .iter_mut()
+        .find(|t| !t.external_data.is_empty())
+        .expect("external");
+    let name = tensor.name().to_owned();
+    for entry in &mut tensor.external_data {
+        if entry.key() == "offset" {
+            let offset: u64 = entry.value().parse().expect("offset");
+            entry.value = Some((offset - 4).to_string());
+        }
+    }
+    let error = refusal(3, DENOISE_GRAPH, &prost::Message::encode_to_vec(&model));
+    assert!(error.contains(&format!("weight `{name}` has offset")), "{error}");
+
+    let graph = model.graph.as_mut().expect("graph");
+    graph.node.remove(0);
+    let tensor = graph
+        .initializer
+        .iter_mut()
+        .find(|t| t.name() == name)
+        .expect("external");
+    for entry in &mut tensor.external_data {
+        if entry.key() == "offset" {
+            let offset: u64 = entry.value().parse().expect("offset");
+            entry.value = Some((offset + 4).to_string());
+        }
+    }
+    let error = refusal(4, DENOISE_GRAPH, &prost::Message::encode_to_vec(&model));
+    assert!(error.contains("which nothing before it makes"), "{error}");
+}
+
+#[test]
+fn weights_as_inputs_come_last_in_table_order() {
+    let dims = dims(Variant::Pi05);
+    let plain = denoise_signature(&dims, None, WeightMode::Constants, None).inputs;
+    let with = denoise_signature(&dims, None, WeightMode::Inputs, None).inputs;
+    assert_eq!(with[..plain.len()], plain[..]);
+    let names: Vec<&str> = with[plain.len()..].iter().map(|p| p.name.as_str()).collect();
+    let specs = expert_params(&dims, None);
+    assert_eq!(names, specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>());
+}

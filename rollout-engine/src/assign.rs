@@ -1,0 +1,447 @@
+//! Which slot does what: orders become resets, reports become questions to the policy, finished episodes become trajectories.
+//!
+//! No socket and no clock in here: events go in, [`Effects`] come out.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use policy::noise::NoiseKey;
+use wire::{
+    messages::{
+        ActedRow, ChunkRecord, Command, Hello, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
+        Trajectory, TrajectoryChunk,
+    },
+};
+
+use crate::queue::{Job, Row, Target};
+
+/// Most slots of one worker.
+pub const MAX_SLOTS: u32 = 4096;
+
+/// What the policy asks of workers and gives to episodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Rows of an action chunk.
+    pub action_chunk: usize,
+    /// Width of the environment's action.
+    pub env_action_dim: usize,
+    /// Whether values are estimated.
+    pub critic: bool,
+}
+
+/// What is to be sent after an event.
+#[derive(Debug)]
+pub struct Effects<P> {
+    /// Commands by worker.
+    pub commands: BTreeMap<P, Vec<SlotCommand>>,
+    /// Questions for the policy.
+    pub jobs: Vec<Job>,
+    /// Finished episodes.
+    pub trajectories: Vec<Trajectory>,
+    /// Workers that are turned away.
+    pub refusals: Vec<(P, Refusal)>,
+}
+
+impl<P> Default for Effects<P> {
+    fn default() -> Self {
+        Self { commands: BTreeMap::new(), jobs: Vec::new(), trajectories: Vec::new(), refusals: Vec::new() }
+    }
+}
+
+/// An episode on its way.
+#[derive(Debug)]
+struct Episode {
+    order: u64,
+    mode: Mode,
+    reset: Reset,
+    prompt: String,
+    /// The version of its chunks, once the first is made.
+    version: Option<u64>,
+    chunks: Vec<TrajectoryChunk>,
+    /// The record of the chunk that is being executed.
+    record: Option<Box<ChunkRecord>>,
+    success: bool,
+}
+
+#[derive(Debug)]
+enum Slot {
+    /// The worker has not spoken of it yet.
+    Unseen,
+    Idle,
+    /// Told to reset.
+    Resetting(Episode),
+    /// Its observation is with the policy.
+    Thinking(Episode, u64),
+    /// Executes a chunk.
+    Acting(Episode),
+}
+
+impl Slot {
+    fn episode(self) -> Option<Episode> {
+        match self {
+            Self::Unseen | Self::Idle => None,
+            Self::Resetting(e) | Self::Thinking(e, _) | Self::Acting(e) => Some(e),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Client {
+    name: String,
+    slots: Vec<Slot>,
+}
+
+/// The assignment of episodes to slots. `P` names a connection.
+#[derive(Debug)]
+pub struct Assign<P> {
+    engine: String,
+    shape: Option<Shape>,
+    live: Option<u64>,
+    order: Option<Order>,
+    pending: VecDeque<Reset>,
+    clients: BTreeMap<P, Client>,
+    /// Whose chunk a ticket asks for.
+    tickets: BTreeMap<u64, (P, u32)>,
+    /// Finished but for the value of their last observation.
+    bootstraps: BTreeMap<u64, Episode>,
+    next_ticket: u64,
+    next_trajectory: u64,
+    /// The learner does not keep up: no new episode.
+    full: bool,
+    restarted: u64,
+    effects: Effects<P>,
+}
+
+impl<P: Ord + Clone> Assign<P> {
+    /// Nothing is known yet; `engine` names this session in trajectories.
+    pub fn new(engine: String) -> Self {
+        Self {
+            engine,
+            shape: None,
+            live: None,
+            order: None,
+            pending: VecDeque::new(),
+            clients: BTreeMap::new(),
+            tickets: BTreeMap::new(),
+            bootstraps: BTreeMap::new(),
+            next_ticket: 0,
+            next_trajectory: 1,
+            full: false,
+            restarted: 0,
+            effects: Effects::default(),
+        }
+    }
+
+    /// Takes what is to be sent.
+    pub fn take_effects(&mut self) -> Effects<P> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// Slots of all workers.
+    pub fn slots(&self) -> u32 {
+        self.clients.values().map(|c| c.slots.len() as u32).sum()
+    }
+
+    /// The newest order.
+    pub fn order_number(&self) -> Option<u64> {
+        self.order.as_ref().map(|o| o.order)
+    }
+
+    /// Episodes that were begun anew, because their worker left or their version was replaced.
+    pub fn restarted(&self) -> u64 {
+        self.restarted
+    }
+
+    /// Resets that wait for a slot.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether resets wait for a version that is not live yet.
+    pub fn parked(&self) -> bool {
+        !self.pending.is_empty() && self.order.as_ref().is_some_and(|o| self.live.is_none_or(|live| live < o.version))
+    }
+
+    /// A version went live.
+    pub fn went_live(&mut self, version: u64, shape: Shape) {
+        self.live = Some(version);
+        self.shape = Some(shape);
+        self.hand_out();
+    }
+
+    /// Whether the buffer of unacknowledged trajectories is full.
+    pub fn set_full(&mut self, full: bool) {
+        self.full = full;
+        self.hand_out();
+    }
+
+    /// An order of the learner: replaces the pending resets; the same order again changes nothing.
+    pub fn take_order(&mut self, order: Order) {
+        if self.order.as_ref() == Some(&order) {
+            return;
+        }
+        self.pending = order.resets.iter().cloned().collect();
+        self.order = Some(order);
+        self.hand_out();
+    }
+
+    /// A worker says hello. Its unfinished episodes from an earlier connection begin anew.
+    ///
+    /// # Errors
+    /// It does not fit the policy; what was expected and found.
+    pub fn hello(&mut self, peer: P, hello: &Hello) -> Result<(), String> {
+        if let Some(shape) = self.shape
+            && hello.action_dim as usize != shape.env_action_dim
+        {
+            return Err(format!(
+                "environment `{}` has actions of width {}, the policy gives {} (`env_action_dim` of its bundle)",
+                hello.env, hello.action_dim, shape.env_action_dim
+            ));
+        }
+        if hello.slots == 0 || hello.slots > MAX_SLOTS {
+            return Err(format!("worker `{}` has {} slots, expected 1 to {MAX_SLOTS}", hello.client, hello.slots));
+        }
+        let earlier: Vec<P> = self
+            .clients
+            .iter()
+            .filter(|(p, c)| **p == peer || c.name == hello.client)
+            .map(|(p, _)| p.clone())
+            .collect();
+        for p in earlier {
+            self.gone(&p);
+        }
+        let slots = (0..hello.slots).map(|_| Slot::Unseen).collect();
+        self.clients.insert(peer, Client { name: hello.client.clone(), slots });
+        self.hand_out();
+        Ok(())
+    }
+
+    /// A worker is gone: its unfinished episodes wait for another slot.
+    pub fn gone(&mut self, peer: &P) {
+        let Some(client) = self.clients.remove(peer) else { return };
+        for slot in client.slots.into_iter().rev() {
+            if let Some(episode) = slot.episode() {
+                self.requeue(episode);
+            }
+        }
+        self.tickets.retain(|_, (p, _)| p != peer);
+        self.hand_out();
+    }
+
+    /// The episode begins anew in the next idle slot, unless its order was replaced.
+    fn requeue(&mut self, episode: Episode) {
+        if self.order_number() == Some(episode.order) {
+            self.pending.push_front(episode.reset);
+            self.restarted += 1;
+        }
+    }
+
+    /// Reports of a worker. One that breaks the protocol is turned away and its episodes begin anew.
+    pub fn reports(&mut self, peer: &P, reports: Vec<SlotReport>) {
+        for report in reports {
+            let slot = report.slot;
+            if let Err(reason) = self.report(peer, report) {
+                self.turn_away(peer, format!("slot {slot}: {reason}"));
+                return;
+            }
+        }
+        self.hand_out();
+    }
+
+    fn turn_away(&mut self, peer: &P, reason: String) {
+        self.effects.commands.remove(peer);
+        self.effects.refusals.push((peer.clone(), Refusal { request: None, retry: false, reason }));
+        self.gone(peer);
+    }
+
+    fn report(&mut self, peer: &P, report: SlotReport) -> Result<(), String> {
+        let shape = self.shape.ok_or("no policy is live yet")?;
+        let client = self.clients.get_mut(peer).ok_or("reports before hello")?;
+        let count = client.slots.len();
+        let index = report.slot;
+        let slot = client.slots.get_mut(index as usize).ok_or_else(|| format!("expected 0 to {}", count - 1))?;
+        match (std::mem::replace(slot, Slot::Idle), report.outcome, report.observation) {
+            (old, None, None) => {
+                if let Some(episode) = old.episode() {
+                    self.requeue(episode);
+                }
+                self.tickets.retain(|_, (p, s)| !(p == peer && *s == index));
+                Ok(())
+            }
+            (Slot::Resetting(mut episode), None, Some(seen)) => {
+                episode.prompt.clone_from(&seen.prompt);
+                self.ask(peer, index, episode, seen);
+                Ok(())
+            }
+            (Slot::Acting(episode), Some(outcome), seen) => self.executed(peer, index, episode, outcome, seen, shape),
+            (other, outcome, seen) => {
+                let found = match (&outcome, &seen) {
+                    (None, _) => "an observation without an outcome",
+                    (Some(_), None) => "an outcome without an observation",
+                    (Some(_), Some(_)) => "an outcome with an observation",
+                };
+                let state = match &other {
+                    Slot::Unseen | Slot::Idle => "is idle",
+                    Slot::Resetting(_) => "was told to reset",
+                    Slot::Thinking(..) => "waits for its actions",
+                    Slot::Acting(_) => "executes a chunk",
+                };
+                if let Some(slot) = self.clients.get_mut(peer).and_then(|c| c.slots.get_mut(index as usize)) {
+                    // so that its episode is not lost when the worker is turned away
+                    *slot = other;
+                }
+                Err(format!("reports {found}, but it {state}"))
+            }
+        }
+    }
+
+    fn executed(
+        &mut self,
+        peer: &P,
+        index: u32,
+        mut episode: Episode,
+        outcome: Outcome,
+        seen: Option<Observation>,
+        shape: Shape,
+    ) -> Result<(), String> {
+        let problem = if outcome.rewards.len() > shape.action_chunk || outcome.rewards.is_empty() {
+            Some(format!("{} rewards, expected 1 to {}", outcome.rewards.len(), shape.action_chunk))
+        } else if let Some(reward) = outcome.rewards.iter().find(|r| !r.is_finite()) {
+            Some(format!("reward {reward}"))
+        } else if !outcome.terminated && seen.is_none() {
+            Some("no observation though the episode did not terminate".to_owned())
+        } else {
+            None
+        };
+        if let Some(problem) = problem {
+            self.requeue(episode);
+            return Err(problem);
+        }
+        let frames = if episode.reset.video { outcome.frames } else { Vec::new() };
+        episode.chunks.push(TrajectoryChunk { record: episode.record.take(), rewards: outcome.rewards, frames });
+        episode.success |= outcome.success;
+        if outcome.terminated {
+            self.finish(episode, true, None);
+        } else if outcome.truncated {
+            match seen {
+                Some(seen) if shape.critic && episode.mode == Mode::Train => {
+                    let ticket = self.ticket();
+                    self.effects.jobs.push(Job::new(Target::Bootstrap(ticket), vec![row(&episode, seen)]));
+                    self.bootstraps.insert(ticket, episode);
+                }
+                _ => self.finish(episode, false, None),
+            }
+        } else if let Some(seen) = seen {
+            self.ask(peer, index, episode, seen);
+        }
+        Ok(())
+    }
+
+    fn ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    fn ask(&mut self, peer: &P, index: u32, episode: Episode, seen: Observation) {
+        let ticket = self.ticket();
+        self.effects.jobs.push(Job::new(Target::Slot(ticket), vec![row(&episode, seen)]));
+        self.tickets.insert(ticket, (peer.clone(), index));
+        if let Some(slot) = self.clients.get_mut(peer).and_then(|c| c.slots.get_mut(index as usize)) {
+            *slot = Slot::Thinking(episode, ticket);
+        }
+    }
+
+    fn finish(&mut self, episode: Episode, terminated: bool, final_value: Option<f32>) {
+        let id = self.next_trajectory;
+        self.next_trajectory += 1;
+        self.effects.trajectories.push(Trajectory {
+            id,
+            engine: self.engine.clone(),
+            order: episode.order,
+            reset: episode.reset,
+            mode: episode.mode,
+            prompt: episode.prompt,
+            chunks: episode.chunks,
+            terminated,
+            success: episode.success,
+            final_value,
+        });
+    }
+
+    /// The policy answered a slot's question with a chunk of `version`. An episode is made by one version: when another one
+    /// went live in between, it begins anew.
+    pub fn acted(&mut self, ticket: u64, version: u64, row: ActedRow) {
+        let Some((peer, index)) = self.tickets.remove(&ticket) else { return };
+        let Some(slot) = self.clients.get_mut(&peer).and_then(|c| c.slots.get_mut(index as usize)) else { return };
+        match std::mem::replace(slot, Slot::Idle) {
+            Slot::Thinking(mut episode, asked) if asked == ticket => {
+                if episode.version.is_some_and(|v| v != version) {
+                    self.requeue(episode);
+                    self.hand_out();
+                    return;
+                }
+                episode.version = Some(version);
+                episode.record = row.record;
+                *slot = Slot::Acting(episode);
+                let command = SlotCommand { slot: index, command: Command::Act(row.actions) };
+                self.effects.commands.entry(peer).or_default().push(command);
+            }
+            other => *slot = other,
+        }
+    }
+
+    /// The policy cannot answer a slot's question: its worker is turned away with the reason.
+    pub fn failed(&mut self, ticket: u64, reason: String) {
+        if let Some(episode) = self.bootstraps.remove(&ticket) {
+            tracing::warn!("value of the last observation: {reason}; the episode begins anew");
+            self.requeue(episode);
+            self.hand_out();
+        } else if let Some((peer, index)) = self.tickets.remove(&ticket) {
+            self.turn_away(&peer, format!("slot {index}: {reason}"));
+        }
+    }
+
+    /// The value of a truncated episode's last observation.
+    pub fn bootstrapped(&mut self, ticket: u64, value: Option<f32>) {
+        if let Some(episode) = self.bootstraps.remove(&ticket) {
+            self.finish(episode, false, value);
+        }
+    }
+
+    /// Gives pending resets to idle slots when the order's version is live.
+    fn hand_out(&mut self) {
+        let Some(order) = &self.order else { return };
+        if self.full || self.live.is_none_or(|live| live < order.version) {
+            return;
+        }
+        for (peer, client) in &mut self.clients {
+            for (index, slot) in client.slots.iter_mut().enumerate() {
+                if !matches!(slot, Slot::Idle) {
+                    continue;
+                }
+                let Some(reset) = self.pending.pop_front() else { return };
+                let command = SlotCommand { slot: index as u32, command: Command::Reset(reset.clone()) };
+                self.effects.commands.entry(peer.clone()).or_default().push(command);
+                *slot = Slot::Resetting(Episode {
+                    order: order.order,
+                    mode: order.mode,
+                    reset,
+                    prompt: String::new(),
+                    version: None,
+                    chunks: Vec::new(),
+                    record: None,
+                    success: false,
+                });
+            }
+        }
+    }
+}
+
+fn row(episode: &Episode, observation: Observation) -> Row {
+    let reset = &episode.reset;
+    let chunk = episode.chunks.len() as u32;
+    let key = NoiseKey { seed: reset.seed, env: reset.env, episode: reset.episode, chunk };
+    Row { observation, key, mode: episode.mode, record: episode.mode == Mode::Train }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,296 @@
+//! Parity, replay and hot reload with a real engine process.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use integration_tests::ring::{Client, Engine, Worker, plan, row};
+use learner::{
+    hub::{Hub, HubEvent},
+    launch::Children,
+    model::{ParamStore, Pi0},
+    observation::ObservationBatch,
+    publish::Publisher,
+    rollout::{RolloutBatch, collect},
+    update::Updater,
+};
+use policy::{
+    noise::{Purpose, fill_normal, stream},
+    params::Part,
+    plan::RunPlan,
+};
+use tch::{Device, Kind, Tensor};
+use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
+
+fn network(plan: &RunPlan, seed: u64) -> Pi0 {
+    tch::set_num_threads(1);
+    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), seed, Device::Cpu).expect("weights");
+    Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store).expect("network")
+}
+
+/// Moves the trained weights, so that versions differ visibly.
+fn perturb(policy: &Pi0, version: u64) {
+    for part in [Part::Expert, Part::ValueHead] {
+        for (index, (name, shape, mut data)) in policy.store().export(part).into_iter().enumerate() {
+            let mut noise = vec![0.0f32; shape.iter().product()];
+            fill_normal(&mut stream(Purpose::Init, version, index as u64, part as u64, 7), &mut noise);
+            data.iter_mut().zip(&noise).for_each(|(w, n)| *w += 0.02 * n);
+            policy.store().assign(&name, &data).expect("same shape");
+        }
+    }
+}
+
+fn wait_live(hub: &Hub, version: u64) {
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(60) {
+        if let Some(HubEvent::Reload(report)) = hub.next(Duration::from_millis(100)).expect("hub")
+            && report.version == version
+        {
+            assert_eq!(report.refused, None, "version {version}");
+            return;
+        }
+    }
+    panic!("version {version} did not go live");
+}
+
+fn resets(count: u32, seed: u64) -> Vec<Reset> {
+    (0..count)
+        .map(|env| Reset { seed, env, episode: 0, reset_state: None, task: None, group: None, video: false })
+        .collect()
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(future)
+}
+
+/// At equal weights the learner's ratio is 1 and its values are the recorded ones, for both critics.
+#[test]
+fn parity_ratio_is_one_at_zero_learning_rate() {
+    for critic in ["vlm", "expert"] {
+        let dir = tempfile::tempdir().expect("folder");
+        let input = format!("actor.model.value_head.input={critic:?}");
+        let overrides = [
+            input.as_str(),
+            "actor.optim.lr=0.0",
+            "actor.optim.value_lr=0.0",
+            "actor.optim.critic_warmup_epochs=0",
+            "algorithm.update_epoch=1",
+            "actor.global_batch_size=4096",
+            "actor.micro_batch_size=256",
+        ];
+        let plan = plan(dir.path(), &overrides);
+        let policy = network(&plan, 3);
+        let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+        let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+        let _worker = Worker::start(&engine.listen, 64);
+        let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+        hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+        let got = collect(&hub, &mut Children::default(), 0, Mode::Train, resets(64, 1), "parity").expect("episodes");
+        let batch = RolloutBatch::new(&plan, &got.trajectories, 0).expect("records");
+        assert!(batch.len() >= 500, "{} records", batch.len());
+        let report = Updater::new(&plan, &policy).expect("optimizer").update(&policy, &batch, 0).expect("update");
+        println!(
+            "{critic} critic, {} records: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
+            batch.len(),
+            report.first_ratio_deviation,
+            report.first_value_gap
+        );
+        assert!(report.first_ratio_deviation < 1e-3, "{}", report.first_ratio_deviation);
+        assert!(report.actor.clip_fraction == 0.0, "{}", report.actor.clip_fraction);
+        assert!(report.first_value_gap < 1e-4, "{}", report.first_value_gap);
+    }
+}
+
+fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {
+    reply.rows[row].record.as_ref().expect("record")
+}
+
+/// The same key gives the same noise bit for bit in any batch, the same actions bit for bit in a batch of the same size and within
+/// 1e-5 in another (matrix products sum in another order).
+#[test]
+fn replay_reproduces_a_recorded_chunk() {
+    let dir = tempfile::tempdir().expect("folder");
+    let plan = plan(dir.path(), &[]);
+    let policy = network(&plan, 4);
+    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    wait_live(&hub, 0);
+    let elements = plan.dims.action_horizon * plan.dims.action_dim;
+    block_on(async {
+        let mut client = Client::connect(&engine.listen).await;
+        let others: Vec<ActRow> = (1..7).map(|n| row(&plan, n, Mode::Train)).collect();
+        let alone = client.act(1, vec![row(&plan, 0, Mode::Train)]).await;
+        let again = client.act(2, vec![row(&plan, 0, Mode::Train)]).await;
+        let crowd = client.act(3, others.iter().cloned().chain([row(&plan, 0, Mode::Train)]).collect()).await;
+        let last = crowd.rows.len() - 1;
+        assert_eq!(record(&alone, 0), record(&again, 0), "same batch size: every bit");
+        let noise = |r: &ChunkRecord| r.chain.data[..elements * 4].to_vec();
+        assert_eq!(noise(record(&alone, 0)), noise(record(&crowd, last)), "noise in another batch: every bit");
+        assert_eq!(record(&alone, 0).denoise_step, record(&crowd, last).denoise_step);
+        let actions = |r: &wire::messages::ActReply, i: usize| r.rows[i].actions.to_f32("actions", None).expect("actions");
+        let gap = actions(&alone, 0)
+            .iter()
+            .zip(actions(&crowd, last))
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0f32, f32::max);
+        println!("largest action difference between a batch of 1 and of {}: {gap:.2e}", last + 1);
+        assert!(gap <= 1e-5, "{gap}");
+    });
+}
+
+/// Recomputes the final actions of a record with the weights of its version.
+fn recompute(plan: &RunPlan, policy: &Pi0, record: &ChunkRecord) -> Vec<f32> {
+    let dims = &plan.dims;
+    let (side, cameras) = (dims.vision.image_size as i64, dims.cameras as i64);
+    let observation = ObservationBatch {
+        images: Tensor::from_slice(&record.images.data).view([1, cameras, side, side, 3]),
+        image_mask: Tensor::from_slice(&record.image_mask).view([1, cameras]),
+        prompt: Tensor::from_slice(&record.prompt).view([1, -1]),
+        prompt_mask: Tensor::from_slice(&record.prompt_mask).view([1, -1]),
+        state: Tensor::from_slice(&record.state.to_f32("state", None).expect("state")).view([1, -1]),
+    };
+    let (cache, _) = observation.frozen_prefix(policy, 1).expect("prefix");
+    let shape = [1, dims.action_horizon as i64, dims.action_dim as i64];
+    let chain = record.chain.to_f32("chain", None).expect("chain");
+    let noise = Tensor::from_slice(&chain[..dims.action_horizon * dims.action_dim]).view(shape);
+    let sample =
+        policy.sample(&cache, Some(&observation.state), &noise, &plan.schedule(), &[None], None).expect("sample");
+    let mut out = vec![0.0f32; dims.action_horizon * dims.action_dim];
+    let len = out.len();
+    sample.actions.to_kind(Kind::Float).contiguous().copy_data(&mut out, len);
+    out
+}
+
+const REQUESTS_PER_CLIENT: u64 = 250;
+const CLIENTS: u64 = 4;
+const VERSIONS: u64 = 20;
+
+/// 1,000 requests from 4 clients while 20 versions are published: none fails, no reply mixes versions, and a damaged bundle is
+/// refused while the old version goes on serving.
+#[test]
+fn reload_under_load_loses_and_mixes_nothing() {
+    let dir = tempfile::tempdir().expect("folder");
+    let plan = plan(dir.path(), &[]);
+    let policy = network(&plan, 5);
+    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    wait_live(&hub, 0);
+    let mut weights = BTreeMap::from([(0, policy.store().export(Part::Expert))]);
+
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|client| {
+            let (listen, plan) = (engine.listen.clone(), plan.clone());
+            std::thread::spawn(move || {
+                block_on(async {
+                    let mut connection = Client::connect(&listen).await;
+                    let mut replies = Vec::new();
+                    for request in 0..REQUESTS_PER_CLIENT {
+                        let number = client * REQUESTS_PER_CLIENT + request;
+                        let rows = vec![row(&plan, 2 * number, Mode::Eval), row(&plan, 2 * number + 1, Mode::Eval)];
+                        replies.push(connection.act(number, rows).await);
+                    }
+                    replies
+                })
+            })
+        })
+        .collect();
+    for version in 1..=VERSIONS {
+        perturb(&policy, version);
+        weights.insert(version, policy.store().export(Part::Expert));
+        hub.announce(&publisher.publish(&policy, version).expect("bundle")).expect("announce");
+        wait_live(&hub, version);
+    }
+    let replies: Vec<_> = clients.into_iter().flat_map(|c| c.join().expect("client")).collect();
+    assert_eq!(replies.len() as u64, CLIENTS * REQUESTS_PER_CLIENT);
+
+    let seen: std::collections::BTreeSet<u64> = replies.iter().map(|r| r.version).collect();
+    println!("{} replies from {} versions", replies.len(), seen.len());
+    assert!(seen.len() >= 3, "the load met {} versions only", seen.len());
+    let mut worst = 0.0f32;
+    for (version, tensors) in &weights {
+        for (name, _, data) in tensors {
+            policy.store().assign(name, data).expect("same shape");
+        }
+        // a few replies of each version: every row must be this version's work from the first denoise step to the last
+        for reply in replies.iter().filter(|r| r.version == *version).take(6) {
+            for acted in &reply.rows {
+                let record = acted.record.as_ref().expect("record");
+                assert_eq!(record.version, *version);
+                let chain = record.chain.to_f32("chain", None).expect("chain");
+                let want = recompute(&plan, &policy, record);
+                let got = &chain[chain.len() - want.len()..];
+                worst = want.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(worst, f32::max);
+            }
+        }
+    }
+    println!("largest difference from the version that a reply names: {worst:.2e}");
+    assert!(worst < 1e-4, "a reply is not its version's work: {worst}");
+
+    // a damaged bundle: one byte of the weights flipped after the manifest was written
+    perturb(&policy, 99);
+    let damaged = publisher.publish(&policy, VERSIONS + 1).expect("bundle");
+    let file = damaged.path(policy::bundle::EXPERT_WEIGHTS);
+    let mut bytes = std::fs::read(&file).expect("weights");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x40;
+    std::fs::write(&file, &bytes).expect("damaging the weights");
+    hub.announce(&damaged).expect("announce");
+    let reason = loop {
+        if let Some(HubEvent::Reload(report)) = hub.next(Duration::from_secs(30)).expect("hub") {
+            assert_eq!(report.version, VERSIONS + 1);
+            break report.refused.expect("refused");
+        }
+    };
+    assert!(reason.contains("expert.safetensors") && reason.contains("sha256"), "{reason}");
+    block_on(async {
+        let mut client = Client::connect(&engine.listen).await;
+        assert_eq!(client.act(1, vec![row(&plan, 1, Mode::Eval)]).await.version, VERSIONS, "the old version serves on");
+    });
+}
+
+/// What the engine refuses it refuses in one clear line, and it serves on.
+#[test]
+fn refuses_what_it_cannot_serve() {
+    let dir = tempfile::tempdir().expect("folder");
+    let plan = plan(dir.path(), &[]);
+    let policy = network(&plan, 6);
+    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    wait_live(&hub, 0);
+    let refused = |message: FromEngine| match message {
+        FromEngine::Refused(refusal) => refusal.reason,
+        other => panic!("expected a refusal, got {other:?}"),
+    };
+    block_on(async {
+        let mut client = Client::connect(&engine.listen).await;
+        let mut bad = row(&plan, 0, Mode::Eval);
+        bad.observation.prompt = "juggle red".to_owned();
+        client.send(&ToEngine::Act(wire::messages::ActRequest { request: 1, rows: vec![bad] })).await;
+        let reason = refused(client.receive().await);
+        assert!(reason.contains("juggle"), "{reason}");
+        let mut bad = row(&plan, 0, Mode::Eval);
+        bad.observation.state = vec![f32::NAN; 4];
+        client.send(&ToEngine::Act(wire::messages::ActRequest { request: 2, rows: vec![bad] })).await;
+        let reason = refused(client.receive().await);
+        assert!(reason.contains("state"), "{reason}");
+        assert_eq!(client.act(3, vec![row(&plan, 0, Mode::Eval)]).await.rows.len(), 1, "and it serves on");
+    });
+    // bytes that are no message
+    block_on(async {
+        use zeromq::{Socket, SocketRecv, SocketSend};
+        let mut raw = zeromq::DealerSocket::new();
+        raw.connect(&engine.listen).await.expect("connecting");
+        raw.send(zeromq::ZmqMessage::from(vec![1u8, 2, 3])).await.expect("sending");
+        let answer = tokio::time::timeout(Duration::from_secs(30), raw.recv()).await.expect("an answer").expect("answer");
+        let frame = answer.into_vec().pop().expect("frame");
+        let reason = refused(wire::codec::decode(&frame).expect("a refusal"));
+        assert!(reason.contains("shorter than the header"), "{reason}");
+    });
+}
