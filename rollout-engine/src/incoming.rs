@@ -1,0 +1,331 @@
+//! Files of announced versions: what is here already is linked, the rest is fetched in parts into a folder beside.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use policy::bundle::{Bundle, BundleFile, MANIFEST};
+use wire::messages::{Announce, Fetch, FilePart};
+
+/// Most files of a bundle.
+const MAX_FILES: usize = 64;
+/// Largest file of a bundle.
+const MAX_FILE_BYTES: u64 = 64 << 30;
+/// Times that a part is asked for before the version is refused.
+const MAX_ASKED: u32 = 6;
+
+/// A version that did not arrive.
+#[derive(Debug, Clone)]
+pub struct Failed {
+    /// Which one.
+    pub version: u64,
+    /// When it was announced.
+    pub begun: Instant,
+    /// Why.
+    pub reason: String,
+}
+
+/// What an announced version has come to.
+#[derive(Debug)]
+pub enum Progress {
+    /// Nothing to do at the moment.
+    Nothing,
+    /// The live version is the announced one, file by file.
+    Already {
+        /// Which version.
+        version: u64,
+        /// When it was announced.
+        begun: Instant,
+    },
+    /// All files are there.
+    Fetched {
+        /// Which version.
+        version: u64,
+        /// When it was announced.
+        begun: Instant,
+        /// The bundle's folder, not verified yet.
+        dir: PathBuf,
+    },
+    /// It cannot be had.
+    Failed(Failed),
+}
+
+struct Part {
+    file: File,
+    entry: BundleFile,
+    received: u64,
+}
+
+struct Fetching {
+    announce: Announce,
+    begun: Instant,
+    beside: PathBuf,
+    waiting: VecDeque<BundleFile>,
+    current: Option<Part>,
+    /// When the present part was asked for, and how often; `None`: it is to be asked for.
+    asked: Option<Instant>,
+    times: u32,
+}
+
+/// The folder of fetched bundles.
+pub struct Incoming {
+    dir: PathBuf,
+    /// Files that are here, by SHA-256.
+    known: BTreeMap<String, PathBuf>,
+    announced: Option<(Announce, Instant)>,
+    fetching: Option<Fetching>,
+    /// Bundles that stay: the live one and the one before.
+    kept: VecDeque<PathBuf>,
+}
+
+fn io(action: &str, path: &Path, error: &std::io::Error) -> String {
+    format!("{action} `{}`: {error}", path.display())
+}
+
+fn remove(path: &Path) {
+    if path.exists()
+        && let Err(error) = fs::remove_dir_all(path)
+    {
+        tracing::warn!("{}", io("removing", path, &error));
+    }
+}
+
+impl Incoming {
+    /// Uses `dir`, which belongs to this engine alone: attempts of an earlier session are removed, its whole bundles are
+    /// kept for their files.
+    ///
+    /// # Errors
+    /// The folder cannot be made or listed.
+    pub fn new(dir: PathBuf) -> std::io::Result<Self> {
+        fs::create_dir_all(&dir)?;
+        let mut incoming =
+            Self { dir: dir.clone(), known: BTreeMap::new(), announced: None, fetching: None, kept: VecDeque::new() };
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
+            match Bundle::open(&path) {
+                Ok(bundle) if !is_hidden(&path) => {
+                    incoming.learn(&bundle);
+                    incoming.kept.push_back(path);
+                }
+                _ => remove(&path),
+            }
+        }
+        Ok(incoming)
+    }
+
+    /// Remembers the files of a bundle, so that they need not be fetched.
+    pub fn learn(&mut self, bundle: &Bundle) {
+        for file in &bundle.manifest.files {
+            self.known.insert(file.sha256.clone(), bundle.path(&file.name));
+        }
+    }
+
+    /// A version is announced; the latest counts. Returns one that it replaces before it was there.
+    pub fn announce(&mut self, announce: Announce) -> Option<Failed> {
+        let same = |a: &Announce| a == &announce;
+        if self.fetching.as_ref().is_some_and(|f| same(&f.announce))
+            || self.announced.as_ref().is_some_and(|(a, _)| same(a))
+        {
+            return None;
+        }
+        let fetching = self.fetching.take().map(|f| {
+            remove(&f.beside);
+            (f.announce.version, f.begun)
+        });
+        let waiting = self.announced.replace((announce, Instant::now())).map(|(a, begun)| (a.version, begun));
+        fetching.or(waiting).map(|(version, begun)| Failed { version, begun, reason: String::new() })
+    }
+
+    /// The connection is lost: what was being fetched is dropped, the learner announces it again.
+    pub fn abandon(&mut self) {
+        self.announced = None;
+        if let Some(fetching) = self.fetching.take() {
+            remove(&fetching.beside);
+        }
+    }
+
+    /// Begins an announced version, ends a fetched one. `live` are the digests of the live version's files.
+    pub fn advance(&mut self, live: Option<&BTreeMap<String, String>>) -> Progress {
+        if let Some((announce, begun)) = self.announced.take() {
+            let digests = announce.files.iter().map(|f| (f.name.clone(), f.sha256.clone())).collect();
+            if live == Some(&digests) {
+                return Progress::Already { version: announce.version, begun };
+            }
+            let version = announce.version;
+            match self.begin(announce, begun) {
+                Ok(fetching) => self.fetching = Some(fetching),
+                Err(reason) => return Progress::Failed(Failed { version, begun, reason }),
+            }
+        }
+        match self.fetching.take() {
+            Some(fetching) if fetching.current.is_none() && fetching.waiting.is_empty() => self.end(&fetching),
+            other => {
+                self.fetching = other;
+                Progress::Nothing
+            }
+        }
+    }
+
+    fn begin(&self, announce: Announce, begun: Instant) -> Result<Fetching, String> {
+        check(&announce)?;
+        let beside = self.dir.join(format!(".v{}.fetching", announce.version));
+        remove(&beside);
+        fs::create_dir_all(&beside).map_err(|e| io("creating", &beside, &e))?;
+        let mut waiting = VecDeque::new();
+        for entry in &announce.files {
+            let here = self.known.get(&entry.sha256).filter(|path| path.is_file());
+            // another file system cannot be linked to: then the file is fetched like a new one
+            if here.is_none_or(|path| fs::hard_link(path, beside.join(&entry.name)).is_err()) {
+                waiting.push_back(entry.clone());
+            }
+        }
+        Ok(Fetching { announce, begun, beside, waiting, current: None, asked: None, times: 0 })
+    }
+
+    fn end(&mut self, fetching: &Fetching) -> Progress {
+        let (version, begun) = (fetching.announce.version, fetching.begun);
+        let digest = fetching.announce.files.iter().find(|f| f.name == MANIFEST).map(|f| f.sha256.as_str());
+        let short = digest.and_then(|d| d.get(..8)).unwrap_or_default();
+        let dir = self.dir.join(format!("v{version}-{short}"));
+        remove(&dir);
+        match fs::rename(&fetching.beside, &dir) {
+            Ok(()) => Progress::Fetched { version, begun, dir },
+            Err(error) => {
+                remove(&fetching.beside);
+                Progress::Failed(Failed { version, begun, reason: io("renaming to", &dir, &error) })
+            }
+        }
+    }
+
+    /// The part to ask for now, once per part.
+    pub fn wanted(&mut self) -> Option<Fetch> {
+        let fetching = self.fetching.as_mut()?;
+        if fetching.asked.is_some() {
+            return None;
+        }
+        let (file, offset) = match (&fetching.current, fetching.waiting.front()) {
+            (Some(part), _) => (part.entry.name.clone(), part.received),
+            (None, Some(entry)) => (entry.name.clone(), 0),
+            (None, None) => return None,
+        };
+        fetching.asked = Some(Instant::now());
+        fetching.times += 1;
+        Some(Fetch { version: fetching.announce.version, file, offset })
+    }
+
+    /// A part that did not come for so long is asked for again.
+    pub fn ask_again_after(&mut self, patience: Duration) {
+        if let Some(fetching) = &mut self.fetching
+            && fetching.asked.is_some_and(|asked| asked.elapsed() > patience)
+        {
+            fetching.asked = None;
+        }
+    }
+
+    /// A part came. One that was not asked for is passed over.
+    ///
+    /// # Errors
+    /// The version cannot be had: the learner does not have the file, or it cannot be written.
+    pub fn part(&mut self, part: FilePart) -> Result<(), Failed> {
+        let Some(fetching) = &mut self.fetching else { return Ok(()) };
+        if let Err(reason) = fetching.take(&part) {
+            let failed = Failed { version: fetching.announce.version, begun: fetching.begun, reason };
+            remove(&fetching.beside);
+            self.fetching = None;
+            return Err(failed);
+        }
+        Ok(())
+    }
+
+    /// A bundle is live: it and the one before stay, others go.
+    pub fn keep(&mut self, dir: &Path) {
+        if let Ok(bundle) = Bundle::open(dir) {
+            self.learn(&bundle);
+        }
+        self.kept.retain(|kept| kept != dir);
+        self.kept.push_back(dir.to_owned());
+        while self.kept.len() > 2 {
+            if let Some(old) = self.kept.pop_front() {
+                remove(&old);
+            }
+        }
+        self.known.retain(|_, path| path.is_file());
+    }
+
+    /// A bundle was refused.
+    pub fn discard(&mut self, dir: &Path) {
+        remove(dir);
+    }
+}
+
+impl Fetching {
+    fn take(&mut self, part: &FilePart) -> Result<(), String> {
+        if self.times > MAX_ASKED {
+            return Err(format!("a part of `{}` was asked for {MAX_ASKED} times", part.file));
+        }
+        let (name, offset) = match (&self.current, self.waiting.front()) {
+            (Some(current), _) => (current.entry.name.as_str(), current.received),
+            (None, Some(entry)) => (entry.name.as_str(), 0),
+            (None, None) => return Ok(()),
+        };
+        if part.version != self.announce.version || part.file != name || part.offset != offset {
+            return Ok(());
+        }
+        let mut current = match self.current.take() {
+            Some(current) => current,
+            None => {
+                let Some(entry) = self.waiting.pop_front() else { return Ok(()) };
+                let path = self.beside.join(&entry.name);
+                let file = File::create(&path).map_err(|e| io("creating", &path, &e))?;
+                Part { file, entry, received: 0 }
+            }
+        };
+        let end = current.received + part.data.len() as u64;
+        if (part.data.is_empty() && current.entry.bytes > 0) || end > current.entry.bytes {
+            return Err(format!(
+                "the learner sent {} bytes of `{}` at {}, expected 1 to {}",
+                part.data.len(),
+                part.file,
+                part.offset,
+                current.entry.bytes - current.received
+            ));
+        }
+        current.file.write_all(&part.data).map_err(|e| io("writing", &self.beside.join(&current.entry.name), &e))?;
+        current.received = end;
+        self.asked = None;
+        self.times = 0;
+        if end < current.entry.bytes {
+            self.current = Some(current);
+        } else {
+            current.file.sync_all().map_err(|e| io("syncing", &self.beside.join(&current.entry.name), &e))?;
+        }
+        Ok(())
+    }
+}
+
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'))
+}
+
+fn check(announce: &Announce) -> Result<(), String> {
+    if announce.files.is_empty() || announce.files.len() > MAX_FILES {
+        return Err(format!("it has {} files, expected 1 to {MAX_FILES}", announce.files.len()));
+    }
+    if !announce.files.iter().any(|f| f.name == MANIFEST) {
+        return Err(format!("its files lack `{MANIFEST}`"));
+    }
+    let plain = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
+    for file in &announce.files {
+        if !plain(&file.name) {
+            return Err(format!("it names the file `{}`, expected a plain file name", file.name));
+        }
+        if file.bytes > MAX_FILE_BYTES {
+            return Err(format!("its file `{}` has {} bytes, expected at most {MAX_FILE_BYTES}", file.name, file.bytes));
+        }
+    }
+    Ok(())
+}

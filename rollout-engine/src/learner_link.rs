@@ -1,0 +1,377 @@
+//! The road to the learner: orders and versions in, trajectories out, kept until they are acknowledged.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval},
+};
+use wire::{
+    messages::{EngineState, FilePart, FromLearner, Order, ReloadReport, ToLearner, Trajectory},
+    socket::{DealerReceiver, DealerSender, SocketError, connect_dealer},
+};
+
+use crate::{
+    backend::Backend,
+    incoming::{Incoming, Progress},
+    metrics::Metrics,
+    policy_slot::{LoadedPolicy, PolicySlot},
+};
+
+/// From the assignment to the link. Not bounded by the channel but by [`MAX_UNACKED_BYTES`]: beyond it no episode begins.
+#[derive(Debug)]
+pub enum ToLink {
+    /// A finished episode.
+    Trajectory(Box<Trajectory>),
+    /// What the heartbeat says.
+    State {
+        /// The newest order.
+        order: Option<u64>,
+        /// Slots of all workers.
+        slots: u32,
+    },
+    /// The engine leaves: flush and end.
+    Finish,
+}
+
+/// From the link to the assignment.
+#[derive(Debug)]
+pub enum FromLink {
+    /// Episodes wanted.
+    Order(Order),
+    /// Another version was swapped in.
+    Live(Arc<LoadedPolicy>),
+    /// Whether the buffer of unacknowledged trajectories is full.
+    Full(bool),
+}
+
+/// Bytes of unacknowledged trajectories beyond which no episode begins.
+pub const MAX_UNACKED_BYTES: usize = 1 << 30;
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// A trajectory that is not acknowledged for so long is sent again on a connection that still stands.
+const RESEND: Duration = Duration::from_secs(60);
+/// A part of a file that does not come is asked for again.
+const PART_PATIENCE: Duration = Duration::from_secs(10);
+/// Time to deliver trajectories when the engine leaves.
+const FLUSH: Duration = Duration::from_secs(2);
+
+struct Unacked {
+    trajectory: Box<Trajectory>,
+    bytes: usize,
+    sent: Option<Instant>,
+}
+
+/// The link and all that it remembers over reconnects.
+pub struct LearnerLink {
+    /// Where the learner listens.
+    pub endpoint: String,
+    /// Name of this session.
+    pub engine: String,
+    /// Makes sessions.
+    pub backend: Backend,
+    /// Where new versions go.
+    pub slot: Arc<PolicySlot>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Files of announced versions.
+    pub incoming: Incoming,
+    /// Work for the link.
+    pub inbox: mpsc::UnboundedReceiver<ToLink>,
+    /// News for the assignment.
+    pub outbox: mpsc::Sender<FromLink>,
+}
+
+/// What a link keeps while connections come and go.
+#[derive(Default)]
+struct Memory {
+    unacked: BTreeMap<u64, Unacked>,
+    unacked_bytes: usize,
+    full: bool,
+    order: Option<u64>,
+    slots: u32,
+    reports: Vec<ReloadReport>,
+    loading: Option<Loading>,
+    finishing: Option<Instant>,
+}
+
+struct Loading {
+    version: u64,
+    begun: Instant,
+    dir: PathBuf,
+    work: JoinHandle<Result<Arc<LoadedPolicy>, String>>,
+}
+
+enum Event {
+    Message(Result<FromLearner, SocketError>),
+    Inbox(Option<ToLink>),
+    Beat,
+    Loaded(Result<Arc<LoadedPolicy>, String>),
+}
+
+async fn loaded(loading: &mut Option<Loading>) -> Result<Arc<LoadedPolicy>, String> {
+    match loading {
+        Some(loading) => (&mut loading.work).await.unwrap_or_else(|e| Err(format!("loading ended early: {e}"))),
+        None => std::future::pending().await,
+    }
+}
+
+impl LearnerLink {
+    /// Runs until [`ToLink::Finish`], or until the assignment is gone.
+    ///
+    /// # Errors
+    /// The endpoint is wrong. A learner that is not there is waited for.
+    pub async fn run(mut self) -> Result<(), SocketError> {
+        let mut memory = Memory::default();
+        loop {
+            let endpoint = self.endpoint.clone();
+            let connecting = connect_dealer(&endpoint);
+            tokio::pin!(connecting);
+            let (send, receive) = loop {
+                tokio::select! {
+                    connected = &mut connecting => break connected?,
+                    item = self.inbox.recv() => {
+                        self.absorb(&mut memory, item).await;
+                        if memory.finishing.is_some() {
+                            if !memory.unacked.is_empty() {
+                                tracing::warn!("the learner is gone: {} trajectories are lost", memory.unacked.len());
+                            }
+                            return Ok(());
+                        }
+                    }
+                    result = loaded(&mut memory.loading) => self.settle(&mut memory, result).await,
+                }
+            };
+            self.metrics.learner_connected.set(1);
+            tracing::info!("connected to the learner at {endpoint}");
+            let ended = self.session(&mut memory, send, receive).await;
+            self.metrics.learner_connected.set(0);
+            self.incoming.abandon();
+            match ended {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::warn!("learner: {error}; the live version goes on serving, reconnecting"),
+            }
+        }
+    }
+
+    async fn session(
+        &mut self,
+        memory: &mut Memory,
+        mut send: DealerSender,
+        mut receive: DealerReceiver,
+    ) -> Result<(), SocketError> {
+        send.send(&self.state(memory)).await?;
+        for waiting in memory.unacked.values_mut() {
+            waiting.sent = None;
+        }
+        self.deliver(memory, &mut send).await?;
+        let mut beat = interval(HEARTBEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            let event = tokio::select! {
+                message = receive.receive::<FromLearner>() => Event::Message(message),
+                item = self.inbox.recv() => Event::Inbox(item),
+                _ = beat.tick() => Event::Beat,
+                result = loaded(&mut memory.loading) => Event::Loaded(result),
+            };
+            match event {
+                Event::Message(Err(SocketError::Codec(error))) => tracing::warn!("frame from the learner: {error}"),
+                Event::Message(Err(error)) => return Err(error),
+                Event::Message(Ok(message)) => self.take(memory, message).await,
+                Event::Inbox(item) => self.absorb(memory, item).await,
+                Event::Beat => {
+                    send.send(&self.state(memory)).await?;
+                    self.incoming.ask_again_after(PART_PATIENCE);
+                    for waiting in memory.unacked.values_mut() {
+                        if waiting.sent.is_some_and(|sent| sent.elapsed() > RESEND) {
+                            waiting.sent = None;
+                        }
+                    }
+                }
+                Event::Loaded(result) => self.settle(memory, result).await,
+            }
+            self.advance(memory);
+            if let Some(fetch) = self.incoming.wanted() {
+                send.send(&ToLearner::Fetch(fetch)).await?;
+            }
+            self.deliver(memory, &mut send).await?;
+            if let Some(since) = memory.finishing
+                && (memory.unacked.is_empty() || since.elapsed() > FLUSH)
+            {
+                if !memory.unacked.is_empty() {
+                    tracing::warn!("{} trajectories were not acknowledged in time", memory.unacked.len());
+                }
+                return Ok(());
+            }
+        }
+    }
+
+    fn state(&self, memory: &Memory) -> ToLearner {
+        ToLearner::State(EngineState {
+            engine: self.engine.clone(),
+            version: self.slot.live().map(|p| p.version()),
+            order: memory.order,
+            slots: memory.slots,
+        })
+    }
+
+    /// Sends reports and all trajectories that have not been sent on this connection.
+    async fn deliver(&self, memory: &mut Memory, send: &mut DealerSender) -> Result<(), SocketError> {
+        while let Some(report) = memory.reports.first() {
+            send.send(&ToLearner::Reload(report.clone())).await?;
+            memory.reports.remove(0);
+        }
+        let unsent: Vec<u64> = memory.unacked.iter().filter(|(_, u)| u.sent.is_none()).map(|(id, _)| *id).collect();
+        for id in unsent {
+            let Some(waiting) = memory.unacked.remove(&id) else { continue };
+            // lent to the message and kept: it is sent again until it is acknowledged
+            let message = ToLearner::Trajectory(waiting.trajectory);
+            let sent = send.send(&message).await;
+            let ToLearner::Trajectory(trajectory) = message else { continue };
+            match sent {
+                Err(SocketError::Codec(error)) => {
+                    memory.unacked_bytes -= waiting.bytes;
+                    tracing::error!("trajectory {id} cannot be sent and is dropped: {error}");
+                }
+                Err(error) => {
+                    memory.unacked.insert(id, Unacked { trajectory, bytes: waiting.bytes, sent: None });
+                    return Err(error);
+                }
+                Ok(()) => {
+                    memory.unacked.insert(id, Unacked { trajectory, bytes: waiting.bytes, sent: Some(Instant::now()) });
+                }
+            }
+        }
+        self.metrics.unacked.set(memory.unacked.len() as i64);
+        Ok(())
+    }
+
+    async fn absorb(&self, memory: &mut Memory, item: Option<ToLink>) {
+        match item {
+            Some(ToLink::Trajectory(trajectory)) => {
+                let bytes = size(&trajectory);
+                memory.unacked_bytes += bytes;
+                memory.unacked.insert(trajectory.id, Unacked { trajectory, bytes, sent: None });
+                self.metrics.unacked.set(memory.unacked.len() as i64);
+                self.tell_full(memory).await;
+            }
+            Some(ToLink::State { order, slots }) => {
+                memory.order = order;
+                memory.slots = slots;
+            }
+            Some(ToLink::Finish) | None => {
+                memory.finishing.get_or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    async fn tell_full(&self, memory: &mut Memory) {
+        let limit = if memory.full { MAX_UNACKED_BYTES / 2 } else { MAX_UNACKED_BYTES };
+        let full = memory.unacked_bytes > limit;
+        if full != memory.full {
+            memory.full = full;
+            self.tell(FromLink::Full(full)).await;
+        }
+    }
+
+    async fn tell(&self, news: FromLink) {
+        if self.outbox.send(news).await.is_err() {
+            tracing::debug!("the assignment has ended");
+        }
+    }
+
+    async fn take(&mut self, memory: &mut Memory, message: FromLearner) {
+        match message {
+            FromLearner::Order(order) => self.tell(FromLink::Order(order)).await,
+            FromLearner::Ack(ids) => {
+                for id in ids {
+                    if let Some(done) = memory.unacked.remove(&id) {
+                        memory.unacked_bytes -= done.bytes;
+                    }
+                }
+                self.tell_full(memory).await;
+            }
+            FromLearner::Announce(announce) => {
+                if let Some(replaced) = self.incoming.announce(announce) {
+                    self.report(memory, replaced.version, replaced.begun, Some("replaced by a later announce".to_owned()));
+                }
+            }
+            FromLearner::FilePart(part) => self.part(memory, part),
+        }
+    }
+
+    fn part(&mut self, memory: &mut Memory, part: FilePart) {
+        if let Err(failed) = self.incoming.part(part) {
+            self.report(memory, failed.version, failed.begun, Some(failed.reason));
+        }
+    }
+
+    /// Begins what can begin: fetching an announced version, loading a fetched one.
+    fn advance(&mut self, memory: &mut Memory) {
+        if memory.loading.is_some() {
+            return;
+        }
+        let live = self.slot.live();
+        match self.incoming.advance(live.as_deref().map(|p| &p.digests)) {
+            Progress::Nothing => {}
+            Progress::Already { version, begun } => self.report(memory, version, begun, None),
+            Progress::Failed(failed) => self.report(memory, failed.version, failed.begun, Some(failed.reason)),
+            Progress::Fetched { version, begun, dir } => {
+                let (backend, slot, from) = (self.backend.clone(), Arc::clone(&self.slot), dir.clone());
+                let work = tokio::task::spawn_blocking(move || {
+                    let policy = LoadedPolicy::load(&backend, &from, slot.live().as_deref()).map_err(|e| e.to_string())?;
+                    if policy.version() != version {
+                        return Err(format!("its manifest has version {}, announced was {version}", policy.version()));
+                    }
+                    let policy = Arc::new(policy);
+                    drop(slot.swap(Arc::clone(&policy)));
+                    Ok(policy)
+                });
+                memory.loading = Some(Loading { version, begun, dir, work });
+            }
+        }
+    }
+
+    /// A load has ended: live or refused.
+    async fn settle(&mut self, memory: &mut Memory, result: Result<Arc<LoadedPolicy>, String>) {
+        let Some(loading) = memory.loading.take() else { return };
+        match result {
+            Ok(policy) => {
+                self.incoming.keep(&loading.dir);
+                self.tell(FromLink::Live(policy)).await;
+                self.report(memory, loading.version, loading.begun, None);
+            }
+            Err(reason) => {
+                self.incoming.discard(&loading.dir);
+                self.report(memory, loading.version, loading.begun, Some(reason));
+            }
+        }
+    }
+
+    fn report(&self, memory: &mut Memory, version: u64, begun: Instant, refused: Option<String>) {
+        let seconds = begun.elapsed().as_secs_f64();
+        if let Some(reason) = &refused {
+            self.metrics.reloads.with_label_values(&["refused"]).inc();
+            tracing::error!("policy version {version} is refused: {reason}");
+        } else {
+            self.metrics.reloads.with_label_values(&["live"]).inc();
+            self.metrics.reload_seconds.observe(seconds);
+            tracing::info!("policy version {version} is live after {seconds:.2} s");
+        }
+        memory.reports.push(ReloadReport { engine: self.engine.clone(), version, refused, seconds });
+    }
+}
+
+/// About how many bytes a trajectory takes.
+fn size(trajectory: &Trajectory) -> usize {
+    let chunk = |c: &wire::messages::TrajectoryChunk| {
+        let record = c.record.as_ref().map_or(0, |r| r.images.data.len() + r.chain.data.len() + r.prompt.len() * 9);
+        record + c.rewards.len() * 4 + c.frames.iter().map(|f| f.data.len()).sum::<usize>() + 256
+    };
+    trajectory.chunks.iter().map(chunk).sum()
+}
