@@ -1,12 +1,20 @@
 //! Checkpoints of RL: weights, optimizer state and counters in a folder that appears whole or not at all.
 
-use std::{collections::BTreeMap, fs, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use policy::{bundle::write_atomic, params::Part};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::{error::{LearnerError, Result, io}, model::Pi0, optim::AdamW};
+use crate::{
+    error::{LearnerError, Result, io},
+    model::Pi0,
+    optim::AdamW,
+};
 
 /// Counters of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +41,9 @@ pub fn write(dir: &Path, policy: &Pi0, optimizers: (&AdamW, Option<&AdamW>), cou
         }
     }
     fs::create_dir_all(&beside).map_err(io("creating the folder", &beside))?;
-    let model = policy.store().to_safetensors(&[Part::Vlm, Part::Expert, Part::ValueHead])?;
+    let model = policy
+        .store()
+        .to_safetensors(&[Part::Vlm, Part::Expert, Part::ValueHead])?;
     write_atomic(&beside.join("model.safetensors"), &model)?;
     let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
     for (prefix, optimizer) in [("actor", Some(optimizers.0)), ("critic", optimizers.1)] {
@@ -43,8 +53,7 @@ pub fn write(dir: &Path, policy: &Pi0, optimizers: (&AdamW, Option<&AdamW>), cou
     }
     let path = beside.join("optimizer.safetensors");
     let refs: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    Tensor::write_safetensors(&refs, &path)
-        .map_err(|e| io("writing", &path)(std::io::Error::other(e.to_string())))?;
+    Tensor::write_safetensors(&refs, &path).map_err(|e| io("writing", &path)(std::io::Error::other(e.to_string())))?;
     let text = serde_json::to_vec_pretty(counters)
         .map_err(|e| LearnerError::Missing(format!("the counters cannot be written: {e}")))?;
     write_atomic(&beside.join("state.json"), &text)?;

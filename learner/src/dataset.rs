@@ -2,12 +2,7 @@
 
 use std::path::Path;
 
-use policy::{
-    config::ModelConfig,
-    dims::PolicyDims,
-    norm::NormStats,
-    prompt::Tokenizer,
-};
+use policy::{config::ModelConfig, dims::PolicyDims, norm::NormStats, prompt::Tokenizer};
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
@@ -32,9 +27,20 @@ const MAX_BYTES: u64 = 32 << 30;
 ///
 /// # Errors
 /// The file is missing, no safetensors, or its arrays do not fit the policy.
-pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, stats: Option<&NormStats>) -> Result<Dataset> {
-    let bad = |detail: String| LearnerError::Dataset { path: path.to_owned(), detail };
-    let size = std::fs::metadata(path).map_err(crate::error::io("opening the data set", path))?.len();
+pub fn read(
+    path: &Path,
+    targets: &str,
+    dims: &PolicyDims,
+    model: &ModelConfig,
+    stats: Option<&NormStats>,
+) -> Result<Dataset> {
+    let bad = |detail: String| LearnerError::Dataset {
+        path: path.to_owned(),
+        detail,
+    };
+    let size = std::fs::metadata(path)
+        .map_err(crate::error::io("opening the data set", path))?
+        .len();
     if size > MAX_BYTES {
         return Err(bad(format!("{size} bytes, at most {MAX_BYTES} are read")));
     }
@@ -53,9 +59,14 @@ pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, 
         .ok_or_else(|| bad("`meta.prompts` is no list of strings".to_owned()))?;
 
     let array = |name: &str, dtype: Dtype| -> Result<(Vec<i64>, Tensor)> {
-        let view = file.tensor(name).map_err(|_e| bad(format!("tensor `{name}` is missing")))?;
+        let view = file
+            .tensor(name)
+            .map_err(|_e| bad(format!("tensor `{name}` is missing")))?;
         if view.dtype() != dtype {
-            return Err(bad(format!("tensor `{name}` has type {:?}, expected {dtype:?}", view.dtype())));
+            return Err(bad(format!(
+                "tensor `{name}` has type {:?}, expected {dtype:?}",
+                view.dtype()
+            )));
         }
         let shape: Vec<i64> = view.shape().iter().map(|s| *s as i64).collect();
         let kind = match dtype {
@@ -72,10 +83,16 @@ pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, 
     let n = prompt_shape.first().copied().unwrap_or(0);
     let side = dims.vision.image_size as i64;
     if n == 0 || images_shape != [n, dims.cameras as i64, side, side, 3] {
-        return Err(bad(format!("`images` is {images_shape:?}, expected [{n}, {}, {side}, {side}, 3]", dims.cameras)));
+        return Err(bad(format!(
+            "`images` is {images_shape:?}, expected [{n}, {}, {side}, {side}, 3]",
+            dims.cameras
+        )));
     }
     if state_shape.len() != 2 || state_shape[0] != n || state_shape[1] > dims.action_dim as i64 {
-        return Err(bad(format!("`state` is {state_shape:?}, expected [{n}, at most {}]", dims.action_dim)));
+        return Err(bad(format!(
+            "`state` is {state_shape:?}, expected [{n}, at most {}]",
+            dims.action_dim
+        )));
     }
     if target_shape.first() != Some(&n) || target_shape.len() != 3 {
         return Err(bad(format!("`{targets}` is {target_shape:?}, expected [{n}, _, _]")));
@@ -97,14 +114,21 @@ pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, 
     let prompt_mask = Tensor::from_slice(&masks).view(table).index_select(0, &prompt_id);
 
     let normalise = |values: &Tensor, which: fn(&NormStats) -> &policy::norm::DimStats| -> Result<Tensor> {
-        let Some(stats) = stats else { return Ok(values.shallow_clone()) };
+        let Some(stats) = stats else {
+            return Ok(values.shallow_clone());
+        };
         let width = values.size().last().copied().unwrap_or(1) as usize;
         let mut data = vec![0.0f32; values.numel()];
         let len = data.len();
         values.copy_data(&mut data, len);
         let rows: Vec<f32> = data
             .chunks(width)
-            .map(|row| model.normalization.normalize(which(stats), row).map_err(|e| bad(e.to_string())))
+            .map(|row| {
+                model
+                    .normalization
+                    .normalize(which(stats), row)
+                    .map_err(|e| bad(e.to_string()))
+            })
             .collect::<Result<Vec<_>>>()?
             .concat();
         Ok(Tensor::from_slice(&rows).view_as(values))
@@ -126,6 +150,15 @@ pub fn read(path: &Path, targets: &str, dims: &PolicyDims, model: &ModelConfig, 
         target
     };
     let image_mask = Tensor::ones([n, dims.cameras as i64], (Kind::Bool, tch::Device::Cpu));
-    let observations = ObservationBatch { images, image_mask, prompt, prompt_mask, state };
-    Ok(Dataset { observations, targets: target })
+    let observations = ObservationBatch {
+        images,
+        image_mask,
+        prompt,
+        prompt_mask,
+        state,
+    };
+    Ok(Dataset {
+        observations,
+        targets: target,
+    })
 }

@@ -32,7 +32,13 @@ pub fn resets(episodes: usize, videos: usize) -> Vec<Reset> {
 ///
 /// # Errors
 /// See [`collect`].
-pub fn evaluate(hub: &Hub, children: &mut Children, version: u64, episodes: usize, videos: usize) -> Result<(f64, Vec<Trajectory>)> {
+pub fn evaluate(
+    hub: &Hub,
+    children: &mut Children,
+    version: u64,
+    episodes: usize,
+    videos: usize,
+) -> Result<(f64, Vec<Trajectory>)> {
     let label = format!("evaluating version {version}");
     let got = collect(hub, children, version, Mode::Eval, resets(episodes, videos), &label)?;
     Ok((success_rate(&got.trajectories), got.trajectories))
@@ -44,7 +50,9 @@ pub fn evaluate(hub: &Hub, children: &mut Children, version: u64, episodes: usiz
 /// The seeds are the same.
 pub fn check_seed(plan: &RunPlan) -> Result<()> {
     if plan.config.runner.seed == EVAL_SEED {
-        return Err(crate::error::LearnerError::Missing(format!("`runner.seed` {EVAL_SEED} is the evaluation's, choose another")));
+        return Err(crate::error::LearnerError::Missing(format!(
+            "`runner.seed` {EVAL_SEED} is the evaluation's, choose another"
+        )));
     }
     Ok(())
 }

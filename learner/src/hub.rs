@@ -40,7 +40,11 @@ pub enum HubEvent {
 
 enum Command {
     Announce(Box<(Announce, PathBuf)>),
-    Order { version: u64, mode: Mode, resets: Vec<Reset> },
+    Order {
+        version: u64,
+        mode: Mode,
+        resets: Vec<Reset>,
+    },
 }
 
 /// A handle to the hub's thread.
@@ -82,7 +86,10 @@ impl Hub {
             .worker_threads(1)
             .enable_all()
             .build()
-            .map_err(crate::error::io("starting the network thread of", std::path::Path::new(listen)))?;
+            .map_err(crate::error::io(
+                "starting the network thread of",
+                std::path::Path::new(listen),
+            ))?;
         let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen))?;
         let (commands, command_receiver) = mpsc::unbounded_channel();
         let (event_sender, events) = std_mpsc::channel();
@@ -98,7 +105,11 @@ impl Hub {
             seen: BTreeSet::new(),
         };
         std::thread::spawn(move || runtime.block_on(state.run(receiver, command_receiver)));
-        Ok(Self { commands, events, endpoint })
+        Ok(Self {
+            commands,
+            events,
+            endpoint,
+        })
     }
 
     /// Announces a version to all engines, present and future.
@@ -110,7 +121,10 @@ impl Hub {
         let mut manifest = describe_file(&bundle.path(MANIFEST))?;
         MANIFEST.clone_into(&mut manifest.name);
         files.push(manifest);
-        let announce = Announce { version: bundle.manifest.policy_version, files };
+        let announce = Announce {
+            version: bundle.manifest.policy_version,
+            files,
+        };
         self.command(Command::Announce(Box::new((announce, bundle.dir().to_owned()))))
     }
 
@@ -136,9 +150,9 @@ impl Hub {
         match self.events.recv_timeout(timeout) {
             Ok(event) => Ok(Some(event)),
             Err(std_mpsc::RecvTimeoutError::Timeout) => Ok(None),
-            Err(std_mpsc::RecvTimeoutError::Disconnected) => {
-                Err(LearnerError::Missing("the network thread has ended, see the log above".to_owned()))
-            }
+            Err(std_mpsc::RecvTimeoutError::Disconnected) => Err(LearnerError::Missing(
+                "the network thread has ended, see the log above".to_owned(),
+            )),
         }
     }
 }
@@ -245,7 +259,12 @@ impl State {
                 .filter(|(_, owner)| owner.as_ref() == Some(&peer))
                 .map(|(reset, _)| reset.clone())
                 .collect();
-            let order = Order { order: self.orders, version: self.version, mode: self.mode, resets };
+            let order = Order {
+                order: self.orders,
+                version: self.version,
+                mode: self.mode,
+                resets,
+            };
             self.send(&peer, &FromLearner::Order(order)).await;
         }
     }
@@ -276,12 +295,21 @@ impl State {
         let data = match path.map(read) {
             Some(Ok(data)) => data,
             Some(Err(error)) => {
-                tracing::error!("reading `{}` of version {} for an engine: {error}", fetch.file, fetch.version);
+                tracing::error!(
+                    "reading `{}` of version {} for an engine: {error}",
+                    fetch.file,
+                    fetch.version
+                );
                 Vec::new()
             }
             None => Vec::new(),
         };
-        let part = FilePart { version: fetch.version, file: fetch.file, offset: fetch.offset, data };
+        let part = FilePart {
+            version: fetch.version,
+            file: fetch.file,
+            offset: fetch.offset,
+            data,
+        };
         self.send(peer, &FromLearner::FilePart(part)).await;
     }
 

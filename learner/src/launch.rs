@@ -46,7 +46,12 @@ impl std::fmt::Debug for Children {
 fn sibling(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(io("finding this executable", Path::new("learner")))?;
     // a test binary lies one folder deeper
-    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    let found = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file());
     found.ok_or_else(|| {
         LearnerError::Missing(format!(
             "`{name}` is not beside `{}`: build the whole workspace (scripts/setup)",
@@ -61,7 +66,9 @@ fn python() -> Result<Command> {
     let root = own
         .ancestors()
         .find(|dir| dir.join("crates/envs/python").is_dir())
-        .ok_or_else(|| LearnerError::Missing("the folder crates/envs/python is not above this executable".to_owned()))?;
+        .ok_or_else(|| {
+            LearnerError::Missing("the folder crates/envs/python is not above this executable".to_owned())
+        })?;
     let interpreter = root.join(".deps/metaworld-venv/bin/python");
     if !interpreter.is_file() {
         return Err(LearnerError::Missing(format!(
@@ -70,14 +77,20 @@ fn python() -> Result<Command> {
         )));
     }
     let mut command = Command::new(interpreter);
-    command.env("PYTHONPATH", root.join("crates/envs/python")).arg("-m").arg("pirl_env_worker");
+    command
+        .env("PYTHONPATH", root.join("crates/envs/python"))
+        .arg("-m")
+        .arg("pirl_env_worker");
     Ok(command)
 }
 
 fn tail(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    lines.get(lines.len().saturating_sub(TAIL_LINES)..).unwrap_or_default().join("\n")
+    lines
+        .get(lines.len().saturating_sub(TAIL_LINES)..)
+        .unwrap_or_default()
+        .join("\n")
 }
 
 /// Parameters of the environment as JSON for the Python worker, as TOML for ours.
@@ -99,7 +112,11 @@ impl Children {
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         native::die_with_parent(&mut command);
         let child = command.spawn().map_err(io("starting", Path::new(name)))?;
-        self.running.push(Running { name: name.to_owned(), log: log.to_owned(), child });
+        self.running.push(Running {
+            name: name.to_owned(),
+            log: log.to_owned(),
+            child,
+        });
         Ok(())
     }
 
@@ -113,8 +130,17 @@ impl Children {
             std::fs::remove_file(&endpoints).map_err(io("removing", &endpoints))?;
         }
         let mut command = Command::new(sibling("rollout-engine")?);
-        command.arg("serve").arg("--config").arg(config).arg("--learner").arg(learner);
-        command.arg("--endpoints-file").arg(&endpoints).arg("--state-dir").arg(dir.join("engine"));
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(config)
+            .arg("--learner")
+            .arg(learner);
+        command
+            .arg("--endpoints-file")
+            .arg(&endpoints)
+            .arg("--state-dir")
+            .arg(dir.join("engine"));
         self.spawn("rollout-engine", command, &dir.join("logs/rollout-engine.log"))?;
         let begin = Instant::now();
         loop {
@@ -123,9 +149,8 @@ impl Children {
                 let listen = serde_json::from_str::<serde_json::Value>(&text)
                     .ok()
                     .and_then(|v| v.get("listen").and_then(|l| l.as_str().map(str::to_owned)));
-                return listen.ok_or_else(|| {
-                    LearnerError::Missing(format!("`{}` lacks the key `listen`", endpoints.display()))
-                });
+                return listen
+                    .ok_or_else(|| LearnerError::Missing(format!("`{}` lacks the key `listen`", endpoints.display())));
             }
             if begin.elapsed() > START {
                 return Err(LearnerError::Silence {
@@ -152,9 +177,18 @@ impl Children {
                 WorkerKind::Rust => Command::new(sibling("env-worker")?),
                 WorkerKind::Python => python()?,
             };
-            command.arg("serve").arg("--engine").arg(engine).arg("--env").arg(&env.name);
+            command
+                .arg("serve")
+                .arg("--engine")
+                .arg(engine)
+                .arg("--env")
+                .arg(&env.name);
             command.arg("--params").arg(params(env.worker, &env.params)?);
-            command.arg("--num-envs").arg(slots.to_string()).arg("--name").arg(&name);
+            command
+                .arg("--num-envs")
+                .arg(slots.to_string())
+                .arg("--name")
+                .arg(&name);
             self.spawn(&name, command, &dir.join(format!("logs/{name}.log")))?;
         }
         Ok(())
@@ -167,8 +201,18 @@ impl Children {
     pub fn write_data(&mut self, plan: &RunPlan, what: &str, args: &[String], dir: &Path) -> Result<()> {
         let env = &plan.config.env;
         let mut table = env.params.clone();
+        let mut flaws = Vec::new();
         if what == "demos" {
-            table.extend(env.demo_params.clone());
+            match env.worker {
+                WorkerKind::Rust => table.extend(env.demo_params.clone()),
+                // the Python worker takes what concerns the demonstrator as options
+                WorkerKind::Python => {
+                    for (name, value) in &env.demo_params {
+                        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                        flaws.push(format!("--{name}={value}"));
+                    }
+                }
+            }
         }
         let mut command = match env.worker {
             WorkerKind::Rust => Command::new(sibling("env-worker")?),
@@ -181,15 +225,26 @@ impl Children {
         if env.worker == WorkerKind::Rust {
             command.arg(what);
         }
-        command.arg("--params").arg(params(env.worker, &table)?).args(args);
+        command
+            .arg("--params")
+            .arg(params(env.worker, &table)?)
+            .args(args)
+            .args(flaws);
         let name = format!("env-worker {what}");
         self.spawn(&name, command, &dir.join(format!("logs/{what}.log")))?;
-        let Some(mut running) = self.running.pop() else { return Ok(()) };
+        let Some(mut running) = self.running.pop() else {
+            return Ok(());
+        };
         let status = running.child.wait().map_err(io("waiting for", Path::new(&name)))?;
         if status.success() {
             return Ok(());
         }
-        Err(LearnerError::Child { name, what: format!("ended with {status}"), tail: tail(&running.log), log: running.log })
+        Err(LearnerError::Child {
+            name,
+            what: format!("ended with {status}"),
+            tail: tail(&running.log),
+            log: running.log,
+        })
     }
 
     /// Whether all children still run.
@@ -198,7 +253,11 @@ impl Children {
     /// One has ended: nothing is restarted silently.
     pub fn check(&mut self) -> Result<()> {
         for running in &mut self.running {
-            if let Some(status) = running.child.try_wait().map_err(io("looking after", Path::new(&running.name)))? {
+            if let Some(status) = running
+                .child
+                .try_wait()
+                .map_err(io("looking after", Path::new(&running.name)))?
+            {
                 return Err(LearnerError::Child {
                     name: running.name.clone(),
                     what: format!("ended with {status}"),

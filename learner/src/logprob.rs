@@ -104,7 +104,10 @@ pub fn transition(
     }
     for found in [step.min().int64_value(&[]), step.max().int64_value(&[])] {
         if usize::try_from(found).map_or(true, |k| k >= table.drawable) {
-            return Err(ModelError::Step { found, limit: table.drawable });
+            return Err(ModelError::Step {
+                found,
+                limit: table.drawable,
+            });
         }
     }
     let column = |values: &Tensor| values.index_select(0, step).view([-1, 1, 1]);
@@ -117,5 +120,9 @@ pub fn transition(
     } else {
         policy.value_expert(&velocity.hidden)
     };
-    Ok(Transition { logprob, value, v_t: velocity.v_t })
+    Ok(Transition {
+        logprob,
+        value,
+        v_t: velocity.v_t,
+    })
 }

@@ -57,13 +57,22 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),
         Command::Train(config) => Ok(train::train(&plan(&config)?)?),
-        Command::Eval { config, bundle, episodes, gif, json } => {
+        Command::Eval {
+            config,
+            bundle,
+            episodes,
+            gif,
+            json,
+        } => {
             let plan = plan(&config)?;
             let episodes = episodes.unwrap_or(plan.config.env.eval.episodes);
             let results = train::eval(&plan, &bundle, episodes, gif.as_deref())?;
             let mut out = std::io::stdout();
             for (version, success) in &results {
-                writeln!(out, "version {version}: success {success:.3} on {episodes} unseen episodes")?;
+                writeln!(
+                    out,
+                    "version {version}: success {success:.3} on {episodes} unseen episodes"
+                )?;
             }
             if let Some(path) = json {
                 let list: Vec<_> = results

@@ -55,12 +55,19 @@ struct Event {
 }
 
 fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64())
 }
 
 /// One `TFRecord`: length, its checksum, payload, its checksum (masked CRC-32C).
 fn record(payload: &[u8]) -> Vec<u8> {
-    let masked = |bytes: &[u8]| crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes();
+    let masked = |bytes: &[u8]| {
+        crc32c::crc32c(bytes)
+            .rotate_right(15)
+            .wrapping_add(0xa282_ead8)
+            .to_le_bytes()
+    };
     let length = (payload.len() as u64).to_le_bytes();
     [&length[..], &masked(&length), payload, &masked(payload)].concat()
 }
@@ -74,13 +81,27 @@ impl MetricsLog {
         let board = dir.join("tensorboard");
         std::fs::create_dir_all(&board).map_err(io("creating the folder", &board))?;
         let path = dir.join("metrics.jsonl");
-        let lines =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(io("opening the metrics", &path))?;
+        let lines = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(io("opening the metrics", &path))?;
         let events_path = board.join(format!("events.out.tfevents.{}.{}", now() as u64, std::process::id()));
         let mut events = File::create(&events_path).map_err(io("creating the event file", &events_path))?;
-        let head = Event { wall_time: Some(now()), file_version: Some("brain.Event:2".to_owned()), ..Event::default() };
-        events.write_all(&record(&head.encode_to_vec())).map_err(io("writing the event file", &events_path))?;
-        Ok(Self { path, lines, events_path, events })
+        let head = Event {
+            wall_time: Some(now()),
+            file_version: Some("brain.Event:2".to_owned()),
+            ..Event::default()
+        };
+        events
+            .write_all(&record(&head.encode_to_vec()))
+            .map_err(io("writing the event file", &events_path))?;
+        Ok(Self {
+            path,
+            lines,
+            events_path,
+            events,
+        })
     }
 
     /// Writes one line `{"stage": .., "step": .., "wall_time": .., NAME: VALUE, ..}` and the same scalars as `STAGE/NAME` events.
@@ -100,7 +121,10 @@ impl MetricsLog {
         writeln!(self.lines, "{text}").map_err(io("writing the metrics", &self.path))?;
         let value = values
             .iter()
-            .map(|(name, v)| SummaryValue { tag: Some(format!("{stage}/{name}")), simple_value: Some(*v as f32) })
+            .map(|(name, v)| SummaryValue {
+                tag: Some(format!("{stage}/{name}")),
+                simple_value: Some(*v as f32),
+            })
             .collect();
         let event = Event {
             wall_time: Some(now()),

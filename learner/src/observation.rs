@@ -44,7 +44,9 @@ impl ObservationBatch {
 
     /// Pixels to `[-1, 1]`, f32 `[N, cameras, 3, size, size]`: `x / 255 * 2 - 1`.
     pub fn pixels(&self) -> Tensor {
-        (self.images.to_kind(Kind::Float) / 255.0 * 2.0 - 1.0).permute([0, 1, 4, 2, 3]).contiguous()
+        (self.images.to_kind(Kind::Float) / 255.0 * 2.0 - 1.0)
+            .permute([0, 1, 4, 2, 3])
+            .contiguous()
     }
 
     /// The prefix pass over these observations.

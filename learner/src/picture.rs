@@ -30,7 +30,10 @@ pub fn success_curve(metrics: &Path, out: &Path) -> Result<()> {
     let text = std::fs::read_to_string(metrics).map_err(io("reading", metrics))?;
     let points = |stage: &str| -> Vec<(f64, f64)> {
         let mut points: Vec<(f64, f64)> = Vec::new();
-        for line in text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok()) {
+        for line in text
+            .lines()
+            .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
+        {
             let number = |key: &str| line.get(key).and_then(serde_json::Value::as_f64);
             if line.get("stage").and_then(|s| s.as_str()) == Some(stage)
                 && let Some(point) = number("episodes").zip(number("success"))
@@ -45,7 +48,10 @@ pub fn success_curve(metrics: &Path, out: &Path) -> Result<()> {
         points
     };
     let (train, eval) = (points("train"), points("eval"));
-    draw_curve(out, &train, &eval).map_err(|detail| LearnerError::Picture { path: out.to_owned(), detail })
+    draw_curve(out, &train, &eval).map_err(|detail| LearnerError::Picture {
+        path: out.to_owned(),
+        detail,
+    })
 }
 
 fn draw_curve(out: &Path, train: &[(f64, f64)], eval: &[(f64, f64)]) -> Result<(), String> {
@@ -73,7 +79,10 @@ fn draw_curve(out: &Path, train: &[(f64, f64)], eval: &[(f64, f64)]) -> Result<(
             .light_line_style(TRANSPARENT)
             .draw()
             .map_err(|e| text(&e))?;
-        let series = [(train, RGBColor(150, 170, 200), "sampled (Flow-SDE), training"), (eval, RGBColor(190, 60, 30), "ODE, unseen episodes")];
+        let series = [
+            (train, RGBColor(150, 170, 200), "sampled (Flow-SDE), training"),
+            (eval, RGBColor(190, 60, 30), "ODE, unseen episodes"),
+        ];
         for (points, colour, label) in series {
             chart
                 .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
@@ -107,7 +116,9 @@ struct Frame {
 fn frames(trajectory: &Trajectory) -> Vec<Frame> {
     let all = trajectory.chunks.iter().flat_map(|c| &c.frames);
     all.filter_map(|array| {
-        let [height, width, 3] = array.dims()[..] else { return None };
+        let [height, width, 3] = array.dims()[..] else {
+            return None;
+        };
         let rgb = array.as_u8("frame", Some(&[height, width, 3])).ok()?.to_vec();
         Some(Frame { width, height, rgb })
     })
@@ -116,7 +127,10 @@ fn frames(trajectory: &Trajectory) -> Vec<Frame> {
 
 /// The episode shown: one that the first version fails and the last does not, else the first.
 fn chosen(films: &[(u64, Vec<Trajectory>)]) -> usize {
-    let at = |film: Option<&(u64, Vec<Trajectory>)>, i: usize| film.and_then(|f| f.1.get(i)).map(|t| (t.success, !frames(t).is_empty()));
+    let at = |film: Option<&(u64, Vec<Trajectory>)>, i: usize| {
+        film.and_then(|f| f.1.get(i))
+            .map(|t| (t.success, !frames(t).is_empty()))
+    };
     let count = films.first().map_or(0, |f| f.1.len());
     (0..count)
         .find(|i| at(films.first(), *i) == Some((false, true)) && at(films.last(), *i) == Some((true, true)))
@@ -128,14 +142,21 @@ fn chosen(films: &[(u64, Vec<Trajectory>)]) -> usize {
 /// # Errors
 /// No frames came, or the file cannot be written.
 pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> {
-    let bad = |detail: String| LearnerError::Picture { path: path.to_owned(), detail };
+    let bad = |detail: String| LearnerError::Picture {
+        path: path.to_owned(),
+        detail,
+    };
     let index = chosen(films);
     let panels: Vec<(String, String, Vec<Frame>)> = films
         .iter()
         .filter_map(|(version, episodes)| {
             let episode = episodes.get(index)?;
             let outcome = if episode.success { "success" } else { "failure" };
-            Some((format!("version {version}: {outcome}"), episode.prompt.clone(), frames(episode)))
+            Some((
+                format!("version {version}: {outcome}"),
+                episode.prompt.clone(),
+                frames(episode),
+            ))
         })
         .collect();
     let (Some(width), Some(height)) = (
@@ -148,13 +169,18 @@ pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> 
     let count = panels.iter().map(|p| p.2.len()).max().unwrap_or(0) + LAST_FRAMES;
     let beside = path.with_extension("writing.gif");
     let file = std::fs::File::create(&beside).map_err(io("creating", &beside))?;
-    let mut encoder = gif::Encoder::new(file, total_width as u16, total_height as u16, &[]).map_err(|e| bad(e.to_string()))?;
-    encoder.set_repeat(gif::Repeat::Infinite).map_err(|e| bad(e.to_string()))?;
+    let mut encoder =
+        gif::Encoder::new(file, total_width as u16, total_height as u16, &[]).map_err(|e| bad(e.to_string()))?;
+    encoder
+        .set_repeat(gif::Repeat::Infinite)
+        .map_err(|e| bad(e.to_string()))?;
     font().map_err(bad)?;
     for number in 0..count {
         let mut canvas = vec![255u8; total_width * total_height * 3];
         for (panel, (_, _, frames)) in panels.iter().enumerate() {
-            let Some(frame) = frames.get(number.min(frames.len().saturating_sub(1))) else { continue };
+            let Some(frame) = frames.get(number.min(frames.len().saturating_sub(1))) else {
+                continue;
+            };
             for (row, line) in frame.rgb.chunks(frame.width * 3).enumerate() {
                 let at = (row * total_width + panel * width) * 3;
                 if let Some(place) = canvas.get_mut(at..at + line.len()) {
@@ -180,9 +206,13 @@ fn caption(
 ) -> Result<(), String> {
     let root = BitMapBackend::with_buffer(canvas, (total_width as u32, total_height as u32)).into_drawing_area();
     for (panel, (title, prompt, _)) in panels.iter().enumerate() {
-        for (line, text) in [format!("\u{201c}{prompt}\u{201d}"), title.clone()].into_iter().enumerate() {
+        for (line, text) in [format!("\u{201c}{prompt}\u{201d}"), title.clone()]
+            .into_iter()
+            .enumerate()
+        {
             let place = ((panel * width + 6) as i32, (height + line * STRIP + 5) as i32);
-            root.draw(&Text::new(text, place, ("sans-serif", 15).into_font().color(&BLACK))).map_err(|e| e.to_string())?;
+            root.draw(&Text::new(text, place, ("sans-serif", 15).into_font().color(&BLACK)))
+                .map_err(|e| e.to_string())?;
         }
     }
     root.present().map_err(|e| e.to_string())

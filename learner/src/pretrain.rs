@@ -63,27 +63,37 @@ impl ReadOuts {
         Self {
             points,
             tokens: dims.vision.tokens() as i64,
-            token: [leaf(&[3 * points, width], small, seed, 0), leaf(&[3 * points], 0.0, seed, 1)],
+            token: [
+                leaf(&[3 * points, width], small, seed, 0),
+                leaf(&[3 * points], 0.0, seed, 1),
+            ],
             probe: [
                 leaf(&[layers, points, kv], 0.3, seed, 2),
                 leaf(&[layers, points, kv, 2], 0.2, seed, 3),
                 leaf(&[layers, points, 2], 0.0, seed, 4),
             ],
-            pooled: [leaf(&[2 * points, width], small, seed, 5), leaf(&[2 * points], 0.0, seed, 6)],
+            pooled: [
+                leaf(&[2 * points, width], small, seed, 5),
+                leaf(&[2 * points], 0.0, seed, 6),
+            ],
             centres: Tensor::from_slice(&centres).view([-1, 1, 2]),
         }
     }
 
     fn params(&self) -> Vec<(String, Tensor)> {
         let all = self.token.iter().chain(&self.probe).chain(&self.pooled);
-        all.enumerate().map(|(i, t)| (format!("read_out.{i}"), t.shallow_clone())).collect()
+        all.enumerate()
+            .map(|(i, t)| (format!("read_out.{i}"), t.shallow_clone()))
+            .collect()
     }
 
     /// Read-outs `[B, P, 2]` in trained units: per image token, per probed layer, pooled.
     fn forward(&self, policy: &Pi0, prefix: &Prefix) -> (Tensor, Tensor, Tensor) {
         let points = self.points;
         let image = prefix.out.narrow(1, 0, self.tokens);
-        let read = image.linear(&self.token[0], Some(&self.token[1])).view([-1, self.tokens, points, 3]);
+        let read = image
+            .linear(&self.token[0], Some(&self.token[1]))
+            .view([-1, self.tokens, points, 3]);
         let weight = read.narrow(3, 0, 1).softmax(1, Kind::Float);
         let located = (weight * (&self.centres + read.narrow(3, 1, 2))).sum_dim_intlist(1, false, Kind::Float);
 
@@ -92,11 +102,17 @@ impl ReadOuts {
         let flat = |t: &Tensor| t.narrow(1, 1, layers).permute([0, 1, 3, 2, 4]).flatten(3, 4);
         let (k, v) = (flat(&prefix.cache.k), flat(&prefix.cache.v));
         let mask = prefix.cache.mask.logical_not().view([-1, 1, 1, k.size()[2]]);
-        let scores = self.probe[0].unsqueeze(0).matmul(&k.transpose(2, 3)).masked_fill(&mask, -1e30);
+        let scores = self.probe[0]
+            .unsqueeze(0)
+            .matmul(&k.transpose(2, 3))
+            .masked_fill(&mask, -1e30);
         let read = scores.softmax(-1, Kind::Float).matmul(&v);
         let probed = (read.unsqueeze(-1) * &self.probe[1]).sum_dim_intlist(3, false, Kind::Float) + &self.probe[2];
 
-        let pooled = policy.pooled(prefix).linear(&self.pooled[0], Some(&self.pooled[1])).view([-1, points, 2]);
+        let pooled = policy
+            .pooled(prefix)
+            .linear(&self.pooled[0], Some(&self.pooled[1]))
+            .view([-1, points, 2]);
         (located, probed, pooled)
     }
 }
@@ -117,17 +133,35 @@ pub fn pretrain(
     policy.store().set_trainable(&[Part::Vlm]);
     let points = scenes.targets.size()[1];
     let read_outs = ReadOuts::new(policy, points, seed);
-    let mut params: Vec<(String, Tensor)> =
-        policy.store().part(Part::Vlm).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
+    let mut params: Vec<(String, Tensor)> = policy
+        .store()
+        .part(Part::Vlm)
+        .map(|(n, t)| (n.to_owned(), t.shallow_clone()))
+        .collect();
     params.extend(read_outs.params());
-    let settings = AdamWSettings { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm: Some(stage.clip_grad) };
-    let group = ParamGroup { name: "vlm".to_owned(), lr: stage.lr, weight_decay: stage.weight_decay, params };
+    let settings = AdamWSettings {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        clip_norm: Some(stage.clip_grad),
+    };
+    let group = ParamGroup {
+        name: "vlm".to_owned(),
+        lr: stage.lr,
+        weight_decay: stage.weight_decay,
+        params,
+    };
     let mut optimizer = AdamW::new(settings, vec![group])?;
     let schedule = Schedule::warmup(
         u64::from(stage.lr_warmup_steps),
-        Decay::Cosine { total_steps: u64::from(stage.steps), min_factor: stage.min_lr_ratio },
+        Decay::Cosine {
+            total_steps: u64::from(stage.steps),
+            min_factor: stage.min_lr_ratio,
+        },
     );
-    let bar = ProgressBar::new(u64::from(stage.steps)).with_style(progress_style()).with_message("pre-training");
+    let bar = ProgressBar::new(u64::from(stage.steps))
+        .with_style(progress_style())
+        .with_message("pre-training");
     let mut rng = stream(Purpose::Minibatch, seed, 1, 0, 0);
     let total = scenes.observations.len() as usize;
     let mut error = f64::NAN;

@@ -36,7 +36,13 @@ const KEEP: usize = 3;
 impl Publisher {
     /// A publisher into `dir`; one folder per version.
     pub fn new(dir: &Path, plan: &RunPlan, norm_stats: Option<NormStats>) -> Self {
-        Self { dir: dir.to_owned(), plan: plan.clone(), norm_stats, first: None, published: Vec::new() }
+        Self {
+            dir: dir.to_owned(),
+            plan: plan.clone(),
+            norm_stats,
+            first: None,
+            published: Vec::new(),
+        }
     }
 
     /// Folder of a version.
@@ -92,11 +98,14 @@ fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
         state: Tensor::from_slice(&input.state).view([1, -1]),
     };
     let (cache, _) = batch.frozen_prefix(policy, 1)?;
-    let noise =
-        Tensor::from_slice(&input.noise).view([1, dims.action_horizon as i64, dims.action_dim as i64]);
+    let noise = Tensor::from_slice(&input.noise).view([1, dims.action_horizon as i64, dims.action_dim as i64]);
     let sample = policy.sample(&cache, Some(&batch.state), &noise, &plan.schedule(), &[None], None)?;
     let mut actions = vec![0.0f32; input.noise.len()];
     let len = actions.len();
     sample.actions.contiguous().copy_data(&mut actions, len);
-    Ok(SelfTest { seed: SELF_TEST_SEED, actions, tolerance: SELF_TEST_TOLERANCE })
+    Ok(SelfTest {
+        seed: SELF_TEST_SEED,
+        actions,
+        tolerance: SELF_TEST_TOLERANCE,
+    })
 }

@@ -48,7 +48,9 @@ pub fn collect(
     label: &str,
 ) -> Result<Collected> {
     let wanted = resets.len();
-    let bar = ProgressBar::new(wanted as u64).with_style(progress_style()).with_message(label.to_owned());
+    let bar = ProgressBar::new(wanted as u64)
+        .with_style(progress_style())
+        .with_message(label.to_owned());
     hub.order(version, mode, resets)?;
     let begin = Instant::now();
     let mut last_news = Instant::now();
@@ -73,14 +75,20 @@ pub fn collect(
                 }
             }
             Some(HubEvent::State(engine)) => {
-                state = format!("the engine serves version {:?} to {} slots", engine.version, engine.slots);
+                state = format!(
+                    "the engine serves version {:?} to {} slots",
+                    engine.version, engine.slots
+                );
             }
             Some(HubEvent::Gone) => tracing::warn!("an engine closed its connection; waiting for it or another one"),
             None => {}
         }
         if last_news.elapsed() > SILENCE {
             return Err(LearnerError::Silence {
-                waiting_for: format!("{} of {wanted} episodes of version {version}", wanted - trajectories.len()),
+                waiting_for: format!(
+                    "{} of {wanted} episodes of version {version}",
+                    wanted - trajectories.len()
+                ),
                 seconds: SILENCE.as_secs(),
                 state,
             });
@@ -88,7 +96,11 @@ pub fn collect(
     }
     bar.finish_and_clear();
     trajectories.sort_by_key(|t| (t.reset.env, t.reset.episode));
-    Ok(Collected { trajectories, reload_seconds, seconds: begin.elapsed().as_secs_f64() })
+    Ok(Collected {
+        trajectories,
+        reload_seconds,
+        seconds: begin.elapsed().as_secs_f64(),
+    })
 }
 
 /// Share of successful episodes.
@@ -168,10 +180,14 @@ impl RolloutBatch {
                     return Err(LearnerError::Record {
                         env,
                         episode,
-                        detail: format!("chunk {} is of version {}, expected {version}", record.key.chunk, record.version),
+                        detail: format!(
+                            "chunk {} is of version {}, expected {version}",
+                            record.key.chunk, record.version
+                        ),
                     });
                 }
-                rows.push(plan, record).map_err(|source| LearnerError::Trajectory { env, episode, source })?;
+                rows.push(plan, record)
+                    .map_err(|source| LearnerError::Trajectory { env, episode, source })?;
             }
             rewards.push(trajectory.chunks.iter().map(|c| c.rewards.iter().sum()).collect());
             values.push(rows.value.get(from..).unwrap_or_default().to_vec());
@@ -189,7 +205,10 @@ impl RolloutBatch {
                 group: trajectory.reset.group.map_or(0, u64::from),
             })
             .collect();
-        let settings = EstimatorSettings { gamma: algorithm.gamma, gae_lambda: algorithm.gae_lambda };
+        let settings = EstimatorSettings {
+            gamma: algorithm.gamma,
+            gae_lambda: algorithm.gae_lambda,
+        };
         let estimated: Vec<Advantages> = estimate(&episodes, settings)?;
         let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
         let returns: Vec<f32> = estimated.iter().flat_map(|a| a.returns.iter().copied()).collect();
@@ -212,7 +231,10 @@ impl RolloutBatch {
 
 fn unknown_estimator(name: &str) -> LearnerError {
     let known: Vec<&str> = crate::advantage::ESTIMATORS.iter().map(|(n, _)| *n).collect();
-    LearnerError::Missing(format!("`algorithm.adv_type` is `{name}`, expected one of {}", known.join(", ")))
+    LearnerError::Missing(format!(
+        "`algorithm.adv_type` is `{name}`, expected one of {}",
+        known.join(", ")
+    ))
 }
 
 impl Rows {
@@ -222,19 +244,26 @@ impl Rows {
         let (side, horizon, width) = (dims.vision.image_size, dims.action_horizon, dims.action_dim);
         let images = record.images.as_u8("images", Some(&[dims.cameras, side, side, 3]))?;
         let state = record.state.to_f32("state", Some(&[width]))?;
-        let chain = record.chain.to_f32("chain", Some(&[model.num_steps + 1, horizon, width]))?;
+        let chain = record
+            .chain
+            .to_f32("chain", Some(&[model.num_steps + 1, horizon, width]))?;
         let (rows, cols) = (model.num_action_chunks, model.env_action_dim);
         let lengths = (record.image_mask.len(), record.prompt.len(), record.prompt_mask.len());
         if lengths != (dims.cameras, dims.prompt_len, dims.prompt_len) {
             return Err(RecordError::Field("masks and prompt", format!("lengths {lengths:?}")));
         }
-        let logprob = record.logprob.as_ref().ok_or(RecordError::Field("logprob", "none".to_owned()))?;
+        let logprob = record
+            .logprob
+            .as_ref()
+            .ok_or(RecordError::Field("logprob", "none".to_owned()))?;
         let logprob = logprob.to_f32("logprob", Some(&[rows, cols]))?;
         let elements = horizon * width;
         let at = |k: usize| chain.get(k * elements..(k + 1) * elements);
         let step = record.denoise_step.map(|s| s as usize).filter(|s| *s < model.num_steps);
         let step = step.ok_or_else(|| RecordError::Field("denoise_step", format!("{:?}", record.denoise_step)))?;
-        let (x, x_next) = at(step).zip(at(step + 1)).ok_or(RecordError::Field("chain", "too short".to_owned()))?;
+        let (x, x_next) = at(step)
+            .zip(at(step + 1))
+            .ok_or(RecordError::Field("chain", "too short".to_owned()))?;
         self.images.extend_from_slice(images);
         self.image_mask.extend(&record.image_mask);
         self.prompt.extend(&record.prompt);
@@ -246,7 +275,12 @@ impl Rows {
         self.logprob.push(logprob.iter().sum());
         self.value.push(record.value.unwrap_or(0.0));
         let executed = at(model.num_steps).unwrap_or_default();
-        let sum: f32 = executed.chunks(width).take(rows).flat_map(|r| r.iter().take(cols)).map(|v| v.abs()).sum();
+        let sum: f32 = executed
+            .chunks(width)
+            .take(rows)
+            .flat_map(|r| r.iter().take(cols))
+            .map(|v| v.abs())
+            .sum();
         self.magnitude += f64::from(sum) / (rows * cols) as f64;
         Ok(())
     }

@@ -25,15 +25,34 @@ pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &m
     let stage = &config.optim;
     let (cache, _) = demos.observations.frozen_prefix(policy, 256)?;
     policy.store().set_trainable(&[Part::Expert]);
-    let params = policy.store().part(Part::Expert).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
-    let settings = AdamWSettings { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm: Some(stage.clip_grad) };
-    let group = ParamGroup { name: "actor".to_owned(), lr: stage.lr, weight_decay: stage.weight_decay, params };
+    let params = policy
+        .store()
+        .part(Part::Expert)
+        .map(|(n, t)| (n.to_owned(), t.shallow_clone()))
+        .collect();
+    let settings = AdamWSettings {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        clip_norm: Some(stage.clip_grad),
+    };
+    let group = ParamGroup {
+        name: "actor".to_owned(),
+        lr: stage.lr,
+        weight_decay: stage.weight_decay,
+        params,
+    };
     let mut optimizer = AdamW::new(settings, vec![group])?;
     let schedule = Schedule::warmup(
         u64::from(stage.lr_warmup_steps),
-        Decay::Cosine { total_steps: u64::from(stage.steps), min_factor: stage.min_lr_ratio },
+        Decay::Cosine {
+            total_steps: u64::from(stage.steps),
+            min_factor: stage.min_lr_ratio,
+        },
     );
-    let bar = ProgressBar::new(u64::from(stage.steps)).with_style(progress_style()).with_message("SFT");
+    let bar = ProgressBar::new(u64::from(stage.steps))
+        .with_style(progress_style())
+        .with_message("SFT");
     let mut rng = stream(Purpose::FlowMatching, seed, 0, 0, 0);
     let total = demos.observations.len() as usize;
     let (mut recent, mut counted) = (0.0, 0.0);
@@ -45,7 +64,9 @@ pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &m
         let mut noise = vec![0.0f32; actions.numel()];
         fill_normal(&mut rng, &mut noise);
         let noise = Tensor::from_slice(&noise).view_as(&actions);
-        let time: Vec<f64> = (0..stage.batch_size).map(|_| training_time(uniform(&mut rng))).collect();
+        let time: Vec<f64> = (0..stage.batch_size)
+            .map(|_| training_time(uniform(&mut rng)))
+            .collect();
         let time = Tensor::from_slice(&time);
         let state = demos.observations.state.index_select(0, &rows);
         let loss = policy

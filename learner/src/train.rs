@@ -50,11 +50,15 @@ fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
 
 fn norm_stats(plan: &RunPlan) -> Result<Option<NormStats>> {
     let path = plan.config.actor.model.norm_stats.as_deref();
-    path.map(|p| NormStats::load(p).map_err(|e| LearnerError::Missing(e.to_string()))).transpose()
+    path.map(|p| NormStats::load(p).map_err(|e| LearnerError::Missing(e.to_string())))
+        .transpose()
 }
 
 fn load(policy: &Pi0, path: &Path, parts: &[Part]) -> Result<()> {
-    let weights = |source| LearnerError::Weights { path: path.to_owned(), source };
+    let weights = |source| LearnerError::Weights {
+        path: path.to_owned(),
+        source,
+    };
     let file = WeightFile::open(path).map_err(weights)?;
     match policy.store().load(&file, parts) {
         Err(crate::model::ModelError::Weights(source)) => Err(weights(source)),
@@ -74,7 +78,10 @@ pub fn sft_checkpoint(dir: &Path) -> PathBuf {
 pub fn supervised(plan: &RunPlan) -> Result<()> {
     let (dir, _) = prepare(plan)?;
     let config = &plan.config;
-    let sft_config = config.sft.as_ref().ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
+    let sft_config = config
+        .sft
+        .as_ref()
+        .ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
     let mut log = MetricsLog::open(&dir)?;
     let stats = norm_stats(plan)?;
     let mut children = Children::default();
@@ -93,7 +100,11 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
     if let Some(checkpoint) = &config.actor.model.checkpoint {
         load(&policy, checkpoint, &[Part::Vlm, Part::Expert])?;
     } else if let Some(stage) = &config.pretrain {
-        let args = [flag("count", stage.scenes.to_string()), flag("seed", SCENES_SEED.to_string())].concat();
+        let args = [
+            flag("count", stage.scenes.to_string()),
+            flag("seed", SCENES_SEED.to_string()),
+        ]
+        .concat();
         let path = data(&mut children, "scenes", &args)?;
         let scenes = dataset::read(&path, "keypoints", &plan.dims, &config.actor.model, stats.as_ref())?;
         let error = pretrain(&policy, stage, &scenes, config.runner.seed, &mut log)?;
@@ -153,7 +164,8 @@ fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
                 episode,
                 reset_state: (size > 1).then_some(episode << 24 | group as u64),
                 task: None,
-                group: (size > 1).then_some((group as u64 + (episode % per_env) * (train.total_num_envs / size) as u64) as u32),
+                group: (size > 1)
+                    .then_some((group as u64 + (episode % per_env) * (train.total_num_envs / size) as u64) as u32),
                 video: false,
             }
         })
@@ -167,19 +179,31 @@ fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
 pub fn train(plan: &RunPlan) -> Result<()> {
     let (dir, config_path) = prepare(plan)?;
     let config = &plan.config;
-    let start = config.actor.model.checkpoint.clone().filter(|_| config.sft.is_none()).unwrap_or_else(|| sft_checkpoint(&dir));
+    let start = config
+        .actor
+        .model
+        .checkpoint
+        .clone()
+        .filter(|_| config.sft.is_none())
+        .unwrap_or_else(|| sft_checkpoint(&dir));
     if !start.exists() {
         return Err(LearnerError::Missing(format!(
             "`{}` is missing: run `learner sft` with this configuration first",
             start.display()
         )));
     }
-    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), config.runner.seed, Device::cuda_if_available())?;
+    let store = ParamStore::random(
+        &plan.dims,
+        plan.value_head.as_ref(),
+        config.runner.seed,
+        Device::cuda_if_available(),
+    )?;
     let policy = Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store)?;
     load(&policy, &start, &[Part::Vlm, Part::Expert])?;
     let versions = dir.join("policy");
     if versions.exists() {
-        std::fs::remove_dir_all(&versions).map_err(crate::error::io("removing the versions of an earlier run", &versions))?;
+        std::fs::remove_dir_all(&versions)
+            .map_err(crate::error::io("removing the versions of an earlier run", &versions))?;
     }
     let mut publisher = Publisher::new(&versions, plan, norm_stats(plan)?);
     let mut updater = Updater::new(plan, &policy)?;
@@ -196,7 +220,14 @@ pub fn train(plan: &RunPlan) -> Result<()> {
         }
         let begin = Instant::now();
         let label = format!("iteration {}/{}: rollout", iteration + 1, config.runner.max_epochs);
-        let got = collect(&ring.hub, &mut ring.children, version, Mode::Train, training_resets(plan, iteration), &label)?;
+        let got = collect(
+            &ring.hub,
+            &mut ring.children,
+            version,
+            Mode::Train,
+            training_resets(plan, iteration),
+            &label,
+        )?;
         episodes += got.trajectories.len() as u64;
         let batch = RolloutBatch::new(plan, &got.trajectories, version)?;
         let report = updater.update(&policy, &batch, iteration)?;
@@ -205,7 +236,12 @@ pub fn train(plan: &RunPlan) -> Result<()> {
         ring.hub.announce(&bundle)?;
         let success = success_rate(&got.trajectories);
         let a = &report.actor;
-        let env_steps: usize = got.trajectories.iter().flat_map(|t| &t.chunks).map(|c| c.rewards.len()).sum();
+        let env_steps: usize = got
+            .trajectories
+            .iter()
+            .flat_map(|t| &t.chunks)
+            .map(|c| c.rewards.len())
+            .sum();
         log.write(
             "train",
             version + 1,
@@ -253,14 +289,22 @@ pub fn train(plan: &RunPlan) -> Result<()> {
         let save = config.runner.save_interval;
         let last = iteration + 1 == config.runner.max_epochs;
         if last || (save > 0 && (iteration + 1) % save == 0) {
-            let counters = Counters { iteration: iteration + 1, episodes, config_digest: plan.config_digest.clone() };
+            let counters = Counters {
+                iteration: iteration + 1,
+                episodes,
+                config_digest: plan.config_digest.clone(),
+            };
             let (actor, critic) = updater.optimizers();
             checkpoint::write(&dir.join("checkpoints"), &policy, (actor, critic.as_deref()), &counters)?;
         }
     }
     validation(&mut ring, plan, &mut log, u64::from(config.runner.max_epochs), episodes)?;
     drop(ring);
-    tracing::info!("version {} is in {}", bundle.manifest.policy_version, bundle.dir().display());
+    tracing::info!(
+        "version {} is in {}",
+        bundle.manifest.policy_version,
+        bundle.dir().display()
+    );
     picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
 }
 
@@ -268,7 +312,15 @@ fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u6
     let count = plan.config.env.eval.train_episodes;
     let (success, _) = evaluate(&ring.hub, &mut ring.children, version, count, 0)?;
     tracing::info!("version {version}: success {success:.3} on {count} unseen episodes (ODE)");
-    log.write("eval", version, &[("episodes", episodes as f64), ("success", success), ("eval_episodes", count as f64)])
+    log.write(
+        "eval",
+        version,
+        &[
+            ("episodes", episodes as f64),
+            ("success", success),
+            ("eval_episodes", count as f64),
+        ],
+    )
 }
 
 /// Evaluates bundles on the same unseen episodes through a local ring; writes a GIF of one episode under each and returns

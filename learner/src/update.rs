@@ -1,14 +1,17 @@
 //! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
 
-use policy::{params::{CriticInput as CriticReads, Part}, plan::RunPlan};
+use policy::{
+    params::{CriticInput as CriticReads, Part},
+    plan::RunPlan,
+};
 use tch::{Kind, Tensor};
 
 use crate::{
     error::{LearnerError, Result},
     logprob::{Executed, StepTable, TransitionBatch, transition},
     loss::{
-        ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput, PolicyLossFn,
-        PolicySettings, policy_loss,
+        ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput,
+        PolicyLossFn, PolicySettings, policy_loss,
     },
     minibatch::{ShuffleSeed, micro_batches, minibatches, permutation},
     model::{Pi0, PrefixCache},
@@ -71,8 +74,17 @@ pub struct UpdateReport {
 }
 
 fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> ParamGroup {
-    let params = policy.store().part(part).map(|(n, t)| (n.to_owned(), t.shallow_clone())).collect();
-    ParamGroup { name: name.to_owned(), lr, weight_decay, params }
+    let params = policy
+        .store()
+        .part(part)
+        .map(|(n, t)| (n.to_owned(), t.shallow_clone()))
+        .collect();
+    ParamGroup {
+        name: name.to_owned(),
+        lr,
+        weight_decay,
+        params,
+    }
 }
 
 impl Updater {
@@ -85,7 +97,11 @@ impl Updater {
         let model = &plan.config.actor.model;
         let loss = policy_loss(&algorithm.loss_type).ok_or_else(|| {
             let known: Vec<&str> = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n).collect();
-            LearnerError::Missing(format!("`algorithm.loss_type` is `{}`, expected one of {}", algorithm.loss_type, known.join(", ")))
+            LearnerError::Missing(format!(
+                "`algorithm.loss_type` is `{}`, expected one of {}",
+                algorithm.loss_type,
+                known.join(", ")
+            ))
         })?;
         let adam = AdamWSettings {
             beta1: optim.betas[0],
@@ -93,10 +109,19 @@ impl Updater {
             eps: optim.eps,
             clip_norm: Some(optim.clip_grad),
         };
-        let actor = AdamW::new(adam, vec![group(policy, Part::Expert, "actor", optim.lr, optim.weight_decay)])?;
+        let actor = AdamW::new(
+            adam,
+            vec![group(policy, Part::Expert, "actor", optim.lr, optim.weight_decay)],
+        )?;
         let critic = match &plan.value_head {
             Some(_) => {
-                let head = group(policy, Part::ValueHead, "value_head", optim.value_lr, optim.weight_decay);
+                let head = group(
+                    policy,
+                    Part::ValueHead,
+                    "value_head",
+                    optim.value_lr,
+                    optim.weight_decay,
+                );
                 Some(AdamW::new(adam, vec![head])?)
             }
             None => None,
@@ -107,7 +132,10 @@ impl Updater {
             * u64::from(algorithm.update_epoch)
             * (records * 8 / plan.config.actor.global_batch_size).max(1) as u64;
         let decay = if optim.min_lr_ratio < 1.0 {
-            Decay::Cosine { total_steps: steps, min_factor: optim.min_lr_ratio }
+            Decay::Cosine {
+                total_steps: steps,
+                min_factor: optim.min_lr_ratio,
+            }
         } else {
             Decay::Constant
         };
@@ -130,7 +158,10 @@ impl Updater {
         };
         Ok(Self {
             table: StepTable::new(&plan.schedule(), plan.dims.expert.width, policy.device()),
-            executed: Executed { action_chunk: model.num_action_chunks, env_action_dim: model.env_action_dim },
+            executed: Executed {
+                action_chunk: model.num_action_chunks,
+                env_action_dim: model.env_action_dim,
+            },
             loss,
             settings,
             actor,
@@ -161,13 +192,25 @@ impl Updater {
         let begin = std::time::Instant::now();
         let config = &self.plan.config;
         let warming = iteration < config.actor.optim.critic_warmup_epochs && self.critic.is_some();
-        let loss = if warming { policy_loss("critic").unwrap_or(self.loss) } else { self.loss };
+        let loss = if warming {
+            policy_loss("critic").unwrap_or(self.loss)
+        } else {
+            self.loss
+        };
         let (global, micro) = (config.actor.global_batch_size, config.actor.micro_batch_size);
-        let (seed, epochs, target_kl) = (config.runner.seed, config.algorithm.update_epoch, config.algorithm.target_kl);
+        let (seed, epochs, target_kl) = (
+            config.runner.seed,
+            config.algorithm.update_epoch,
+            config.algorithm.target_kl,
+        );
         let mut minibatches_done = 0.0;
         let mut variance = ExplainedVariance::default();
         'epochs: for epoch in 0..epochs {
-            let shuffle = ShuffleSeed { run: seed, iteration: u64::from(iteration), epoch: u64::from(epoch) };
+            let shuffle = ShuffleSeed {
+                run: seed,
+                iteration: u64::from(iteration),
+                epoch: u64::from(epoch),
+            };
             let order = permutation(batch.len(), shuffle);
             for minibatch in minibatches(&order, global) {
                 self.actor.zero_grad();
@@ -229,7 +272,10 @@ impl Updater {
         Ok(report)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the rows of one pass and what is computed from them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the rows of one pass and what is computed from them"
+    )]
     fn forward(
         &self,
         policy: &Pi0,
@@ -242,15 +288,39 @@ impl Updater {
     ) -> Result<Pass> {
         let pick = |t: &Tensor| t.index_select(0, rows);
         let reads = policy.critic_input();
-        let (old_logprob, old_value, returns) = (pick(&batch.old_logprob), pick(&batch.old_value), pick(&batch.returns));
+        let (old_logprob, old_value, returns) =
+            (pick(&batch.old_logprob), pick(&batch.old_value), pick(&batch.returns));
         let advantage = pick(&batch.advantage);
         let (mut logprob, mut value) = (None, None);
         if !warming || reads == Some(CriticReads::Expert) {
-            let (state, x, x_next, step) =
-                (pick(&batch.observations.state), pick(&batch.x), pick(&batch.x_next), pick(&batch.step));
-            let inputs = TransitionBatch { state: Some(&state), x: &x, x_next: &x_next, step: &step };
-            let detach = self.plan.config.actor.model.value_head.as_ref().is_none_or(|head| head.detach_critic_input);
-            let out = transition(policy, &self.table, &cache.index_select(rows)?, inputs, self.executed, detach || warming)?;
+            let (state, x, x_next, step) = (
+                pick(&batch.observations.state),
+                pick(&batch.x),
+                pick(&batch.x_next),
+                pick(&batch.step),
+            );
+            let inputs = TransitionBatch {
+                state: Some(&state),
+                x: &x,
+                x_next: &x_next,
+                step: &step,
+            };
+            let detach = self
+                .plan
+                .config
+                .actor
+                .model
+                .value_head
+                .as_ref()
+                .is_none_or(|head| head.detach_critic_input);
+            let out = transition(
+                policy,
+                &self.table,
+                &cache.index_select(rows)?,
+                inputs,
+                self.executed,
+                detach || warming,
+            )?;
             logprob = Some(out.logprob.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float));
             value = out.value;
         }
@@ -275,9 +345,24 @@ impl Updater {
             mask: None,
             episode_len: None,
         });
-        let out = loss(&PolicyInput { actor, critic, entropy: None }, &self.settings)?;
-        let critic = out.critic.map(|c| (c.value_loss, c.value_clip_fraction, c.explained_variance));
-        Ok(Pass { loss: out.loss, actor: out.actor, critic, logprob_gap, value_gap })
+        let out = loss(
+            &PolicyInput {
+                actor,
+                critic,
+                entropy: None,
+            },
+            &self.settings,
+        )?;
+        let critic = out
+            .critic
+            .map(|c| (c.value_loss, c.value_clip_fraction, c.explained_variance));
+        Ok(Pass {
+            loss: out.loss,
+            actor: out.actor,
+            critic,
+            logprob_gap,
+            value_gap,
+        })
     }
 }
 

@@ -256,8 +256,9 @@ impl Incoming {
         self.known.retain(|_, path| path.is_file());
     }
 
-    /// A bundle was refused.
+    /// A bundle was refused. One of its files may be damaged here, so nothing is linked again before the next success.
     pub fn discard(&mut self, dir: &Path) {
+        self.known.clear();
         remove(dir);
     }
 }

@@ -1,2 +1,239 @@
-//! stub
-fn main() {}
+//! `rollout-engine`: serve, check, bench.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy::config::{Provider, RunConfig};
+use rollout_engine::{
+    backend::{Backend, provider_name},
+    bench::chunk_latency,
+    policy_slot::LoadedPolicy,
+    serve::{Options, serve},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing_subscriber::EnvFilter;
+
+/// Serves a pi0 / pi0.5 policy bundle with ONNX Runtime: action chunks for env workers and robots, chunk records for training.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or ctrl-c.
+    Serve(ServeArgs),
+    /// Open, verify and load a bundle and run its self-test once.
+    Check(CheckArgs),
+    /// Measure chunk latency by batch size.
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Run configuration (TOML); `[rollout]` is read here.
+    #[arg(long)]
+    config: PathBuf,
+    /// Override a key, like `rollout.max_batch=16`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Bundle to serve from the start; without it the first version comes from the learner.
+    #[arg(long, value_name = "DIR")]
+    bundle: Option<PathBuf>,
+    /// The learner's endpoint, tcp://HOST:PORT; default: `learner.listen`.
+    #[arg(long, value_name = "ENDPOINT", conflicts_with = "standalone")]
+    learner: Option<String>,
+    /// Serve without a learner, as on a robot; needs --bundle.
+    #[arg(long, requires = "bundle")]
+    standalone: bool,
+    /// Endpoint for env workers and clients; default: `rollout.listen`.
+    #[arg(long, value_name = "ENDPOINT")]
+    listen: Option<String>,
+    /// HOST:PORT of /healthz and /metrics; default: `rollout.http`.
+    #[arg(long, value_name = "HOST:PORT")]
+    http: Option<String>,
+    /// Folder for fetched bundles, of this engine alone; default: `engine` in `runner.output_dir`.
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Write the endpoints that were really bound as JSON: {"listen": ..., "http": ...}.
+    #[arg(long, value_name = "FILE")]
+    endpoints_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ProviderArg {
+    Cpu,
+    Cuda,
+    Tensorrt,
+}
+
+impl From<ProviderArg> for Provider {
+    fn from(provider: ProviderArg) -> Self {
+        match provider {
+            ProviderArg::Cpu => Self::Cpu,
+            ProviderArg::Cuda => Self::Cuda,
+            ProviderArg::Tensorrt => Self::Tensorrt,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct BackendArgs {
+    /// Execution provider.
+    #[arg(long, value_enum, default_value = "cpu")]
+    provider: ProviderArg,
+    /// Threads of ONNX Runtime.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// The bundle's folder.
+    dir: PathBuf,
+    #[command(flatten)]
+    backend: BackendArgs,
+}
+
+#[derive(Debug, Args)]
+struct BenchArgs {
+    /// The bundle's folder.
+    #[arg(long, value_name = "DIR")]
+    bundle: PathBuf,
+    #[command(flatten)]
+    backend: BackendArgs,
+    /// Batch sizes.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16])]
+    batch: Vec<usize>,
+    /// Batches per batch size.
+    #[arg(long, default_value_t = 100)]
+    batches: usize,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let result = match cli.command {
+        Command::Serve(args) => run_serve(args),
+        Command::Check(args) => check(&args.dir, &args.backend),
+        Command::Bench(args) => bench(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // when stderr is closed too, the exit status is all that is left to tell
+            drop(writeln!(std::io::stderr(), "rollout-engine: {}", one_line(&format!("{error:#}"))));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
+    let config = RunConfig::load(&args.config, &args.set)?;
+    let mut rollout = config.rollout;
+    if let Some(listen) = args.listen {
+        rollout.listen = listen;
+    }
+    if let Some(http) = args.http {
+        rollout.http = http;
+    }
+    let learner = (!args.standalone).then(|| args.learner.unwrap_or(config.learner.listen));
+    if let Some(endpoint) = &learner {
+        wire::socket::check_endpoint(endpoint)?;
+        anyhow::ensure!(
+            !endpoint.ends_with(":0"),
+            "`learner.listen = \"{endpoint}\"` names no port to connect to: pass --learner with the learner's endpoint, or --standalone"
+        );
+    }
+    let options = Options {
+        rollout,
+        bundle: args.bundle,
+        learner,
+        state_dir: args.state_dir.unwrap_or_else(|| config.runner.output_dir.join("engine")),
+        endpoints_file: args.endpoints_file,
+    };
+    // one thread for the sockets, one to load bundles: inference has its own
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let result = runtime.block_on(async {
+        let (stop_sender, stop) = watch::channel(false);
+        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listening for ctrl-c")?;
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping");
+            stop_sender.send_replace(true);
+        });
+        Ok(serve(options, stop).await?)
+    });
+    // a load in the background is not waited for
+    runtime.shutdown_background();
+    result
+}
+
+fn load(dir: &Path, args: &BackendArgs) -> anyhow::Result<LoadedPolicy> {
+    let backend = Backend::new(args.provider.into(), args.threads)?;
+    LoadedPolicy::load(&backend, dir, None).with_context(|| format!("bundle `{}`", dir.display()))
+}
+
+fn check(dir: &Path, args: &BackendArgs) -> anyhow::Result<()> {
+    let policy = load(dir, args)?;
+    let manifest = &policy.manifest;
+    let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
+    let test = policy.self_test_difference.map_or_else(
+        || "finite (no reference in the manifest)".to_owned(),
+        |difference| format!("within {difference:.1e} of the publisher"),
+    );
+    writeln!(
+        std::io::stdout(),
+        "bundle `{}`: policy version {}, {:?}, {} files, {bytes} bytes, provider {}, self-test {test}",
+        dir.display(),
+        policy.version(),
+        manifest.dims.variant,
+        manifest.files.len() + 1,
+        provider_name(args.provider.into()),
+    )
+    .context("writing to stdout")
+}
+
+fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+    let policy = load(&args.bundle, &args.backend)?;
+    let mut out = std::io::stdout();
+    let mut rows = Vec::new();
+    writeln!(out, "{:>6} {:>10} {:>10} {:>12} {:>12} {:>12}", "batch", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s")?;
+    for batch in &args.batch {
+        anyhow::ensure!(*batch > 0 && args.batches > 0, "`--batch` and `--batches` must be at least 1");
+        let row = chunk_latency(&policy, *batch, args.batches)?;
+        writeln!(
+            out,
+            "{:>6} {:>10.3} {:>10.3} {:>12.3} {:>12.3} {:>12.1}",
+            row.batch, row.p50_ms, row.p99_ms, row.prefix_p50_ms, row.denoise_p50_ms, row.chunks_per_second
+        )?;
+        rows.push(row);
+    }
+    for row in rows {
+        writeln!(out, "{}", serde_json::to_string(&row)?)?;
+    }
+    Ok(())
+}

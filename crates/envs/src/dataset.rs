@@ -67,10 +67,22 @@ impl Columns {
         let mut target_shape = vec![n];
         target_shape.extend(targets.1);
         let views = [
-            ("images", TensorView::new(Dtype::U8, vec![n, 1, size, size, 3], &self.images).map_err(layout)?),
-            ("state", TensorView::new(Dtype::F32, vec![n, 4], &state).map_err(layout)?),
-            ("prompt_id", TensorView::new(Dtype::I64, vec![n], &prompt).map_err(layout)?),
-            (targets.0, TensorView::new(Dtype::F32, target_shape, &target).map_err(layout)?),
+            (
+                "images",
+                TensorView::new(Dtype::U8, vec![n, 1, size, size, 3], &self.images).map_err(layout)?,
+            ),
+            (
+                "state",
+                TensorView::new(Dtype::F32, vec![n, 4], &state).map_err(layout)?,
+            ),
+            (
+                "prompt_id",
+                TensorView::new(Dtype::I64, vec![n], &prompt).map_err(layout)?,
+            ),
+            (
+                targets.0,
+                TensorView::new(Dtype::F32, target_shape, &target).map_err(layout)?,
+            ),
         ];
         let prompts: Vec<String> = COLOURS.iter().map(|c| format!("pick {c}")).collect();
         let meta = serde_json::json!({ "env": "tabletop", "prompts": prompts }).to_string();
@@ -82,7 +94,13 @@ impl Columns {
 
 fn key(seed: u64, number: usize) -> ResetKey {
     // demonstrations and scenes have their own environment number, which no rollout uses
-    ResetKey { seed, env: u32::MAX, episode: number as u64, reset_state: None, task: None }
+    ResetKey {
+        seed,
+        env: u32::MAX,
+        episode: number as u64,
+        reset_state: None,
+        task: None,
+    }
 }
 
 /// Collects `demos` successful episodes of the demonstrator; one row per env step with the next `horizon` actions (past the end:
@@ -90,13 +108,23 @@ fn key(seed: u64, number: usize) -> ResetKey {
 ///
 /// # Errors
 /// Fewer than half of the episodes succeed, or the file cannot be written.
-pub fn write_demos(path: &Path, params: &TabletopParams, demos: usize, horizon: usize, seed: u64) -> Result<usize, DatasetError> {
+pub fn write_demos(
+    path: &Path,
+    params: &TabletopParams,
+    demos: usize,
+    horizon: usize,
+    seed: u64,
+) -> Result<usize, DatasetError> {
     let mut columns = Columns::default();
     let mut found = 0;
     let mut tried = 0;
     while found < demos {
         if tried >= 2 * demos + 16 {
-            return Err(DatasetError::TooFew { wanted: demos, found, tried });
+            return Err(DatasetError::TooFew {
+                wanted: demos,
+                found,
+                tried,
+            });
         }
         let mut table = Table::draw(&mut key(seed, tried).rng());
         let mut rng = stream(Purpose::Sampling, seed, u64::MAX, tried as u64, 0);
@@ -116,7 +144,9 @@ pub fn write_demos(path: &Path, params: &TabletopParams, demos: usize, horizon: 
         for (t, (frame, _)) in frames.iter().enumerate() {
             columns.push(frame, params);
             for h in 0..horizon {
-                columns.targets.extend(frames.get(t + h).map_or([0.0, 0.0, last_grip], |(_, a)| *a));
+                columns
+                    .targets
+                    .extend(frames.get(t + h).map_or([0.0, 0.0, last_grip], |(_, a)| *a));
             }
         }
     }
@@ -140,7 +170,10 @@ pub fn write_scenes(path: &Path, params: &TabletopParams, scenes: usize, seed: u
         let mut jitter = [0.0; 2];
         fill_normal(&mut rng, &mut jitter);
         let near = |p: [f32; 2]| {
-            [(p[0] + 0.03 * jitter[0]).clamp(0.02, 0.98), (p[1] + 0.03 * jitter[1]).clamp(0.02, 0.98)]
+            [
+                (p[0] + 0.03 * jitter[0]).clamp(0.02, 0.98),
+                (p[1] + 0.03 * jitter[1]).clamp(0.02, 0.98),
+            ]
         };
         if place < 0.35 {
             table.gripper = near(table.blocks[0]);
@@ -166,7 +199,13 @@ mod tests {
         let tensors = SafeTensors::deserialize(file).expect("safetensors");
         let tensor = tensors.tensor(name).expect("tensor");
         assert_eq!(tensor.dtype(), Dtype::F32);
-        let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let values = tensor
+            .data()
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
         (tensor.shape().to_vec(), values)
     }
 
@@ -174,10 +213,18 @@ mod tests {
     fn demonstrations_replay_to_success_and_stand_still_after_it() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("demos.safetensors");
-        let params = TabletopParams { demo_bias: 0.032, demo_noise: 0.1, ..TabletopParams::default() };
+        let params = TabletopParams {
+            demo_bias: 0.032,
+            demo_noise: 0.1,
+            ..TabletopParams::default()
+        };
         let horizon = 6;
         let rows = write_demos(&path, &params, 20, horizon, 3).expect("demos");
-        assert_eq!(fs::read_dir(folder.path()).expect("folder").count(), 1, "nothing is left beside the file");
+        assert_eq!(
+            fs::read_dir(folder.path()).expect("folder").count(),
+            1,
+            "nothing is left beside the file"
+        );
         let file = fs::read(&path).expect("file");
         let (shape, actions) = floats(&file, "actions");
         assert_eq!(shape, [rows, horizon, ACTION_DIM]);
@@ -225,9 +272,15 @@ mod tests {
         }
         // starts are 0.2 apart, and a jitter of 5 deviations is not seen; 5 standard errors of a share of 4000 are below 0.04.
         // A moved block or gripper may also land near the third point, rarely.
-        assert!((near[0] - 0.35).abs() < 0.04 && (near[1] - 0.15).abs() < 0.04, "{near:?}");
+        assert!(
+            (near[0] - 0.35).abs() < 0.04 && (near[1] - 0.15).abs() < 0.04,
+            "{near:?}"
+        );
         let tensors = SafeTensors::deserialize(&file).expect("safetensors");
-        assert_eq!(tensors.tensor("images").expect("images").shape(), [scenes, 1, 32, 32, 3]);
+        assert_eq!(
+            tensors.tensor("images").expect("images").shape(),
+            [scenes, 1, 32, 32, 3]
+        );
         assert_eq!(tensors.tensor("prompt_id").expect("prompts").shape(), [scenes]);
     }
 
@@ -235,9 +288,22 @@ mod tests {
     fn a_demonstrator_that_fails_writes_nothing() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("demos.safetensors");
-        let params = TabletopParams { demo_bias: 0.2, ..TabletopParams::default() };
+        let params = TabletopParams {
+            demo_bias: 0.2,
+            ..TabletopParams::default()
+        };
         let refused = write_demos(&path, &params, 5, 4, 1);
-        assert!(matches!(refused, Err(DatasetError::TooFew { wanted: 5, found: 0, tried: 26 })), "{refused:?}");
+        assert!(
+            matches!(
+                refused,
+                Err(DatasetError::TooFew {
+                    wanted: 5,
+                    found: 0,
+                    tried: 26
+                })
+            ),
+            "{refused:?}"
+        );
         assert!(!path.exists());
     }
 }

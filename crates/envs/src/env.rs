@@ -123,7 +123,9 @@ pub enum EnvError {
 type Make = fn(usize, toml::Table) -> Result<Box<dyn VecEnv>, EnvError>;
 
 /// All environments: a new one is one line here.
-const REGISTRY: &[(&str, Make)] = &[("tabletop", |n, params| Ok(Box::new(Tabletop::new(n, TabletopParams::parse(params)?))))];
+const REGISTRY: &[(&str, Make)] = &[("tabletop", |n, params| {
+    Ok(Box::new(Tabletop::new(n, TabletopParams::parse(params)?)))
+})];
 
 /// Makes `num_envs` slots of the environment `name` with `params` (keys that are absent keep the environment's values).
 ///

@@ -12,7 +12,10 @@ pub fn act(table: &Table, params: &TabletopParams, rng: &mut impl Rng) -> [f32; 
     let goal = if holds_target {
         table.zone
     } else {
-        [table.blocks[0][0] + params.demo_bias, table.blocks[0][1] - params.demo_bias]
+        [
+            table.blocks[0][0] + params.demo_bias,
+            table.blocks[0][1] - params.demo_bias,
+        ]
     };
     let to_goal = distance(goal, table.gripper);
     let mut noise = [0.0; 2];
@@ -20,10 +23,18 @@ pub fn act(table: &Table, params: &TabletopParams, rng: &mut impl Rng) -> [f32; 
     let mut action = [0.0; 3];
     for (axis, a) in action.iter_mut().take(2).enumerate() {
         let d = goal[axis] - table.gripper[axis];
-        let shake = if to_goal > 0.03 { params.demo_noise * noise[axis] } else { 0.0 };
+        let shake = if to_goal > 0.03 {
+            params.demo_noise * noise[axis]
+        } else {
+            0.0
+        };
         *a = (d / to_goal.max(MAX_MOVE) + shake).clamp(-1.0, 1.0);
     }
-    let close = if holds_target { to_goal > 0.02 } else { to_goal < 0.015 && !table.closed };
+    let close = if holds_target {
+        to_goal > 0.02
+    } else {
+        to_goal < 0.015 && !table.closed
+    };
     action[2] = if close { 1.0 } else { -1.0 };
     action
 }
@@ -38,7 +49,13 @@ mod tests {
     fn success_rate(params: TabletopParams, episodes: u32, mut policy: impl FnMut(&Table) -> [f32; 3]) -> f64 {
         let won = (0..episodes)
             .filter(|env| {
-                let key = ResetKey { seed: 11, env: *env, episode: 0, reset_state: None, task: None };
+                let key = ResetKey {
+                    seed: 11,
+                    env: *env,
+                    episode: 0,
+                    reset_state: None,
+                    task: None,
+                };
                 let mut table = Table::draw(&mut key.rng());
                 (0..params.max_episode_steps).any(|_| table.step(policy(&table), &params))
             })
@@ -51,11 +68,20 @@ mod tests {
         let params = TabletopParams::default();
         let mut rng = stream(Purpose::Sampling, 1, 0, 0, 0);
         assert!(success_rate(params, 500, |t| act(t, &params, &mut rng)) > 0.98);
-        let flawed = TabletopParams { demo_bias: 0.032, demo_noise: 0.1, ..params };
+        let flawed = TabletopParams {
+            demo_bias: 0.032,
+            demo_noise: 0.1,
+            ..params
+        };
         let mut rng = stream(Purpose::Sampling, 2, 0, 0, 0);
-        assert!(success_rate(flawed, 500, |t| act(t, &flawed, &mut rng)) > 0.95, "a demonstrator shows successes");
+        assert!(
+            success_rate(flawed, 500, |t| act(t, &flawed, &mut rng)) > 0.95,
+            "a demonstrator shows successes"
+        );
         let mut rng = stream(Purpose::Sampling, 3, 0, 0, 0);
-        let chance = success_rate(params, 500, |_| std::array::from_fn(|_| (2.0 * uniform(&mut rng) - 1.0) as f32));
+        let chance = success_rate(params, 500, |_| {
+            std::array::from_fn(|_| (2.0 * uniform(&mut rng) - 1.0) as f32)
+        });
         assert!(chance < 0.03, "{chance}");
     }
 }

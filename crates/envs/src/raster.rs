@@ -12,7 +12,10 @@ pub struct Canvas {
 impl Canvas {
     /// A canvas of `size * size` pixels filled with one grey.
     pub fn new(size: usize, grey: f32) -> Self {
-        Self { size, pixels: vec![[grey; 3]; size * size] }
+        Self {
+            size,
+            pixels: vec![[grey; 3]; size * size],
+        }
     }
 
     /// Paints a disc: coverage `clamp((r - |pixel - centre|) * size + 1/2, 0, 1)` at pixel centres `(i + 1/2) / size`.
@@ -40,7 +43,16 @@ impl Canvas {
 
     /// The canvas as bytes, `round(255 v)`.
     pub fn image(&self) -> Image {
-        let data = self.pixels.iter().flatten().map(|v| (v * 255.0).round() as u8).collect();
-        Image { height: self.size, width: self.size, data }
+        let data = self
+            .pixels
+            .iter()
+            .flatten()
+            .map(|v| (v * 255.0).round() as u8)
+            .collect();
+        Image {
+            height: self.size,
+            width: self.size,
+            data,
+        }
     }
 }

@@ -72,8 +72,13 @@ impl TabletopParams {
     /// # Errors
     /// An unknown key, a wrong type or a value out of range.
     pub fn parse(params: toml::Table) -> Result<Self, EnvError> {
-        let bad = |detail: String| EnvError::Params { name: "tabletop".to_owned(), detail };
-        let parsed: Self = params.try_into().map_err(|e: toml::de::Error| bad(e.message().to_owned()))?;
+        let bad = |detail: String| EnvError::Params {
+            name: "tabletop".to_owned(),
+            detail,
+        };
+        let parsed: Self = params
+            .try_into()
+            .map_err(|e: toml::de::Error| bad(e.message().to_owned()))?;
         if !(8..=512).contains(&parsed.image_size) {
             return Err(bad(format!("`image_size` is {}, expected 8 to 512", parsed.image_size)));
         }
@@ -198,16 +203,29 @@ impl Table {
         let mut canvas = Canvas::new(size, BACKGROUND);
         canvas.disc(self.zone, ZONE_RADIUS, ZONE_RGB);
         for (block, colour) in self.blocks.iter().zip(self.colours) {
-            canvas.disc(*block, BLOCK_RADIUS, COLOUR_RGB.get(colour).copied().unwrap_or_default());
+            canvas.disc(
+                *block,
+                BLOCK_RADIUS,
+                COLOUR_RGB.get(colour).copied().unwrap_or_default(),
+            );
         }
-        canvas.disc(self.gripper, GRIPPER_RADIUS, if self.closed { CLOSED_RGB } else { OPEN_RGB });
+        canvas.disc(
+            self.gripper,
+            GRIPPER_RADIUS,
+            if self.closed { CLOSED_RGB } else { OPEN_RGB },
+        );
         canvas.image()
     }
 
     /// Proprioception `[4 x - 2, 4 y - 2, closed, holding]`, the last two -1 or 1. *Which* block is held it does not tell.
     pub fn state(&self) -> [f32; 4] {
         let sign = |b: bool| if b { 1.0 } else { -1.0 };
-        [4.0 * self.gripper[0] - 2.0, 4.0 * self.gripper[1] - 2.0, sign(self.closed), sign(self.held.is_some())]
+        [
+            4.0 * self.gripper[0] - 2.0,
+            4.0 * self.gripper[1] - 2.0,
+            sign(self.closed),
+            sign(self.held.is_some()),
+        ]
     }
 
     /// The instruction.
@@ -231,14 +249,29 @@ pub struct Tabletop {
 impl Tabletop {
     /// `num_envs` slots.
     pub fn new(num_envs: usize, params: TabletopParams) -> Self {
-        Self { params, tables: vec![None; num_envs] }
+        Self {
+            params,
+            tables: vec![None; num_envs],
+        }
     }
 
     fn look(&self, table: &Table) -> Observation {
         let size = self.params.image_size;
-        let image = if self.params.blank_image { Canvas::new(size, BACKGROUND).image() } else { table.image(size) };
-        let prompt = if self.params.blank_prompt { "pick".to_owned() } else { table.prompt() };
-        Observation { images: vec![image], state: table.state().to_vec(), prompt }
+        let image = if self.params.blank_image {
+            Canvas::new(size, BACKGROUND).image()
+        } else {
+            table.image(size)
+        };
+        let prompt = if self.params.blank_prompt {
+            "pick".to_owned()
+        } else {
+            table.prompt()
+        };
+        Observation {
+            images: vec![image],
+            state: table.state().to_vec(),
+            prompt,
+        }
     }
 }
 
@@ -300,7 +333,13 @@ mod tests {
     use super::*;
 
     fn key(seed: u64, env: u32, episode: u64) -> ResetKey {
-        ResetKey { seed, env, episode, reset_state: None, task: None }
+        ResetKey {
+            seed,
+            env,
+            episode,
+            reset_state: None,
+            task: None,
+        }
     }
 
     #[test]
@@ -312,8 +351,14 @@ mod tests {
         assert_eq!(alone, many.reset(6, &key(7, 2, 5)).expect("slot"));
         assert_ne!(alone, one.reset(0, &key(7, 2, 6)).expect("slot"));
         assert_ne!(alone, one.reset(0, &key(8, 2, 5)).expect("slot"));
-        let group = |env| ResetKey { reset_state: Some(4), ..key(7, env, 0) };
-        assert_eq!(one.reset(0, &group(1)).expect("slot"), many.reset(1, &group(2)).expect("slot"));
+        let group = |env| ResetKey {
+            reset_state: Some(4),
+            ..key(7, env, 0)
+        };
+        assert_eq!(
+            one.reset(0, &group(1)).expect("slot"),
+            many.reset(1, &group(2)).expect("slot")
+        );
     }
 
     #[test]
@@ -330,12 +375,21 @@ mod tests {
         table.step([0.0, 0.0, 1.0], &params);
         assert_eq!(table.held, Some(0));
         table.step([-1.0, 0.0, 1.0], &params);
-        assert!((table.blocks[0][0] - (0.8 - MAX_MOVE)).abs() < 1e-6, "the block moves along");
+        assert!(
+            (table.blocks[0][0] - (0.8 - MAX_MOVE)).abs() < 1e-6,
+            "the block moves along"
+        );
     }
 
     #[test]
     fn the_time_limit_truncates() {
-        let mut env = Tabletop::new(1, TabletopParams { max_episode_steps: 6, ..TabletopParams::default() });
+        let mut env = Tabletop::new(
+            1,
+            TabletopParams {
+                max_episode_steps: 6,
+                ..TabletopParams::default()
+            },
+        );
         env.reset(0, &key(1, 1, 1)).expect("slot");
         let first = env.step_chunk(0, &[0.0; 12], false).expect("slot");
         assert!(!first.truncated && !first.terminated && first.rewards.len() == 4);
@@ -370,12 +424,18 @@ mod tests {
     fn parameters_out_of_range_are_refused_by_name() {
         let refusal = |text: &str| {
             let params = text.parse().expect("TOML");
-            TabletopParams::parse(params).err().map(|e| e.to_string()).unwrap_or_default()
+            TabletopParams::parse(params)
+                .err()
+                .map(|e| e.to_string())
+                .unwrap_or_default()
         };
         assert_eq!(refusal("grasp_tol = 0.05\ndemo_bias = -0.03\ndemo_noise = 0.1"), "");
         for key in ["grasp_tol", "place_tol", "demo_bias", "demo_noise"] {
             for value in ["nan", "inf", "-2.0"] {
-                assert!(refusal(&format!("{key} = {value}")).contains(&format!("`{key}` is")), "{key} = {value}");
+                assert!(
+                    refusal(&format!("{key} = {value}")).contains(&format!("`{key}` is")),
+                    "{key} = {value}"
+                );
             }
         }
         assert!(refusal("grasp_tl = 0.05").contains("grasp_tl"));
@@ -387,25 +447,52 @@ mod tests {
         for (task, colour) in (0u32..).zip(COLOURS) {
             for episode in 0..20 {
                 let drawn = Table::draw(&mut key(5, 0, episode).rng());
-                let named = ResetKey { task: Some(task), ..key(5, 0, episode) };
+                let named = ResetKey {
+                    task: Some(task),
+                    ..key(5, 0, episode)
+                };
                 let seen = env.reset(0, &named).expect("slot");
                 assert_eq!(seen.prompt, format!("pick {colour}"));
                 let table = env.tables[0].expect("reset");
                 assert_ne!(table.colours[0], table.colours[1]);
-                assert_eq!(table, Table { colours: table.colours, ..drawn });
+                assert_eq!(
+                    table,
+                    Table {
+                        colours: table.colours,
+                        ..drawn
+                    }
+                );
             }
         }
-        assert!(env.reset(0, &ResetKey { task: Some(3), ..key(5, 0, 0) }).is_none(), "there is no fourth colour");
+        assert!(
+            env.reset(
+                0,
+                &ResetKey {
+                    task: Some(3),
+                    ..key(5, 0, 0)
+                }
+            )
+            .is_none(),
+            "there is no fourth colour"
+        );
     }
 
     #[test]
     fn success_in_the_last_step_is_no_truncation() {
-        let mut env = Tabletop::new(1, TabletopParams { max_episode_steps: 3, ..TabletopParams::default() });
+        let mut env = Tabletop::new(
+            1,
+            TabletopParams {
+                max_episode_steps: 3,
+                ..TabletopParams::default()
+            },
+        );
         env.reset(0, &key(1, 1, 1)).expect("slot");
         let table = env.tables[0].as_mut().expect("reset");
         table.steps = 2;
         table.blocks[0] = table.zone;
-        let outcome = env.step_chunk(0, &[0.0, 0.0, -1.0, 0.0, 0.0, -1.0], false).expect("slot");
+        let outcome = env
+            .step_chunk(0, &[0.0, 0.0, -1.0, 0.0, 0.0, -1.0], false)
+            .expect("slot");
         assert_eq!(outcome.rewards, [1.0], "the chunk stops at success");
         assert!(outcome.success && outcome.terminated && !outcome.truncated);
     }
@@ -420,7 +507,10 @@ mod tests {
             table
         };
         assert_eq!(after([f32::NAN; 3]), after([0.0; 3]));
-        assert_eq!(after([f32::INFINITY, f32::NEG_INFINITY, f32::INFINITY]), after([1.0, -1.0, 1.0]));
+        assert_eq!(
+            after([f32::INFINITY, f32::NEG_INFINITY, f32::INFINITY]),
+            after([1.0, -1.0, 1.0])
+        );
     }
 
     #[test]
@@ -445,7 +535,10 @@ mod tests {
                     value += (f64::from(rgb[channel]) - value) * alpha;
                 }
                 // half a step of u8, and f32 against f64
-                assert!((f64::from(*byte) - 255.0 * value).abs() < 0.5 + 1e-3, "{episode} {row} {column} {channel}");
+                assert!(
+                    (f64::from(*byte) - 255.0 * value).abs() < 0.5 + 1e-3,
+                    "{episode} {row} {column} {channel}"
+                );
             }
         }
     }

@@ -45,7 +45,11 @@ fn array(image: Image) -> Array {
 }
 
 fn observation(seen: env::Observation) -> Observation {
-    Observation { images: seen.images.into_iter().map(|i| Some(array(i))).collect(), state: seen.state, prompt: seen.prompt }
+    Observation {
+        images: seen.images.into_iter().map(|i| Some(array(i))).collect(),
+        state: seen.state,
+        prompt: seen.prompt,
+    }
 }
 
 /// Serves `env` to the engine until the process is told to stop; reconnects when the engine goes away.
@@ -78,8 +82,19 @@ async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(
     loop {
         match receive.receive::<FromEngine>().await? {
             FromEngine::Welcome(welcome) => {
-                tracing::info!("engine serves policy version {}, {} slots of {}", welcome.version, slots, spec.name);
-                let idle = (0..slots as u32).map(|slot| SlotReport { slot, outcome: None, observation: None }).collect();
+                tracing::info!(
+                    "engine serves policy version {}, {} slots of {}",
+                    welcome.version,
+                    slots,
+                    spec.name
+                );
+                let idle = (0..slots as u32)
+                    .map(|slot| SlotReport {
+                        slot,
+                        outcome: None,
+                        observation: None,
+                    })
+                    .collect();
                 send.send(&ToEngine::Reports(idle)).await?;
             }
             FromEngine::Commands(commands) => {
@@ -103,7 +118,10 @@ fn apply(
     video: &mut BTreeMap<u32, bool>,
     action_dim: usize,
 ) -> Result<SlotReport, WorkerError> {
-    let missing = WorkerError::Slot { slot, slots: env.num_envs() };
+    let missing = WorkerError::Slot {
+        slot,
+        slots: env.num_envs(),
+    };
     match command {
         Command::Reset(reset) => {
             let key = ResetKey {
@@ -115,10 +133,16 @@ fn apply(
             };
             video.insert(slot, reset.video);
             let seen = env.reset(slot as usize, &key).ok_or(missing)?;
-            Ok(SlotReport { slot, outcome: None, observation: Some(observation(seen)) })
+            Ok(SlotReport {
+                slot,
+                outcome: None,
+                observation: Some(observation(seen)),
+            })
         }
         Command::Act(actions) => {
-            let values = actions.to_f32("actions", None).map_err(|source| WorkerError::Actions { slot, source })?;
+            let values = actions
+                .to_f32("actions", None)
+                .map_err(|source| WorkerError::Actions { slot, source })?;
             if actions.dims().len() != 2 || actions.dims().last() != Some(&action_dim) {
                 // the shape is the engine's word: this worker's spec is what counts
                 let source = actions
@@ -128,7 +152,11 @@ fn apply(
             }
             let frames = video.get(&slot).copied().unwrap_or(false);
             let done = env.step_chunk(slot as usize, &values, frames).ok_or(missing)?;
-            let seen = if done.terminated { None } else { env.observe(slot as usize).map(observation) };
+            let seen = if done.terminated {
+                None
+            } else {
+                env.observe(slot as usize).map(observation)
+            };
             let outcome = Outcome {
                 rewards: done.rewards,
                 terminated: done.terminated,
@@ -136,7 +164,11 @@ fn apply(
                 success: done.success,
                 frames: done.frames.into_iter().map(array).collect(),
             };
-            Ok(SlotReport { slot, outcome: Some(outcome), observation: seen })
+            Ok(SlotReport {
+                slot,
+                outcome: Some(outcome),
+                observation: seen,
+            })
         }
     }
 }

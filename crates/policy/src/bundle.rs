@@ -143,7 +143,9 @@ pub enum BundleError {
         detail: String,
     },
     /// Another format version.
-    #[error("bundle `{path}` has format version {found}, this program reads {expected}: export it again with a matching `export`")]
+    #[error(
+        "bundle `{path}` has format version {found}, this program reads {expected}: export it again with a matching `export`"
+    )]
     FormatVersion {
         /// Which bundle.
         path: PathBuf,
@@ -218,20 +220,32 @@ impl Bundle {
         let path = dir.join(MANIFEST);
         let mut text = String::new();
         let file = File::open(&path).map_err(io("opening the manifest", &path))?;
-        file.take(MAX_MANIFEST_BYTES).read_to_string(&mut text).map_err(io("reading the manifest", &path))?;
-        let bad = |detail: String| BundleError::Manifest { path: dir.to_owned(), detail };
+        file.take(MAX_MANIFEST_BYTES)
+            .read_to_string(&mut text)
+            .map_err(io("reading the manifest", &path))?;
+        let bad = |detail: String| BundleError::Manifest {
+            path: dir.to_owned(),
+            detail,
+        };
         let raw: serde_json::Value = serde_json::from_str(&text).map_err(|e| bad(format!("no JSON: {e}")))?;
         let found = raw
             .get("format_version")
             .and_then(serde_json::Value::as_u64)
             .ok_or_else(|| bad("`format_version` is missing".to_owned()))?;
         if found != u64::from(BUNDLE_VERSION) {
-            return Err(BundleError::FormatVersion { path: dir.to_owned(), expected: BUNDLE_VERSION, found });
+            return Err(BundleError::FormatVersion {
+                path: dir.to_owned(),
+                expected: BUNDLE_VERSION,
+                found,
+            });
         }
         let manifest: Manifest = serde_json::from_value(raw).map_err(|e| bad(e.to_string()))?;
         manifest.dims.check().map_err(|e| bad(e.to_string()))?;
         if manifest.flow_time != FLOW_TIME {
-            return Err(bad(format!("`flow_time` is `{}`, expected `{FLOW_TIME}`", manifest.flow_time)));
+            return Err(bad(format!(
+                "`flow_time` is `{}`, expected `{FLOW_TIME}`",
+                manifest.flow_time
+            )));
         }
         if manifest.action_chunk == 0
             || manifest.action_chunk > manifest.dims.action_horizon
@@ -241,7 +255,9 @@ impl Bundle {
             || manifest.sampling.num_steps > 1000
             || manifest.cameras.len() != manifest.dims.cameras
         {
-            return Err(bad("`action_chunk`, `env_action_dim`, `num_steps` or `cameras` do not fit the sizes".to_owned()));
+            return Err(bad(
+                "`action_chunk`, `env_action_dim`, `num_steps` or `cameras` do not fit the sizes".to_owned(),
+            ));
         }
         for required in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS, EXPERT_WEIGHTS] {
             if manifest.file(required).is_none() {
@@ -249,9 +265,15 @@ impl Bundle {
             }
         }
         if let Some(entry) = manifest.files.iter().find(|f| !plain_name(&f.name)) {
-            return Err(bad(format!("`files` names `{}`, expected a plain file name", entry.name)));
+            return Err(bad(format!(
+                "`files` names `{}`, expected a plain file name",
+                entry.name
+            )));
         }
-        Ok(Self { dir: dir.to_owned(), manifest })
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+        })
     }
 
     /// The bundle's folder.
@@ -287,7 +309,11 @@ impl Bundle {
         let path = self.path(&entry.name);
         let found = describe_file(&path)?;
         if found.bytes != entry.bytes {
-            return Err(self.file_error(&entry.name, &format!("{} bytes", entry.bytes), &format!("{} bytes", found.bytes)));
+            return Err(self.file_error(
+                &entry.name,
+                &format!("{} bytes", entry.bytes),
+                &format!("{} bytes", found.bytes),
+            ));
         }
         if found.sha256 != entry.sha256 {
             return Err(self.file_error(&entry.name, &format!("sha256 {}", entry.sha256), &found.sha256));
@@ -309,9 +335,14 @@ impl Bundle {
         for (name, vlm) in [(VLM_WEIGHTS, true), (EXPERT_WEIGHTS, false)] {
             let wanted: Vec<&ParamSpec> = all.iter().filter(|p| (p.part == Part::Vlm) == vlm).collect();
             let path = self.path(name);
-            let weights = crate::weights::WeightFile::open(&path)
-                .map_err(|source| BundleError::Weights { path: path.clone(), source })?;
-            weights.check(&wanted).map_err(|source| BundleError::Weights { path: path.clone(), source })?;
+            let weights = crate::weights::WeightFile::open(&path).map_err(|source| BundleError::Weights {
+                path: path.clone(),
+                source,
+            })?;
+            weights.check(&wanted).map_err(|source| BundleError::Weights {
+                path: path.clone(),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -342,8 +373,15 @@ pub fn describe_file(path: &Path) -> Result<BundleFile, BundleError> {
         bytes += n as u64;
         digest.update(buffer.get(..n).unwrap_or_default());
     }
-    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok(BundleFile { name, bytes, sha256: hex(&digest.finalize()) })
+    let name = path
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    Ok(BundleFile {
+        name,
+        bytes,
+        sha256: hex(&digest.finalize()),
+    })
 }
 
 /// Writes a bundle: files beside the target, synced, manifest last, then one rename. `manifest.files` is filled in here.
@@ -354,9 +392,15 @@ pub fn publish(dir: &Path, files: Vec<(String, Source)>, mut manifest: Manifest)
     if dir.exists() {
         return Err(BundleError::Exists(dir.to_owned()));
     }
-    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = dir
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io("creating the folder", parent))?;
-    let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = dir
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let beside = parent.join(format!(".{name}.writing.{}", std::process::id()));
     if beside.exists() {
         fs::remove_dir_all(&beside).map_err(io("removing an earlier attempt", &beside))?;
@@ -371,7 +415,10 @@ pub fn publish(dir: &Path, files: Vec<(String, Source)>, mut manifest: Manifest)
         }
         return Err(error);
     }
-    Ok(Bundle { dir: dir.to_owned(), manifest })
+    Ok(Bundle {
+        dir: dir.to_owned(),
+        manifest,
+    })
 }
 
 fn fill(beside: &Path, files: Vec<(String, Source)>, manifest: &mut Manifest) -> Result<(), BundleError> {
@@ -382,12 +429,18 @@ fn fill(beside: &Path, files: Vec<(String, Source)>, manifest: &mut Manifest) ->
         let entry = match source {
             Source::Bytes(bytes) => {
                 write_synced(&path, &bytes)?;
-                BundleFile { name, bytes: bytes.len() as u64, sha256: hex(&Sha256::digest(&bytes)) }
+                BundleFile {
+                    name,
+                    bytes: bytes.len() as u64,
+                    sha256: hex(&Sha256::digest(&bytes)),
+                }
             }
             Source::Same(from, entry) => {
                 if fs::hard_link(&from, &path).is_err() {
                     fs::copy(&from, &path).map_err(io("copying to", &path))?;
-                    File::open(&path).and_then(|f| f.sync_all()).map_err(io("syncing", &path))?;
+                    File::open(&path)
+                        .and_then(|f| f.sync_all())
+                        .map_err(io("syncing", &path))?;
                 }
                 BundleFile { name, ..entry }
             }
@@ -395,8 +448,10 @@ fn fill(beside: &Path, files: Vec<(String, Source)>, manifest: &mut Manifest) ->
         manifest.files.push(entry);
     }
     manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
-    let text = serde_json::to_vec_pretty(manifest)
-        .map_err(|e| BundleError::Manifest { path: beside.to_owned(), detail: e.to_string() })?;
+    let text = serde_json::to_vec_pretty(manifest).map_err(|e| BundleError::Manifest {
+        path: beside.to_owned(),
+        detail: e.to_string(),
+    })?;
     write_synced(&beside.join(MANIFEST), &text)?;
     sync_dir(beside)
 }
@@ -408,7 +463,9 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
 }
 
 fn sync_dir(path: &Path) -> Result<(), BundleError> {
-    File::open(path).and_then(|f| f.sync_all()).map_err(io("syncing the folder", path))
+    File::open(path)
+        .and_then(|f| f.sync_all())
+        .map_err(io("syncing the folder", path))
 }
 
 /// Writes one file atomically: beside it, synced, renamed.
@@ -416,9 +473,15 @@ fn sync_dir(path: &Path) -> Result<(), BundleError> {
 /// # Errors
 /// A file operation fails; then the old file, if any, is untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io("creating the folder", parent))?;
-    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = path
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let beside = parent.join(format!(".{name}.writing.{}", std::process::id()));
     write_synced(&beside, bytes)?;
     fs::rename(&beside, path).map_err(io("renaming to", path))?;

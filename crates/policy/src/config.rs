@@ -413,8 +413,10 @@ impl RunConfig {
     /// # Errors
     /// Names the file or the key; for an unknown key also the nearest right one.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(&text, path, overrides)
     }
 
@@ -436,7 +438,11 @@ impl RunConfig {
             let detail = match unknown_field(&message) {
                 Some((unknown, known)) => {
                     if !key.ends_with(&unknown) {
-                        key = if key == "." { unknown.clone() } else { format!("{key}.{unknown}") };
+                        key = if key == "." {
+                            unknown.clone()
+                        } else {
+                            format!("{key}.{unknown}")
+                        };
                     }
                     nearest(&unknown, &known)
                 }
@@ -451,8 +457,10 @@ impl RunConfig {
     /// # Errors
     /// A value that TOML cannot hold (an integer beyond i64).
     pub fn to_toml(&self) -> Result<String, ConfigError> {
-        toml::to_string_pretty(self)
-            .map_err(|e| ConfigError::Key { key: "(all)".to_owned(), detail: one_line(&e.to_string()) })
+        toml::to_string_pretty(self).map_err(|e| ConfigError::Key {
+            key: "(all)".to_owned(),
+            detail: one_line(&e.to_string()),
+        })
     }
 
     /// SHA-256 of the effective configuration without the run's folder and endpoints, which change no result.

@@ -91,13 +91,23 @@ impl PolicyDims {
         Self {
             variant,
             vocab: 257_152,
-            vlm: StackDims { width: 2048, mlp: 16_384 },
+            vlm: StackDims {
+                width: 2048,
+                mlp: 16_384,
+            },
             expert: StackDims { width: 1024, mlp: 4096 },
             depth: 18,
             heads: 8,
             kv_heads: 1,
             head_dim: 256,
-            vision: VisionDims { width: 1152, mlp: 4304, depth: 27, heads: 16, image_size: 224, patch: 14 },
+            vision: VisionDims {
+                width: 1152,
+                mlp: 4304,
+                depth: 27,
+                heads: 16,
+                image_size: 224,
+                patch: 14,
+            },
             cameras: 3,
             prompt_len: if variant == Variant::Pi0 { 48 } else { 200 },
             action_horizon: 50,
@@ -138,13 +148,22 @@ impl PolicyDims {
             }
         }
         if self.heads % self.kv_heads != 0 {
-            return fail(format!("`heads` {} is no multiple of `kv_heads` {}", self.heads, self.kv_heads));
+            return fail(format!(
+                "`heads` {} is no multiple of `kv_heads` {}",
+                self.heads, self.kv_heads
+            ));
         }
         if self.head_dim % 2 != 0 {
-            return fail(format!("`head_dim` {} is odd, rotary positions need pairs", self.head_dim));
+            return fail(format!(
+                "`head_dim` {} is odd, rotary positions need pairs",
+                self.head_dim
+            ));
         }
         if self.expert.width % 2 != 0 || self.expert.width < 4 {
-            return fail(format!("`expert.width` {} must be even and at least 4 (time embedding)", self.expert.width));
+            return fail(format!(
+                "`expert.width` {} must be even and at least 4 (time embedding)",
+                self.expert.width
+            ));
         }
         if self.vision.image_size % self.vision.patch != 0 {
             return fail(format!(

@@ -88,7 +88,13 @@ pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Ve
                     (t_next * angle.cos(), t_next * angle.sin())
                 }
             };
-            DenoiseStep { t, t_next, action_weight, noise_weight, std }
+            DenoiseStep {
+                t,
+                t_next,
+                action_weight,
+                noise_weight,
+                std,
+            }
         })
         .collect()
 }
@@ -109,8 +115,16 @@ impl Schedule {
     pub fn new(method: NoiseMethod, num_steps: usize, noise_level: f64, ignore_last: bool) -> Self {
         let stochastic = step_table(method, num_steps, noise_level);
         let usable = stochastic.iter().take_while(|row| row.std > 0.0).count();
-        let drawable = if ignore_last { usable.min(num_steps.saturating_sub(1)) } else { usable };
-        Self { ode: step_table(NoiseMethod::FlowOde, num_steps, 0.0), stochastic, drawable }
+        let drawable = if ignore_last {
+            usable.min(num_steps.saturating_sub(1))
+        } else {
+            usable
+        };
+        Self {
+            ode: step_table(NoiseMethod::FlowOde, num_steps, 0.0),
+            stochastic,
+            drawable,
+        }
     }
 
     /// Number of denoise steps.
@@ -120,7 +134,11 @@ impl Schedule {
 
     /// The row of step `k` for an environment whose stochastic step is `stochastic_step` (`None`: evaluation, all ODE).
     pub fn row(&self, k: usize, stochastic_step: Option<usize>) -> Option<&DenoiseStep> {
-        if stochastic_step == Some(k) { self.stochastic.get(k) } else { self.ode.get(k) }
+        if stochastic_step == Some(k) {
+            self.stochastic.get(k)
+        } else {
+            self.ode.get(k)
+        }
     }
 }
 

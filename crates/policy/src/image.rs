@@ -39,7 +39,9 @@ pub enum ImageError {
         found: usize,
     },
     /// Scaled to the target, a side would have no pixel left.
-    #[error("image of {height} x {width} pixels is too narrow for {target_height} x {target_width}: no pixel would be left")]
+    #[error(
+        "image of {height} x {width} pixels is too narrow for {target_height} x {target_width}: no pixel would be left"
+    )]
     Vanishes {
         /// Rows.
         height: usize,
@@ -95,7 +97,12 @@ impl RgbImage {
     pub fn to_chw(&self) -> Vec<f32> {
         let mut planes = Vec::with_capacity(self.data.len());
         for channel in 0..CHANNELS {
-            planes.extend(self.data.chunks_exact(CHANNELS).filter_map(|p| p.get(channel)).map(|v| normalise_u8(*v)));
+            planes.extend(
+                self.data
+                    .chunks_exact(CHANNELS)
+                    .filter_map(|p| p.get(channel))
+                    .map(|v| normalise_u8(*v)),
+            );
         }
         planes
     }
@@ -113,7 +120,13 @@ fn check_length(height: usize, width: usize, channels: usize, found: usize) -> R
     if found == expected {
         return Ok(());
     }
-    Err(ImageError::Length { height, width, channels, expected, found })
+    Err(ImageError::Length {
+        height,
+        width,
+        channels,
+        expected,
+        found,
+    })
 }
 
 /// A byte in `[-1, 1]`: `x / 255 * 2 - 1` in f32, in this order.
@@ -138,7 +151,12 @@ fn place(height: usize, width: usize, target_height: usize, target_width: usize)
     let new_height = ((height as f64 / ratio) as usize).min(target_height);
     let new_width = ((width as f64 / ratio) as usize).min(target_width);
     if new_height == 0 || new_width == 0 {
-        return Err(ImageError::Vanishes { height, width, target_height, target_width });
+        return Err(ImageError::Vanishes {
+            height,
+            width,
+            target_height,
+            target_width,
+        });
     }
     Ok(Placement {
         height: new_height,
@@ -169,7 +187,10 @@ pub fn resize_with_pad(image: &RgbImage, target_height: usize, target_width: usi
     for (source, target) in image.data.chunks_exact(row).zip(columns.chunks_exact_mut(new_row)) {
         for (pixel, tap) in target.chunks_exact_mut(CHANNELS).zip(&taps) {
             for (channel, value) in pixel.iter_mut().enumerate() {
-                *value = weigh(&tap.weights, source.iter().skip(tap.first * CHANNELS + channel).step_by(CHANNELS));
+                *value = weigh(
+                    &tap.weights,
+                    source.iter().skip(tap.first * CHANNELS + channel).step_by(CHANNELS),
+                );
             }
         }
     }
@@ -179,10 +200,17 @@ pub fn resize_with_pad(image: &RgbImage, target_height: usize, target_width: usi
     let rows = canvas.chunks_exact_mut(target_width * CHANNELS).skip(to.top);
     for (target, tap) in rows.zip(&taps) {
         for (index, value) in target.iter_mut().skip(to.left * CHANNELS).take(new_row).enumerate() {
-            *value = weigh(&tap.weights, columns.iter().skip(tap.first * new_row + index).step_by(new_row));
+            *value = weigh(
+                &tap.weights,
+                columns.iter().skip(tap.first * new_row + index).step_by(new_row),
+            );
         }
     }
-    Ok(RgbImage { height: target_height, width: target_width, data: canvas })
+    Ok(RgbImage {
+        height: target_height,
+        width: target_width,
+        data: canvas,
+    })
 }
 
 /// The source pixels behind one target pixel: consecutive from `first`, each with its weight.
@@ -204,7 +232,10 @@ fn fixed_taps(from: usize, to: usize) -> Vec<FixedTaps> {
             let weights: Vec<f64> = (first..end).map(triangle).collect();
             let sum: f64 = weights.iter().sum();
             let unit = f64::from(1u32 << PRECISION_BITS);
-            FixedTaps { first, weights: weights.iter().map(|w| (0.5 + w / sum * unit) as i32).collect() }
+            FixedTaps {
+                first,
+                weights: weights.iter().map(|w| (0.5 + w / sum * unit) as i32).collect(),
+            }
         })
         .collect()
 }
@@ -212,7 +243,10 @@ fn fixed_taps(from: usize, to: usize) -> Vec<FixedTaps> {
 fn weigh<'a>(weights: &[i32], pixels: impl Iterator<Item = &'a u8>) -> u8 {
     let half = 1i32 << (PRECISION_BITS - 1);
     // the weights sum to one within their rounding, so the sum stays below 2^31
-    let sum = weights.iter().zip(pixels).fold(half, |sum, (w, p)| sum + w * i32::from(*p));
+    let sum = weights
+        .iter()
+        .zip(pixels)
+        .fold(half, |sum, (w, p)| sum + w * i32::from(*p));
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
@@ -272,7 +306,11 @@ fn linear_taps(from: usize, to: usize) -> Vec<LinearTap> {
         .map(|index| {
             let centre = ((index as f32 + 0.5) * scale - 0.5).max(0.0);
             let low = (centre as usize).min(from - 1);
-            LinearTap { low, high: (low + 1).min(from - 1), share: centre - low as f32 }
+            LinearTap {
+                low,
+                high: (low + 1).min(from - 1),
+                share: centre - low as f32,
+            }
         })
         .collect()
 }
@@ -283,22 +321,39 @@ mod tests {
 
     #[test]
     fn sides_and_length_are_checked_before_use() {
-        assert_eq!(RgbImage::new(0, 4, vec![]), Err(ImageError::Side { height: 0, width: 4 }));
+        assert_eq!(
+            RgbImage::new(0, 4, vec![]),
+            Err(ImageError::Side { height: 0, width: 4 })
+        );
         assert_eq!(
             RgbImage::new(1, MAX_SIDE + 1, vec![]),
-            Err(ImageError::Side { height: 1, width: MAX_SIDE + 1 })
+            Err(ImageError::Side {
+                height: 1,
+                width: MAX_SIDE + 1
+            })
         );
-        let error = RgbImage::new(2, 2, vec![0; 11]).expect_err("one byte short").to_string();
+        let error = RgbImage::new(2, 2, vec![0; 11])
+            .expect_err("one byte short")
+            .to_string();
         assert!(error.contains("11") && error.contains("12"), "{error}");
         let image = RgbImage::new(1, 1000, vec![0; 3000]).expect("valid");
-        assert!(matches!(resize_with_pad(&image, 8, 8), Err(ImageError::Vanishes { .. })));
+        assert!(matches!(
+            resize_with_pad(&image, 8, 8),
+            Err(ImageError::Vanishes { .. })
+        ));
         assert!(matches!(resize_with_pad(&image, 0, 8), Err(ImageError::Side { .. })));
-        assert!(matches!(resize_with_pad_f32(&[0.0; 5], 1, (2, 3), (4, 4)), Err(ImageError::Length { .. })));
+        assert!(matches!(
+            resize_with_pad_f32(&[0.0; 5], 1, (2, 3), (4, 4)),
+            Err(ImageError::Length { .. })
+        ));
     }
 
     #[test]
     fn the_ends_of_the_byte_range_are_the_ends_of_the_network_range() {
-        assert_eq!((normalise_u8(0).to_bits(), normalise_u8(255).to_bits()), ((-1.0f32).to_bits(), 1.0f32.to_bits()));
+        assert_eq!(
+            (normalise_u8(0).to_bits(), normalise_u8(255).to_bits()),
+            ((-1.0f32).to_bits(), 1.0f32.to_bits())
+        );
     }
 
     proptest::proptest! {

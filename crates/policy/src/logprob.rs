@@ -24,7 +24,11 @@ pub fn executed(
         .zip(mean.chunks(action_dim))
         .take(action_chunk)
         .flat_map(|(x_row, mean_row)| {
-            x_row.iter().zip(mean_row).take(env_action_dim).map(move |(x, m)| gaussian(*x, *m, std))
+            x_row
+                .iter()
+                .zip(mean_row)
+                .take(env_action_dim)
+                .map(move |(x, m)| gaussian(*x, *m, std))
         })
         .collect()
 }
@@ -37,7 +41,9 @@ mod tests {
     fn density_integrates_to_one() {
         let (mean, std) = (0.3, 0.25);
         let step = 1e-3;
-        let total: f64 = (-4000..4000).map(|i| f64::from(gaussian(i as f32 * step, mean, std)).exp() * f64::from(step)).sum();
+        let total: f64 = (-4000..4000)
+            .map(|i| f64::from(gaussian(i as f32 * step, mean, std)).exp() * f64::from(step))
+            .sum();
         assert!((total - 1.0).abs() < 1e-3, "{total}");
     }
 

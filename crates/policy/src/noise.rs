@@ -66,7 +66,10 @@ pub fn fill_normal(rng: &mut impl Rng, out: &mut [f32]) {
         // 1 - u is in (0, 1]: the logarithm is finite
         let radius = libm::sqrt(-2.0 * libm::log(1.0 - uniform(rng)));
         let angle = std::f64::consts::TAU * uniform(rng);
-        for (slot, value) in pair.iter_mut().zip([radius * libm::cos(angle), radius * libm::sin(angle)]) {
+        for (slot, value) in pair
+            .iter_mut()
+            .zip([radius * libm::cos(angle), radius * libm::sin(angle)])
+        {
             *slot = value as f32;
         }
     }
@@ -92,7 +95,11 @@ impl ChunkNoise {
         let stochastic_step = (drawable > 0).then(|| below(&mut rng, drawable));
         let mut step = vec![0.0; elements];
         fill_normal(&mut rng, &mut step);
-        Self { initial, stochastic_step, step }
+        Self {
+            initial,
+            stochastic_step,
+            step,
+        }
     }
 }
 
@@ -118,9 +125,25 @@ mod tests {
     #[test]
     fn pinned_bits() {
         // the stored chunks of earlier runs are replayed with these bits: a change here is a new format of runs
-        let noise = ChunkNoise::draw(NoiseKey { seed: 1, env: 2, episode: 3, chunk: 4 }, 3, 4);
+        let noise = ChunkNoise::draw(
+            NoiseKey {
+                seed: 1,
+                env: 2,
+                episode: 3,
+                chunk: 4,
+            },
+            3,
+            4,
+        );
         let bits: Vec<u32> = noise.initial.iter().chain(&noise.step).map(|v| v.to_bits()).collect();
-        let pinned = [1_061_512_408, 3_189_976_765, 3_202_641_846, 3_208_276_631, 3_210_845_872, 3_202_542_534];
+        let pinned = [
+            1_061_512_408,
+            3_189_976_765,
+            3_202_641_846,
+            3_208_276_631,
+            3_210_845_872,
+            3_202_542_534,
+        ];
         assert_eq!(bits, pinned);
         assert_eq!(noise.stochastic_step, Some(2));
     }
@@ -129,7 +152,16 @@ mod tests {
     fn every_step_is_drawn_equally_often() {
         let mut counts = [0usize; 4];
         for env in 0..8000 {
-            let noise = ChunkNoise::draw(NoiseKey { seed: 5, env, episode: 0, chunk: 0 }, 1, 4);
+            let noise = ChunkNoise::draw(
+                NoiseKey {
+                    seed: 5,
+                    env,
+                    episode: 0,
+                    chunk: 0,
+                },
+                1,
+                4,
+            );
             counts[noise.stochastic_step.expect("drawable")] += 1;
         }
         // five standard errors: 5 sqrt(8000 * 1/4 * 3/4)

@@ -46,7 +46,10 @@ impl TryFrom<RawStats> for DimStats {
         if quantiles.iter().flatten().count() == 1 {
             return Err("one of `q01` and `q99` is missing".to_owned());
         }
-        for (name, values) in [("mean", &raw.mean), ("std", &raw.std)].into_iter().chain(quantiles.into_iter().flatten()) {
+        for (name, values) in [("mean", &raw.mean), ("std", &raw.std)]
+            .into_iter()
+            .chain(quantiles.into_iter().flatten())
+        {
             if values.len() != width {
                 return Err(format!("`{name}` has {} dimensions, `mean` has {width}", values.len()));
             }
@@ -57,7 +60,12 @@ impl TryFrom<RawStats> for DimStats {
         if let Some(index) = raw.std.iter().position(|v| *v < 0.0) {
             return Err(format!("`std[{index}]` is negative"));
         }
-        Ok(Self { mean: raw.mean, std: raw.std, q01: raw.q01, q99: raw.q99 })
+        Ok(Self {
+            mean: raw.mean,
+            std: raw.std,
+            q01: raw.q01,
+            q99: raw.q99,
+        })
     }
 }
 
@@ -141,10 +149,15 @@ impl NormStats {
     /// # Errors
     /// The file is missing, above 1 MiB, of another layout, or its numbers cannot be used (see [`DimStats`]).
     pub fn load(path: &Path) -> Result<Self, NormError> {
-        let bad = |detail: String| NormError::File { path: path.display().to_string(), detail };
+        let bad = |detail: String| NormError::File {
+            path: path.display().to_string(),
+            detail,
+        };
         let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
         let mut text = String::new();
-        file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|e| bad(e.to_string()))?;
+        file.take(MAX_FILE_BYTES + 1)
+            .read_to_string(&mut text)
+            .map_err(|e| bad(e.to_string()))?;
         if text.len() as u64 > MAX_FILE_BYTES {
             return Err(bad(format!("longer than {MAX_FILE_BYTES} bytes")));
         }
@@ -162,20 +175,31 @@ impl NormStats {
 
 impl DimStats {
     fn quantiles(&self) -> Result<(&[f64], &[f64]), NormError> {
-        self.q01.as_deref().zip(self.q99.as_deref()).ok_or(NormError::NoQuantiles)
+        self.q01
+            .as_deref()
+            .zip(self.q99.as_deref())
+            .ok_or(NormError::NoQuantiles)
     }
 }
 
 fn at_least(field: &'static str, values: &[f64], width: usize) -> Result<(), NormError> {
     if values.len() < width {
-        return Err(NormError::Short { field, expected: width, found: values.len() });
+        return Err(NormError::Short {
+            field,
+            expected: width,
+            found: values.len(),
+        });
     }
     Ok(())
 }
 
 fn at_most(field: &'static str, values: &[f64], width: usize) -> Result<(), NormError> {
     if values.len() > width {
-        return Err(NormError::Long { field, expected: width, found: values.len() });
+        return Err(NormError::Long {
+            field,
+            expected: width,
+            found: values.len(),
+        });
     }
     Ok(())
 }
@@ -193,13 +217,19 @@ impl Normalization {
             Self::ZScore => {
                 at_least("mean", &stats.mean, row.len())?;
                 at_least("std", &stats.std, row.len())?;
-                Ok(wide.zip(stats.mean.iter().zip(&stats.std)).map(|(x, (m, s))| ((x - m) / (s + EPS)) as f32).collect())
+                Ok(wide
+                    .zip(stats.mean.iter().zip(&stats.std))
+                    .map(|(x, (m, s))| ((x - m) / (s + EPS)) as f32)
+                    .collect())
             }
             Self::Quantile => {
                 let (q01, q99) = stats.quantiles()?;
                 at_least("q01", q01, row.len())?;
                 at_least("q99", q99, row.len())?;
-                Ok(wide.zip(q01.iter().zip(q99)).map(|(x, (l, h))| ((x - l) / (h - l + EPS) * 2.0 - 1.0) as f32).collect())
+                Ok(wide
+                    .zip(q01.iter().zip(q99))
+                    .map(|(x, (l, h))| ((x - l) / (h - l + EPS) * 2.0 - 1.0) as f32)
+                    .collect())
             }
         }
     }
@@ -242,14 +272,20 @@ impl Normalization {
 /// A mask from run lengths: a positive number is that many dimensions with delta actions, a negative one that many without
 /// (openpi's `make_bool_mask`; `[6, -1]` is six joints as deltas and an absolute gripper).
 pub fn bool_mask(runs: &[i32]) -> Vec<bool> {
-    runs.iter().flat_map(|n| std::iter::repeat_n(*n > 0, n.unsigned_abs() as usize)).collect()
+    runs.iter()
+        .flat_map(|n| std::iter::repeat_n(*n > 0, n.unsigned_abs() as usize))
+        .collect()
 }
 
 /// Turns one absolute action into the difference from the raw (not normalised) state, where the mask says so.
 ///
 /// # Errors
 /// The mask is wider than the state or the action.
-pub fn delta_from_absolute<T: Copy + Into<f64>>(action: &[T], state: &[T], mask: &[bool]) -> Result<Vec<f32>, NormError> {
+pub fn delta_from_absolute<T: Copy + Into<f64>>(
+    action: &[T],
+    state: &[T],
+    mask: &[bool],
+) -> Result<Vec<f32>, NormError> {
     shifted(action, state, mask, -1.0)
 }
 
@@ -257,17 +293,32 @@ pub fn delta_from_absolute<T: Copy + Into<f64>>(action: &[T], state: &[T], mask:
 ///
 /// # Errors
 /// The mask is wider than the state or the action.
-pub fn absolute_from_delta<T: Copy + Into<f64>>(action: &[T], state: &[T], mask: &[bool]) -> Result<Vec<f32>, NormError> {
+pub fn absolute_from_delta<T: Copy + Into<f64>>(
+    action: &[T],
+    state: &[T],
+    mask: &[bool],
+) -> Result<Vec<f32>, NormError> {
     shifted(action, state, mask, 1.0)
 }
 
 fn shifted<T: Copy + Into<f64>>(action: &[T], state: &[T], mask: &[bool], sign: f64) -> Result<Vec<f32>, NormError> {
     if mask.len() > state.len() || mask.len() > action.len() {
-        return Err(NormError::DeltaMask { mask: mask.len(), state: state.len(), actions: action.len() });
+        return Err(NormError::DeltaMask {
+            mask: mask.len(),
+            state: state.len(),
+            actions: action.len(),
+        });
     }
-    let shift = mask.iter().zip(state).map(|(on, s)| if *on { sign * (*s).into() } else { 0.0 });
+    let shift = mask
+        .iter()
+        .zip(state)
+        .map(|(on, s)| if *on { sign * (*s).into() } else { 0.0 });
     let shift = shift.chain(std::iter::repeat(0.0));
-    Ok(action.iter().zip(shift).map(|(a, s)| ((*a).into() + s) as f32).collect())
+    Ok(action
+        .iter()
+        .zip(shift)
+        .map(|(a, s)| ((*a).into() + s) as f32)
+        .collect())
 }
 
 #[cfg(test)]
@@ -286,14 +337,20 @@ mod tests {
         let text = serde_json::to_string(&stats).expect("serialises");
         assert_eq!(serde_json::from_str::<NormStats>(&text).expect("round trip"), stats);
         for (from, to, reason) in [
-            ("[1, 2], \"q01\"", "[1], \"q01\"", "`std` has 1 dimensions, `mean` has 2"),
+            (
+                "[1, 2], \"q01\"",
+                "[1], \"q01\"",
+                "`std` has 1 dimensions, `mean` has 2",
+            ),
             ("[1, 2], \"q01\"", "[1, -2], \"q01\"", "`std[1]` is negative"),
             ("\"q01\": [-1, -2], ", "", "one of `q01` and `q99` is missing"),
             ("[0, 1]", "[]", "`mean` has 0 dimensions"),
             ("[0, 1]", "[0, 1e999]", "out of range"),
             ("\"std\": [1, 2]", "\"sdt\": [1, 2]", "unknown field `sdt`"),
         ] {
-            let error = NormStats::from_json(&GOOD.replacen(from, to, 1)).expect_err(reason).to_string();
+            let error = NormStats::from_json(&GOOD.replacen(from, to, 1))
+                .expect_err(reason)
+                .to_string();
             assert!(error.contains(reason), "{error} does not say {reason}");
         }
     }
@@ -302,13 +359,32 @@ mod tests {
     fn widths_that_do_not_fit_are_refused() {
         let stats = NormStats::from_json(GOOD).expect("valid");
         for kind in [Normalization::ZScore, Normalization::Quantile] {
-            assert!(matches!(kind.normalize(&stats.state, &[0.0f32; 3]), Err(NormError::Short { found: 2, .. })));
-            assert!(matches!(kind.unnormalize(&stats.state, &[0.0f32; 1]), Err(NormError::Long { found: 2, .. })));
+            assert!(matches!(
+                kind.normalize(&stats.state, &[0.0f32; 3]),
+                Err(NormError::Short { found: 2, .. })
+            ));
+            assert!(matches!(
+                kind.unnormalize(&stats.state, &[0.0f32; 1]),
+                Err(NormError::Long { found: 2, .. })
+            ));
             assert_eq!(kind.normalize(&stats.state, &[0.0f32; 1]).expect("cut").len(), 1);
         }
-        assert_eq!(Normalization::Quantile.normalize(&stats.actions, &[0.0f32]), Err(NormError::NoQuantiles));
-        assert_eq!(Normalization::None.normalize(&stats.state, &[7.0f32; 3]), Ok(vec![7.0; 3]));
+        assert_eq!(
+            Normalization::Quantile.normalize(&stats.actions, &[0.0f32]),
+            Err(NormError::NoQuantiles)
+        );
+        assert_eq!(
+            Normalization::None.normalize(&stats.state, &[7.0f32; 3]),
+            Ok(vec![7.0; 3])
+        );
         let error = absolute_from_delta(&[0.0f32; 7], &[0.0; 6], &bool_mask(&[6, -1]));
-        assert_eq!(error, Err(NormError::DeltaMask { mask: 7, state: 6, actions: 7 }));
+        assert_eq!(
+            error,
+            Err(NormError::DeltaMask {
+                mask: 7,
+                state: 6,
+                actions: 7
+            })
+        );
     }
 }

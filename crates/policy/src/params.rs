@@ -71,7 +71,11 @@ struct Table(Vec<ParamSpec>, Part);
 
 impl Table {
     fn add(&mut self, name: impl Into<String>, shape: &[usize]) {
-        self.0.push(ParamSpec { name: name.into(), shape: shape.to_vec(), part: self.1 });
+        self.0.push(ParamSpec {
+            name: name.into(),
+            shape: shape.to_vec(),
+            part: self.1,
+        });
     }
     fn linear(&mut self, name: &str, out: usize, input: usize) {
         self.add(format!("{name}.weight"), &[out, input]);
@@ -108,9 +112,15 @@ pub fn params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<Para
     let mut table = Table(Vec::new(), Part::Vlm);
     let vision = &dims.vision;
     let tower = format!("{VLM}vision_tower.vision_model");
-    table.add(format!("{tower}.embeddings.patch_embedding.weight"), &[vision.width, 3, vision.patch, vision.patch]);
+    table.add(
+        format!("{tower}.embeddings.patch_embedding.weight"),
+        &[vision.width, 3, vision.patch, vision.patch],
+    );
     table.add(format!("{tower}.embeddings.patch_embedding.bias"), &[vision.width]);
-    table.add(format!("{tower}.embeddings.position_embedding.weight"), &[vision.tokens(), vision.width]);
+    table.add(
+        format!("{tower}.embeddings.position_embedding.weight"),
+        &[vision.tokens(), vision.width],
+    );
     for l in 0..vision.depth {
         let layer = format!("{tower}.encoder.layers.{l}");
         table.norm(&format!("{layer}.layer_norm1"), vision.width);
@@ -122,10 +132,20 @@ pub fn params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<Para
         table.linear(&format!("{layer}.mlp.fc2"), vision.width, vision.mlp);
     }
     table.norm(&format!("{tower}.post_layernorm"), vision.width);
-    table.linear(&format!("{VLM}multi_modal_projector.linear"), dims.vlm.width, vision.width);
+    table.linear(
+        &format!("{VLM}multi_modal_projector.linear"),
+        dims.vlm.width,
+        vision.width,
+    );
     table.add(EMBEDDING, &[dims.vocab, dims.vlm.width]);
     for l in 0..dims.depth {
-        table.gemma_layer(&format!("{VLM}language_model.layers.{l}"), dims.vlm.width, dims.vlm.mlp, dims, false);
+        table.gemma_layer(
+            &format!("{VLM}language_model.layers.{l}"),
+            dims.vlm.width,
+            dims.vlm.mlp,
+            dims,
+            false,
+        );
     }
     table.rms(&format!("{VLM}language_model.norm"), dims.vlm.width, false);
 

@@ -22,7 +22,10 @@ pub struct RunPlan {
 }
 
 fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
-    ConfigError::Key { key: key.to_owned(), detail: detail.into() }
+    ConfigError::Key {
+        key: key.to_owned(),
+        detail: detail.into(),
+    }
 }
 
 impl RunPlan {
@@ -60,8 +63,18 @@ impl RunPlan {
             "actor.model.action_horizon",
             model.action_horizon,
         )?;
-        at_most("actor.model.env_action_dim", model.env_action_dim, "actor.model.action_dim", model.action_dim)?;
-        at_most("actor.model.num_steps", model.num_steps, "the largest number of denoise steps", 1000)?;
+        at_most(
+            "actor.model.env_action_dim",
+            model.env_action_dim,
+            "actor.model.action_dim",
+            model.action_dim,
+        )?;
+        at_most(
+            "actor.model.num_steps",
+            model.num_steps,
+            "the largest number of denoise steps",
+            1000,
+        )?;
         at_most(
             "actor.micro_batch_size",
             config.actor.micro_batch_size,
@@ -70,21 +83,57 @@ impl RunPlan {
         )?;
         at_most("actor.threads", config.actor.threads, "the most threads", 1024)?;
         at_most("rollout.threads", config.rollout.threads, "the most threads", 1024)?;
-        at_most("rollout.max_batch", config.rollout.max_batch, "the largest batch", 65_536)?;
-        at_most("rollout.queue_capacity", config.rollout.queue_capacity, "the longest queue", 1 << 20)?;
-        at_most("env.train.total_num_envs", config.env.train.total_num_envs, "the most environments", 65_536)?;
-        at_most("env.train.workers", config.env.train.workers, "env.train.total_num_envs", config.env.train.total_num_envs)?;
-        at_most("env.train.rollout_epoch", config.env.train.rollout_epoch, "the most episodes", 65_536)?;
-        at_most("algorithm.group_size", config.algorithm.group_size, "env.train.total_num_envs", config.env.train.total_num_envs)?;
+        at_most(
+            "rollout.max_batch",
+            config.rollout.max_batch,
+            "the largest batch",
+            65_536,
+        )?;
+        at_most(
+            "rollout.queue_capacity",
+            config.rollout.queue_capacity,
+            "the longest queue",
+            1 << 20,
+        )?;
+        at_most(
+            "env.train.total_num_envs",
+            config.env.train.total_num_envs,
+            "the most environments",
+            65_536,
+        )?;
+        at_most(
+            "env.train.workers",
+            config.env.train.workers,
+            "env.train.total_num_envs",
+            config.env.train.total_num_envs,
+        )?;
+        at_most(
+            "env.train.rollout_epoch",
+            config.env.train.rollout_epoch,
+            "the most episodes",
+            65_536,
+        )?;
+        at_most(
+            "algorithm.group_size",
+            config.algorithm.group_size,
+            "env.train.total_num_envs",
+            config.env.train.total_num_envs,
+        )?;
         if config.env.train.total_num_envs % config.algorithm.group_size != 0 {
             return Err(refuse(
                 "algorithm.group_size",
-                format!("{} does not divide `env.train.total_num_envs` = {}", config.algorithm.group_size, config.env.train.total_num_envs),
+                format!(
+                    "{} does not divide `env.train.total_num_envs` = {}",
+                    config.algorithm.group_size, config.env.train.total_num_envs
+                ),
             ));
         }
         let level = model.openpi.noise_level;
         if !(level.is_finite() && level > 0.0 && level <= 2.0) {
-            return Err(refuse("actor.model.openpi.noise_level", format!("{level}, expected above 0, at most 2")));
+            return Err(refuse(
+                "actor.model.openpi.noise_level",
+                format!("{level}, expected above 0, at most 2"),
+            ));
         }
         let a = &config.algorithm;
         for (key, value) in [("algorithm.gamma", a.gamma), ("algorithm.gae_lambda", a.gae_lambda)] {
@@ -108,12 +157,25 @@ impl RunPlan {
                 return Err(refuse(key, format!("{value}, expected a number above 0")));
             }
         }
-        for (key, value) in [("actor.optim.lr", o.lr), ("actor.optim.value_lr", o.value_lr), ("actor.optim.weight_decay", o.weight_decay)] {
+        for (key, value) in [
+            ("actor.optim.lr", o.lr),
+            ("actor.optim.value_lr", o.value_lr),
+            ("actor.optim.weight_decay", o.weight_decay),
+        ] {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(refuse(key, format!("{value}, expected a number of at least 0")));
             }
         }
-        if model.openpi.noise_level > 0.0 && Schedule::new(model.openpi.noise_method, model.num_steps, level, model.openpi.ignore_last).drawable == 0 {
+        if model.openpi.noise_level > 0.0
+            && Schedule::new(
+                model.openpi.noise_method,
+                model.num_steps,
+                level,
+                model.openpi.ignore_last,
+            )
+            .drawable
+                == 0
+        {
             return Err(refuse(
                 "actor.model.openpi.noise_method",
                 format!(
@@ -126,10 +188,16 @@ impl RunPlan {
         }
         match (a.loss_type.as_str(), &model.value_head) {
             ("actor_critic", None) => {
-                return Err(refuse("actor.model.value_head", "missing, `algorithm.loss_type = \"actor_critic\"` needs one"));
+                return Err(refuse(
+                    "actor.model.value_head",
+                    "missing, `algorithm.loss_type = \"actor_critic\"` needs one",
+                ));
             }
             ("actor", Some(_)) => {
-                return Err(refuse("actor.model.value_head", "given, but `algorithm.loss_type = \"actor\"` trains none: remove the section"));
+                return Err(refuse(
+                    "actor.model.value_head",
+                    "given, but `algorithm.loss_type = \"actor\"` trains none: remove the section",
+                ));
             }
             _ => {}
         }
@@ -140,24 +208,39 @@ impl RunPlan {
             ));
         }
         if model.normalization != Normalization::None && model.norm_stats.is_none() {
-            return Err(refuse("actor.model.norm_stats", "missing, `actor.model.normalization` needs the statistics"));
+            return Err(refuse(
+                "actor.model.norm_stats",
+                "missing, `actor.model.normalization` needs the statistics",
+            ));
         }
-        let value_head = model
-            .value_head
-            .as_ref()
-            .map(|head| ValueHeadDims { input: head.input, hidden: head.hidden.clone() });
+        let value_head = model.value_head.as_ref().map(|head| ValueHeadDims {
+            input: head.input,
+            hidden: head.hidden.clone(),
+        });
         let config_digest = config.digest()?;
-        Ok(Self { dims, value_head, config_digest, config })
+        Ok(Self {
+            dims,
+            value_head,
+            config_digest,
+            config,
+        })
     }
 
     /// The step tables of this run.
     pub fn schedule(&self) -> Schedule {
         let model = &self.config.actor.model;
-        Schedule::new(model.openpi.noise_method, model.num_steps, model.openpi.noise_level, model.openpi.ignore_last)
+        Schedule::new(
+            model.openpi.noise_method,
+            model.num_steps,
+            model.openpi.noise_level,
+            model.openpi.ignore_last,
+        )
     }
 
     /// Whether the critic reads the prefix.
     pub fn critic_reads_prefix(&self) -> bool {
-        self.value_head.as_ref().is_some_and(|head| head.input == CriticInput::Vlm)
+        self.value_head
+            .as_ref()
+            .is_some_and(|head| head.input == CriticInput::Vlm)
     }
 }

@@ -96,16 +96,22 @@ pub struct Tokenizer {
 
 enum Kind {
     Words(BTreeMap<String, i64>),
-    SentencePiece { encoder: Box<Kitoken>, bos: i64, vocab_size: usize },
+    SentencePiece {
+        encoder: Box<Kitoken>,
+        bos: i64,
+        vocab_size: usize,
+    },
 }
 
 impl fmt::Debug for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Words(words) => f.debug_tuple("Words").field(words).finish(),
-            Self::SentencePiece { bos, vocab_size, .. } => {
-                f.debug_struct("SentencePiece").field("bos", bos).field("vocab_size", vocab_size).finish_non_exhaustive()
-            }
+            Self::SentencePiece { bos, vocab_size, .. } => f
+                .debug_struct("SentencePiece")
+                .field("bos", bos)
+                .field("vocab_size", vocab_size)
+                .finish_non_exhaustive(),
         }
     }
 }
@@ -113,7 +119,9 @@ impl fmt::Debug for Kind {
 /// The instruction as pi0 reads it: no space around it, `_` and newlines become spaces.
 pub fn clean(prompt: &str) -> String {
     // the four separators are white space to the reference's language, not to Unicode
-    prompt.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)).replace(['_', '\n'], " ")
+    prompt
+        .trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
+        .replace(['_', '\n'], " ")
 }
 
 /// Bins of pi0.5's discrete state, from the normalised and not yet padded state: the index of the value in 256 equal bins
@@ -122,7 +130,11 @@ pub fn discretize_state<T: Copy + Into<f64>>(state: &[T]) -> Vec<i64> {
     let bin = |v: f64| {
         // the edges are multiples of 2^-7, so the product is exact and floor finds the edge below
         let index = (v * (STATE_BINS / 2.0)).floor() + STATE_BINS / 2.0;
-        if v.is_nan() { STATE_BINS as i64 - 1 } else { index.clamp(-1.0, STATE_BINS - 1.0) as i64 }
+        if v.is_nan() {
+            STATE_BINS as i64 - 1
+        } else {
+            index.clamp(-1.0, STATE_BINS - 1.0) as i64
+        }
     };
     state.iter().map(|v| bin((*v).into())).collect()
 }
@@ -155,7 +167,10 @@ impl Tokenizer {
     /// More than 65536 words, a repeated one, or one that the split would never make.
     pub fn from_words(words: &[String]) -> Result<Self, PromptError> {
         if words.len() > MAX_WORDS {
-            return Err(PromptError::Words(format!("{} words, expected at most {MAX_WORDS}", words.len())));
+            return Err(PromptError::Words(format!(
+                "{} words, expected at most {MAX_WORDS}",
+                words.len()
+            )));
         }
         let mut ids = BTreeMap::new();
         for (id, word) in (FIRST_WORD..).zip(words) {
@@ -177,19 +192,38 @@ impl Tokenizer {
     /// # Errors
     /// The file is missing, above 64 MiB, no such model, or has no begin-of-sequence piece.
     pub fn from_sentencepiece(path: &Path) -> Result<Self, PromptError> {
-        let bad = |detail: String| PromptError::Model { path: path.to_owned(), detail };
+        let bad = |detail: String| PromptError::Model {
+            path: path.to_owned(),
+            detail,
+        };
         let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
         let mut bytes = Vec::new();
-        file.take(MAX_MODEL_BYTES + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+        file.take(MAX_MODEL_BYTES + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|e| bad(e.to_string()))?;
         if bytes.len() as u64 > MAX_MODEL_BYTES {
             return Err(bad(format!("longer than {MAX_MODEL_BYTES} bytes")));
         }
         let definition = Definition::from_sentencepiece_slice(&bytes).map_err(|e| bad(e.to_string()))?;
         let bos = begin_of_sequence(&definition).ok_or_else(|| bad("it has no begin-of-sequence piece".to_owned()))?;
-        let ids = definition.model.vocab().iter().map(|t| t.id).chain(definition.specials.iter().map(|s| s.id));
-        let vocab_size = ids.filter(|id| i32::try_from(*id).is_ok()).max().map_or(0, |id| id as usize + 1);
+        let ids = definition
+            .model
+            .vocab()
+            .iter()
+            .map(|t| t.id)
+            .chain(definition.specials.iter().map(|s| s.id));
+        let vocab_size = ids
+            .filter(|id| i32::try_from(*id).is_ok())
+            .max()
+            .map_or(0, |id| id as usize + 1);
         let encoder = Box::new(Kitoken::from_definition(definition).map_err(|e| bad(e.to_string()))?);
-        Ok(Self { kind: Kind::SentencePiece { encoder, bos, vocab_size } })
+        Ok(Self {
+            kind: Kind::SentencePiece {
+                encoder,
+                bos,
+                vocab_size,
+            },
+        })
     }
 
     /// Every id is below this: rows that the policy's embedding needs.
@@ -211,13 +245,21 @@ impl Tokenizer {
         match &self.kind {
             Kind::Words(words) => {
                 let begin = add_bos.then_some(Ok(BOS));
-                begin.into_iter().chain(split_words(text).into_iter().map(|w| word_id(words, text, w))).collect()
+                begin
+                    .into_iter()
+                    .chain(split_words(text).into_iter().map(|w| word_id(words, text, w)))
+                    .collect()
             }
             Kind::SentencePiece { encoder, bos, .. } => {
-                let ids = encoder
-                    .encode(text, false)
-                    .map_err(|e| PromptError::Encode { prompt: text.to_owned(), detail: e.to_string() })?;
-                Ok(add_bos.then_some(*bos).into_iter().chain(ids.into_iter().map(i64::from)).collect())
+                let ids = encoder.encode(text, false).map_err(|e| PromptError::Encode {
+                    prompt: text.to_owned(),
+                    detail: e.to_string(),
+                })?;
+                Ok(add_bos
+                    .then_some(*bos)
+                    .into_iter()
+                    .chain(ids.into_iter().map(i64::from))
+                    .collect())
             }
         }
     }
@@ -243,7 +285,10 @@ impl Tokenizer {
         state: &[T],
         max_len: usize,
     ) -> Result<PromptTokens, PromptError> {
-        Ok(PromptTokens::fit(self.encode(&pi05_prompt(prompt, state), true)?, max_len))
+        Ok(PromptTokens::fit(
+            self.encode(&pi05_prompt(prompt, state), true)?,
+            max_len,
+        ))
     }
 }
 
@@ -258,9 +303,19 @@ fn begin_of_sequence(definition: &Definition) -> Option<i64> {
 fn split_words(text: &str) -> Vec<&str> {
     text.split_inclusive(|c: char| c.is_whitespace() || is_separator(c))
         .flat_map(|part| {
-            let end = part.char_indices().next_back().filter(|(_, c)| c.is_whitespace() || is_separator(*c));
+            let end = part
+                .char_indices()
+                .next_back()
+                .filter(|(_, c)| c.is_whitespace() || is_separator(*c));
             let (word, stop) = part.split_at(end.map_or(part.len(), |(i, _)| i));
-            [word, if stop == "\n" || stop.starts_with(is_separator) { stop } else { "" }]
+            [
+                word,
+                if stop == "\n" || stop.starts_with(is_separator) {
+                    stop
+                } else {
+                    ""
+                },
+            ]
         })
         .filter(|part| !part.is_empty())
         .collect()
@@ -275,7 +330,9 @@ fn word_id(words: &BTreeMap<String, i64>, text: &str, word: &str) -> Result<i64,
         return Ok(NEWLINE);
     }
     words.get(word).copied().ok_or_else(|| {
-        let nearest = words.keys().min_by_key(|known| strsim::damerau_levenshtein(word, known));
+        let nearest = words
+            .keys()
+            .min_by_key(|known| strsim::damerau_levenshtein(word, known));
         PromptError::UnknownWord {
             prompt: text.to_owned(),
             word: word.to_owned(),
@@ -307,7 +364,9 @@ mod tests {
     #[test]
     fn pi05_words_keep_their_separators() {
         let tokenizer = words(&["Task", "State", "Action", ":", ",", ";", "pick", "-1", "192"]).expect("nine words");
-        let tokens = tokenizer.tokenize_with_state("pick", &[-2.0f32, 0.5], 14).expect("known words");
+        let tokens = tokenizer
+            .tokenize_with_state("pick", &[-2.0f32, 0.5], 14)
+            .expect("known words");
         assert_eq!(tokens.ids, [1, 4, 7, 10, 8, 5, 7, 11, 12, 9, 2, 6, 7, 0]);
     }
 
@@ -324,10 +383,18 @@ mod tests {
         let path = dir.path().join("tokenizer.model");
         for bytes in [&b""[..], b"not a model", &[0xff; 64]] {
             std::fs::write(&path, bytes).expect("written");
-            assert!(matches!(Tokenizer::from_sentencepiece(&path), Err(PromptError::Model { .. })), "{bytes:?}");
+            assert!(
+                matches!(Tokenizer::from_sentencepiece(&path), Err(PromptError::Model { .. })),
+                "{bytes:?}"
+            );
         }
-        let missing = TokenizerConfig::SentencePiece { model: "missing.model".into() };
-        assert!(matches!(Tokenizer::from_config(&missing, Some(dir.path())), Err(PromptError::Model { .. })));
+        let missing = TokenizerConfig::SentencePiece {
+            model: "missing.model".into(),
+        };
+        assert!(matches!(
+            Tokenizer::from_config(&missing, Some(dir.path())),
+            Err(PromptError::Model { .. })
+        ));
     }
 
     proptest::proptest! {

@@ -122,7 +122,13 @@ impl WeightFile {
             .names()
             .into_iter()
             .filter(|n| *n != UNUSED)
-            .map(|n| if n == EMBEDDING_ALIAS { EMBEDDING.to_owned() } else { n.to_owned() })
+            .map(|n| {
+                if n == EMBEDDING_ALIAS {
+                    EMBEDDING.to_owned()
+                } else {
+                    n.to_owned()
+                }
+            })
             .collect())
     }
 
@@ -151,7 +157,10 @@ impl WeightFile {
                 .min()
                 .filter(|(distance, _)| *distance <= 4)
                 .map_or_else(String::new, |(_, k)| format!(", the nearest that does is `{k}`"));
-            return Err(WeightsError::Extra { name: name.clone(), hint });
+            return Err(WeightsError::Extra {
+                name: name.clone(),
+                hint,
+            });
         }
         Ok(())
     }
@@ -162,7 +171,10 @@ impl WeightFile {
     /// See [`WeightFile::check`].
     pub fn read_all(&self, wanted: &[&ParamSpec]) -> Result<BTreeMap<String, Weight>, WeightsError> {
         self.check_names(wanted)?;
-        wanted.iter().map(|spec| Ok((spec.name.clone(), self.read(spec)?))).collect()
+        wanted
+            .iter()
+            .map(|spec| Ok((spec.name.clone(), self.read(spec)?)))
+            .collect()
     }
 
     /// Reads one weight as f32 and checks it.
@@ -173,9 +185,7 @@ impl WeightFile {
         let tensors = self.tensors()?;
         let view = match tensors.tensor(&spec.name) {
             Ok(view) => view,
-            Err(_) if spec.name == EMBEDDING => {
-                tensors.tensor(EMBEDDING_ALIAS).map_err(|e| missing(&spec.name, &e))?
-            }
+            Err(_) if spec.name == EMBEDDING => tensors.tensor(EMBEDDING_ALIAS).map_err(|e| missing(&spec.name, &e))?,
             Err(e) => return Err(missing(&spec.name, &e)),
         };
         if view.shape() != spec.shape {
@@ -186,9 +196,13 @@ impl WeightFile {
             });
         }
         let data: Vec<f32> = match view.dtype() {
-            Dtype::F32 => {
-                view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-            }
+            Dtype::F32 => view
+                .data()
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b))
+                .collect(),
             Dtype::BF16 => view
                 .data()
                 .as_chunks::<2>()
@@ -196,12 +210,24 @@ impl WeightFile {
                 .iter()
                 .map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16))
                 .collect(),
-            other => return Err(WeightsError::Type { name: spec.name.clone(), found: format!("{other:?}") }),
+            other => {
+                return Err(WeightsError::Type {
+                    name: spec.name.clone(),
+                    found: format!("{other:?}"),
+                });
+            }
         };
         if let Some((index, value)) = data.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(WeightsError::NotFinite { name: spec.name.clone(), index, value: value.to_string() });
+            return Err(WeightsError::NotFinite {
+                name: spec.name.clone(),
+                index,
+                value: value.to_string(),
+            });
         }
-        Ok(Weight { shape: spec.shape.clone(), data })
+        Ok(Weight {
+            shape: spec.shape.clone(),
+            data,
+        })
     }
 
     /// Offset and length of every tensor from the start of the file, for the external data of a graph.
@@ -225,8 +251,11 @@ pub fn locations(bytes: &[u8]) -> Result<BTreeMap<String, Location>, WeightsErro
         .into_iter()
         .map(|(name, info)| {
             let (from, to) = info.data_offsets;
-            let location =
-                Location { shape: info.shape.clone(), offset: start + from as u64, length: (to - from) as u64 };
+            let location = Location {
+                shape: info.shape.clone(),
+                offset: start + from as u64,
+                length: (to - from) as u64,
+            };
             (name, location)
         })
         .collect())

@@ -57,7 +57,11 @@ impl Array {
     /// A byte array; `shape` must multiply to the number of values.
     pub fn u8(shape: &[usize], values: Vec<u8>) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
-        Self { dtype: ElementType::U8, shape: shape.iter().map(|s| *s as u32).collect(), data: values }
+        Self {
+            dtype: ElementType::U8,
+            shape: shape.iter().map(|s| *s as u32).collect(),
+            data: values,
+        }
     }
 
     /// The sizes.
@@ -66,7 +70,13 @@ impl Array {
     }
 
     fn check(&self, what: &str, dtype: ElementType, shape: Option<&[usize]>) -> Result<(), ArrayError> {
-        let fail = |expected: String, found: String| Err(ArrayError { what: what.to_owned(), expected, found });
+        let fail = |expected: String, found: String| {
+            Err(ArrayError {
+                what: what.to_owned(),
+                expected,
+                found,
+            })
+        };
         if self.dtype != dtype {
             return fail(format!("{dtype:?}"), format!("{:?}", self.dtype));
         }
@@ -75,9 +85,15 @@ impl Array {
         {
             return fail(format!("shape {shape:?}"), format!("{:?}", self.shape));
         }
-        let bytes = self.shape.iter().try_fold(dtype.size(), |n, s| n.checked_mul(*s as usize));
+        let bytes = self
+            .shape
+            .iter()
+            .try_fold(dtype.size(), |n, s| n.checked_mul(*s as usize));
         if bytes != Some(self.data.len()) {
-            return fail(format!("the bytes of shape {:?}", self.shape), format!("{} bytes", self.data.len()));
+            return fail(
+                format!("the bytes of shape {:?}", self.shape),
+                format!("{} bytes", self.data.len()),
+            );
         }
         Ok(())
     }
@@ -88,7 +104,13 @@ impl Array {
     /// Names the array, what was expected and what was found.
     pub fn to_f32(&self, what: &str, shape: Option<&[usize]>) -> Result<Vec<f32>, ArrayError> {
         self.check(what, ElementType::F32, shape)?;
-        Ok(self.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        Ok(self
+            .data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect())
     }
 
     /// The bytes after checking type, shape (when given) and length.

@@ -60,7 +60,9 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
     frame.extend_from_slice(&WIRE_VERSION.to_le_bytes());
     frame.extend_from_slice(&[0; 6]);
     let mut serializer = rmp_serde::Serializer::new(&mut frame).with_struct_map();
-    message.serialize(&mut serializer).map_err(|e| CodecError::Payload(e.to_string()))?;
+    message
+        .serialize(&mut serializer)
+        .map_err(|e| CodecError::Payload(e.to_string()))?;
     if frame.len() > MAX_FRAME_BYTES {
         return Err(CodecError::Long { found: frame.len() });
     }
@@ -79,7 +81,9 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
     if frame.len() > MAX_FRAME_BYTES {
         return Err(CodecError::Long { found: frame.len() });
     }
-    let (header, payload) = frame.split_at_checked(HEADER_BYTES).ok_or(CodecError::Short(frame.len()))?;
+    let (header, payload) = frame
+        .split_at_checked(HEADER_BYTES)
+        .ok_or(CodecError::Short(frame.len()))?;
     let [m0, m1, m2, m3, v0, v1, _, _, l0, l1, l2, l3] = header else {
         return Err(CodecError::Short(frame.len()));
     };
@@ -92,7 +96,10 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
     }
     let announced = u32::from_le_bytes([*l0, *l1, *l2, *l3]) as usize;
     if announced != payload.len() {
-        return Err(CodecError::Length { announced, found: payload.len() });
+        return Err(CodecError::Length {
+            announced,
+            found: payload.len(),
+        });
     }
     let mut deserializer = rmp_serde::Deserializer::new(payload);
     deserializer.set_max_depth(MAX_DEPTH);

@@ -20,7 +20,9 @@ pub enum SocketError {
     #[error("endpoint `{0}`: expected tcp://HOST:PORT, like tcp://127.0.0.1:5555")]
     Endpoint(String),
     /// A plain endpoint on a network.
-    #[error("endpoint `{0}` is not on loopback: frames are not sealed yet, so use 127.0.0.1 and a tunnel (ssh -L, WireGuard) between machines")]
+    #[error(
+        "endpoint `{0}` is not on loopback: frames are not sealed yet, so use 127.0.0.1 and a tunnel (ssh -L, WireGuard) between machines"
+    )]
     NotLoopback(String),
     /// Binding failed.
     #[error("listening on `{endpoint}`: {detail}")]
@@ -63,7 +65,11 @@ pub fn check_endpoint(endpoint: &str) -> Result<(), SocketError> {
     port.parse::<u16>().map_err(|_ignored| bad())?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if loopback { Ok(()) } else { Err(SocketError::NotLoopback(endpoint.to_owned())) }
+    if loopback {
+        Ok(())
+    } else {
+        Err(SocketError::NotLoopback(endpoint.to_owned()))
+    }
 }
 
 /// Who sent a frame; the answer goes there.
@@ -83,11 +89,18 @@ pub async fn bind_router(endpoint: &str) -> Result<(RouterSender, RouterReceiver
         } else {
             ""
         };
-        SocketError::Bind { endpoint: endpoint.to_owned(), detail: format!("{e}{hint}") }
+        SocketError::Bind {
+            endpoint: endpoint.to_owned(),
+            detail: format!("{e}{hint}"),
+        }
     })?;
     let events = socket.monitor();
     let (send, receive) = socket.split();
-    Ok((RouterSender(send), RouterReceiver { receive, events }, bound.to_string()))
+    Ok((
+        RouterSender(send),
+        RouterReceiver { receive, events },
+        bound.to_string(),
+    ))
 }
 
 /// What happens at a ROUTER.
@@ -184,7 +197,10 @@ impl DealerSender {
     /// # Errors
     /// The peer is gone or the message is too long.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<(), SocketError> {
-        self.0.send(ZmqMessage::from(encode(message)?)).await.map_err(|e| SocketError::Send(e.to_string()))
+        self.0
+            .send(ZmqMessage::from(encode(message)?))
+            .await
+            .map_err(|e| SocketError::Send(e.to_string()))
     }
 }
 

@@ -36,7 +36,11 @@ pub struct Velocity {
 #[derive(Debug)]
 enum TimeMixer {
     /// pi0: a state token, and an MLP over action embedding and time embedding.
-    Pi0 { state: Linear, mlp_in: Linear, mlp_out: Linear },
+    Pi0 {
+        state: Linear,
+        mlp_in: Linear,
+        mlp_out: Linear,
+    },
     /// pi0.5: an MLP over the time embedding gives the condition of every norm.
     Pi05 { mlp_in: Linear, mlp_out: Linear },
 }
@@ -102,7 +106,11 @@ impl Expert {
     ) -> Result<Velocity, ModelError> {
         let actions = self.action_in.forward(x_t);
         let (suffix_embs, adarms_cond) = match &self.mixer {
-            TimeMixer::Pi0 { state: state_proj, mlp_in, mlp_out } => {
+            TimeMixer::Pi0 {
+                state: state_proj,
+                mlp_in,
+                mlp_out,
+            } => {
                 let state = state.ok_or(ModelError::NoState)?;
                 // the layer's input is [action ; time] side by side; time is the same for all tokens of a sample
                 let action_part = actions.linear(&mlp_in.weight.narrow(1, 0, self.width), None::<&Tensor>);
@@ -122,12 +130,21 @@ impl Expert {
         let mut x = suffix_embs.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
             let past = (&cache.k.select(1, index as i64), &cache.v.select(1, index as i64));
-            x = layer.forward(&x, adarms_cond.as_ref(), &rope, Some(past), bias.as_ref()).x;
+            x = layer
+                .forward(&x, adarms_cond.as_ref(), &rope, Some(past), bias.as_ref())
+                .x;
         }
         let (suffix_out, _) = self.norm.forward(&x, adarms_cond.as_ref());
         let hidden = suffix_out.narrow(1, tokens - self.horizon, self.horizon);
         let v_t = self.action_out.forward(&hidden);
-        Ok(Velocity { v_t, hidden, suffix_out, suffix_embs, adarms_cond, position_ids })
+        Ok(Velocity {
+            v_t,
+            hidden,
+            suffix_out,
+            suffix_embs,
+            adarms_cond,
+            position_ids,
+        })
     }
 
     /// Attention bias `[b, 1, suffix, 1, S + suffix]`: padded prefix tokens are hidden, and pi0's state token sees no action.
@@ -147,8 +164,13 @@ impl Expert {
             Tensor::cat(&[&Tensor::zeros([tokens, prefix], (Kind::Float, device)), &within], 1).unsqueeze(0)
         } else {
             let batch = cache.batch();
-            let padded = attention_bias(&cache.mask).unsqueeze(1).expand([batch, tokens, prefix], false);
-            Tensor::cat(&[&padded, &within.unsqueeze(0).expand([batch, tokens, tokens], false)], 2)
+            let padded = attention_bias(&cache.mask)
+                .unsqueeze(1)
+                .expand([batch, tokens, prefix], false);
+            Tensor::cat(
+                &[&padded, &within.unsqueeze(0).expand([batch, tokens, tokens], false)],
+                2,
+            )
         };
         Some(bias.unsqueeze(1).unsqueeze(3))
     }

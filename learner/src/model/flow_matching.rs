@@ -37,6 +37,10 @@ impl Pi0 {
         let x_t = noise * &t + actions * (1.0 - &t);
         let u_t = noise - actions;
         let velocity = self.velocity(cache, state, &x_t, time)?;
-        Ok(FlowMatching { loss: (&u_t - velocity.v_t).square(), x_t, u_t })
+        Ok(FlowMatching {
+            loss: (&u_t - velocity.v_t).square(),
+            x_t,
+            u_t,
+        })
     }
 }

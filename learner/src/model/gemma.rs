@@ -26,12 +26,18 @@ impl Linear {
     pub(super) fn new(store: &ParamStore, name: &str) -> Result<Self, ModelError> {
         let weight = store.get(&format!("{name}.weight"))?.shallow_clone();
         let bias = store.get(&format!("{name}.bias"))?.shallow_clone();
-        Ok(Self { weight, bias: Some(bias) })
+        Ok(Self {
+            weight,
+            bias: Some(bias),
+        })
     }
 
     /// The weight of this name, no bias.
     pub(super) fn without_bias(store: &ParamStore, name: &str) -> Result<Self, ModelError> {
-        Ok(Self { weight: store.get(&format!("{name}.weight"))?.shallow_clone(), bias: None })
+        Ok(Self {
+            weight: store.get(&format!("{name}.weight"))?.shallow_clone(),
+            bias: None,
+        })
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
@@ -100,15 +106,22 @@ impl Rope {
     /// Tables for positions `[b, T]`.
     pub(super) fn new(positions: &Tensor, head_dim: usize) -> Self {
         let half = head_dim / 2;
-        let frequencies: Vec<f32> =
-            (0..half).map(|j| ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32).collect();
+        let frequencies: Vec<f32> = (0..half)
+            .map(|j| ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32)
+            .collect();
         let frequencies = Tensor::from_slice(&frequencies).to_device(positions.device());
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies;
         let (cos, sin) = (angles.cos(), angles.sin());
         let cos = Tensor::cat(&[&cos, &cos], -1).unsqueeze(2);
         let sin = Tensor::cat(&[&sin.neg(), &sin], -1).unsqueeze(2);
         let scale = (head_dim as f64).sqrt().recip();
-        Self { query_cos: &cos * scale, query_sin: &sin * scale, cos, sin, half: half as i64 }
+        Self {
+            query_cos: &cos * scale,
+            query_sin: &sin * scale,
+            cos,
+            sin,
+            half: half as i64,
+        }
     }
 
     fn key(&self, x: &Tensor) -> Tensor {
@@ -199,8 +212,13 @@ impl Layer {
         };
         let (kv, group, width) = (self.kv_heads, self.heads / self.kv_heads, self.head_dim);
         let q = rope.query(&self.q.forward(x).view([batch, tokens, self.heads, width]));
-        let q = q.view([batch, tokens, kv, group, width]).permute([0, 2, 1, 3, 4]).reshape([-1, tokens * group, width]);
-        let k = rope.key(&self.k.forward(x).view([batch, tokens, kv, width])).transpose(1, 2);
+        let q = q
+            .view([batch, tokens, kv, group, width])
+            .permute([0, 2, 1, 3, 4])
+            .reshape([-1, tokens * group, width]);
+        let k = rope
+            .key(&self.k.forward(x).view([batch, tokens, kv, width]))
+            .transpose(1, 2);
         let v = self.v.forward(x).view([batch, tokens, kv, width]).transpose(1, 2);
         let (keys, values) = match past {
             Some((past_k, past_v)) => (Tensor::cat(&[past_k, &k], 2), Tensor::cat(&[past_v, &v], 2)),
@@ -214,12 +232,17 @@ impl Layer {
             drop(by_head.g_add_(bias));
         }
         let attended = scores.softmax(-1, Kind::Float).bmm(&values.reshape([-1, total, width]));
-        let attended = attended.view([batch, kv, tokens, group, width]).permute([0, 2, 1, 3, 4]);
+        let attended = attended
+            .view([batch, kv, tokens, group, width])
+            .permute([0, 2, 1, 3, 4]);
         (attended.reshape([batch, tokens, self.heads * width]), k, v)
     }
 }
 
 /// Turns "may attend" `bool` into an additive bias.
 pub(super) fn attention_bias(allowed: &Tensor) -> Tensor {
-    allowed.zeros_like().to_kind(Kind::Float).masked_fill(&allowed.logical_not(), FORBIDDEN)
+    allowed
+        .zeros_like()
+        .to_kind(Kind::Float)
+        .masked_fill(&allowed.logical_not(), FORBIDDEN)
 }

@@ -18,7 +18,10 @@ impl ValueHead {
         let layers = (0..=dims.hidden.len())
             .map(|i| Linear::new(store, &format!("value_head.mlp.{}", 2 * i)))
             .collect::<Result<_, _>>()?;
-        Ok(Self { layers, input: dims.input })
+        Ok(Self {
+            layers,
+            input: dims.input,
+        })
     }
 
     /// `[B, width]` to `[B]`.

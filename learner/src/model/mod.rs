@@ -18,18 +18,18 @@ use policy::{
 };
 use tch::{Device, Kind, Tensor};
 
+use self::{
+    expert::Expert,
+    gemma::{Layer, Norm, Rope, attention_bias},
+    heads::ValueHead,
+    siglip::Siglip,
+};
 pub use self::{
     expert::Velocity,
     flow_matching::FlowMatching,
     sampler::Sample,
     siglip::VisionOutput,
     store::{ExportedParam, ParamStore},
-};
-use self::{
-    expert::Expert,
-    gemma::{Layer, Norm, Rope, attention_bias},
-    heads::ValueHead,
-    siglip::Siglip,
 };
 
 /// What the network can refuse.
@@ -87,7 +87,15 @@ pub enum ModelError {
 /// Checks a shape against the expected one.
 pub(crate) fn check_shape(name: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<(), ModelError> {
     let found = tensor.size();
-    if found == expected { Ok(()) } else { Err(ModelError::Shape { name, expected: expected.to_vec(), found }) }
+    if found == expected {
+        Ok(())
+    } else {
+        Err(ModelError::Shape {
+            name,
+            expected: expected.to_vec(),
+            found,
+        })
+    }
 }
 
 /// Keys, values and mask of a prefix: all that the expert reads of an observation.
@@ -113,7 +121,11 @@ impl PrefixCache {
         match k.size().as_slice() {
             [batch, _, _, tokens, _] => check_shape("prefix_mask", &mask, &[*batch, *tokens])?,
             found => {
-                return Err(ModelError::Shape { name: "k", expected: vec![-1; 5], found: found.to_vec() });
+                return Err(ModelError::Shape {
+                    name: "k",
+                    expected: vec![-1; 5],
+                    found: found.to_vec(),
+                });
             }
         }
         let all_valid = mask.all().int64_value(&[]) != 0;
@@ -125,7 +137,11 @@ impl PrefixCache {
     /// # Errors
     /// None for rows inside the batch.
     pub fn index_select(&self, rows: &Tensor) -> Result<Self, ModelError> {
-        Self::new(self.k.index_select(0, rows), self.v.index_select(0, rows), self.mask.index_select(0, rows))
+        Self::new(
+            self.k.index_select(0, rows),
+            self.v.index_select(0, rows),
+            self.mask.index_select(0, rows),
+        )
     }
 
     /// Samples in the cache.
@@ -147,7 +163,11 @@ impl PrefixCache {
     /// for all samples, else `[B, tokens]`.
     fn suffix_positions(&self, tokens: i64) -> Tensor {
         let own = Tensor::arange(tokens, (Kind::Int64, self.mask.device())).unsqueeze(0);
-        if self.all_valid { own + self.len() } else { own + self.mask.sum_dim_intlist(1, true, Kind::Int64) }
+        if self.all_valid {
+            own + self.len()
+        } else {
+            own + self.mask.sum_dim_intlist(1, true, Kind::Int64)
+        }
     }
 }
 
@@ -254,17 +274,26 @@ impl Pi0 {
         // id 0 is padding: its row gets no gradient
         let text_tokens = Tensor::embedding(&self.embedding, prompt, 0, false, false) * (width as f64).sqrt();
         let embs = Tensor::cat(&[image_tokens, text_tokens], 1);
-        let image_valid = image_mask.unsqueeze(-1).expand([batch, cameras, patches], false).flatten(1, 2);
+        let image_valid = image_mask
+            .unsqueeze(-1)
+            .expand([batch, cameras, patches], false)
+            .flatten(1, 2);
         let mask = Tensor::cat(&[&image_valid, prompt_mask], 1);
         let position_ids = mask.cumsum(1, Kind::Int64) - 1;
 
         let rope = Rope::new(&position_ids, self.dims.head_dim);
         let all_valid = mask.all().int64_value(&[]) != 0;
-        let bias = (!all_valid)
-            .then(|| attention_bias(&mask.unsqueeze(2).logical_and(&mask.unsqueeze(1))).unsqueeze(1).unsqueeze(3));
+        let bias = (!all_valid).then(|| {
+            attention_bias(&mask.unsqueeze(2).logical_and(&mask.unsqueeze(1)))
+                .unsqueeze(1)
+                .unsqueeze(3)
+        });
         let mut x = embs.shallow_clone();
         let mut last_layer_input = embs.shallow_clone();
-        let (mut keys, mut values) = (Vec::with_capacity(self.layers.len()), Vec::with_capacity(self.layers.len()));
+        let (mut keys, mut values) = (
+            Vec::with_capacity(self.layers.len()),
+            Vec::with_capacity(self.layers.len()),
+        );
         for layer in &self.layers {
             let output = layer.forward(&x, None, &rope, None, bias.as_ref());
             last_layer_input = std::mem::replace(&mut x, output.x);
@@ -272,8 +301,20 @@ impl Pi0 {
             values.push(output.v);
         }
         let (out, _) = self.norm.forward(&x, None);
-        let cache = PrefixCache { k: Tensor::stack(&keys, 1), v: Tensor::stack(&values, 1), mask, all_valid };
-        Ok(Prefix { cache, out, embs, last_layer_input, position_ids, vision })
+        let cache = PrefixCache {
+            k: Tensor::stack(&keys, 1),
+            v: Tensor::stack(&values, 1),
+            mask,
+            all_valid,
+        };
+        Ok(Prefix {
+            cache,
+            out,
+            embs,
+            last_layer_input,
+            position_ids,
+            vision,
+        })
     }
 
     /// Mean of the prefix output over its valid tokens, `[B, vlm width]`: the input of `V_vlm`.
@@ -311,7 +352,11 @@ impl Pi0 {
         time_emb: &Tensor,
     ) -> Result<Velocity, ModelError> {
         let batch = cache.batch();
-        let (depth, kv, head_dim) = (self.dims.depth as i64, self.dims.kv_heads as i64, self.dims.head_dim as i64);
+        let (depth, kv, head_dim) = (
+            self.dims.depth as i64,
+            self.dims.kv_heads as i64,
+            self.dims.head_dim as i64,
+        );
         check_shape("k", &cache.k, &[batch, depth, kv, cache.len(), head_dim])?;
         check_shape("x_t", x_t, &self.chunk_shape(batch))?;
         check_shape("time_emb", time_emb, &[batch, self.dims.expert.width as i64])?;
@@ -336,13 +381,20 @@ impl Pi0 {
             CriticInput::Expert => self.dims.expert.width,
             CriticInput::Vlm => self.dims.vlm.width,
         };
-        check_shape("feature", feature, &[feature.size().first().copied().unwrap_or(0), width as i64])?;
+        check_shape(
+            "feature",
+            feature,
+            &[feature.size().first().copied().unwrap_or(0), width as i64],
+        )?;
         Ok(head.forward(feature))
     }
 
     /// `V_expert` `[B]` of the action features `[B, H, expert width]` (their mean); `None` without an expert value head.
     pub fn value_expert(&self, hidden: &Tensor) -> Option<Tensor> {
-        let head = self.value_head.as_ref().filter(|head| head.input == CriticInput::Expert)?;
+        let head = self
+            .value_head
+            .as_ref()
+            .filter(|head| head.input == CriticInput::Expert)?;
         Some(head.forward(&hidden.mean_dim(1, false, Kind::Float)))
     }
 }

@@ -48,7 +48,10 @@ impl Pi0 {
             });
         }
         if let Some(step) = stochastic_step.iter().flatten().find(|k| **k >= schedule.num_steps()) {
-            return Err(ModelError::Step { found: *step as i64, limit: schedule.num_steps() });
+            return Err(ModelError::Step {
+                found: *step as i64,
+                limit: schedule.num_steps(),
+            });
         }
         match z {
             Some(z) => check_shape("z", z, &chunk)?,
@@ -59,7 +62,10 @@ impl Pi0 {
         let mut x = noise.shallow_clone();
         let (mut chain, mut velocities, mut means, mut values) = (vec![x.shallow_clone()], vec![], vec![], vec![]);
         for (k, ode) in schedule.ode.iter().enumerate() {
-            let rows: Vec<_> = stochastic_step.iter().map(|s| schedule.row(k, *s).copied().unwrap_or(*ode)).collect();
+            let rows: Vec<_> = stochastic_step
+                .iter()
+                .map(|s| schedule.row(k, *s).copied().unwrap_or(*ode))
+                .collect();
             let t = Tensor::full([batch], ode.t, (Kind::Double, noise.device()));
             let velocity = self.velocity(cache, state, &x, &t)?;
             let c_x: Vec<f32> = rows.iter().map(|r| r.mean_coefficients().0 as f32).collect();

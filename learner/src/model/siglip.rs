@@ -1,9 +1,6 @@
 //! The SigLIP image tower: patches, position table, pre-norm blocks, final norm, projection to the language width.
 
-use policy::{
-    dims::VisionDims,
-    params::VLM,
-};
+use policy::{dims::VisionDims, params::VLM};
 use tch::{Kind, Tensor};
 
 use super::{
@@ -28,7 +25,13 @@ struct LayerNorm(Linear);
 
 impl LayerNorm {
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.0.weight.size(), Some(&self.0.weight), self.0.bias.as_ref(), NORM_EPS, false)
+        x.layer_norm(
+            self.0.weight.size(),
+            Some(&self.0.weight),
+            self.0.bias.as_ref(),
+            NORM_EPS,
+            false,
+        )
     }
 }
 
@@ -76,7 +79,9 @@ impl Siglip {
             .collect::<Result<_, ModelError>>()?;
         Ok(Self {
             patch: Linear::new(store, &format!("{tower}.embeddings.patch_embedding"))?,
-            positions: store.get(&format!("{tower}.embeddings.position_embedding.weight"))?.shallow_clone(),
+            positions: store
+                .get(&format!("{tower}.embeddings.position_embedding.weight"))?
+                .shallow_clone(),
             blocks,
             norm: LayerNorm(Linear::new(store, &format!("{tower}.post_layernorm"))?),
             projector: Linear::new(store, &format!("{VLM}multi_modal_projector.linear"))?,
@@ -99,7 +104,11 @@ impl Siglip {
         }
         let last_hidden = self.norm.forward(&x);
         let projected = self.projector.forward(&last_hidden);
-        VisionOutput { patch_pos_emb, last_hidden, projected }
+        VisionOutput {
+            patch_pos_emb,
+            last_hidden,
+            projected,
+        }
     }
 
     fn attend(&self, block: &Block, x: &Tensor) -> Tensor {
@@ -108,10 +117,17 @@ impl Siglip {
             _ => (1, 1, self.heads),
         };
         let head_dim = width / self.heads;
-        let split = |y: Tensor| y.view([count, tokens, self.heads, head_dim]).transpose(1, 2).reshape([-1, tokens, head_dim]);
+        let split = |y: Tensor| {
+            y.view([count, tokens, self.heads, head_dim])
+                .transpose(1, 2)
+                .reshape([-1, tokens, head_dim])
+        };
         let q = split(block.q.forward(x)) * (head_dim as f64).sqrt().recip();
         let scores = q.bmm(&split(block.k.forward(x)).transpose(1, 2));
         let attended = scores.softmax(-1, Kind::Float).bmm(&split(block.v.forward(x)));
-        attended.view([count, self.heads, tokens, head_dim]).transpose(1, 2).reshape([count, tokens, width])
+        attended
+            .view([count, self.heads, tokens, head_dim])
+            .transpose(1, 2)
+            .reshape([count, tokens, width])
     }
 }

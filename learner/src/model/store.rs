@@ -36,7 +36,12 @@ impl ParamStore {
         let specs = params(dims, value_head);
         let tensors = specs
             .iter()
-            .map(|spec| (spec.name.clone(), Tensor::zeros(sizes(&spec.shape), (Kind::Float, device))))
+            .map(|spec| {
+                (
+                    spec.name.clone(),
+                    Tensor::zeros(sizes(&spec.shape), (Kind::Float, device)),
+                )
+            })
             .collect();
         Ok(Self { specs, tensors, device })
     }
@@ -66,7 +71,10 @@ impl ParamStore {
     /// # Errors
     /// None in a store made by this module.
     pub fn init(&self, parts: &[Part], seed: u64) -> Result<(), ModelError> {
-        let last_head = self.specs.iter().rposition(|s| s.part == Part::ValueHead && s.shape.len() == 2);
+        let last_head = self
+            .specs
+            .iter()
+            .rposition(|s| s.part == Part::ValueHead && s.shape.len() == 2);
         for (index, spec) in self.specs.iter().enumerate().filter(|(_, s)| parts.contains(&s.part)) {
             let fan_in = self.fan_in(spec);
             let mut data = vec![0.0f32; spec.shape.iter().product()];
@@ -118,7 +126,11 @@ impl ParamStore {
                 found: data.len(),
             });
         }
-        no_grad(|| tensor.shallow_clone().copy_(&Tensor::from_slice(data).view(tensor.size().as_slice())));
+        no_grad(|| {
+            tensor
+                .shallow_clone()
+                .copy_(&Tensor::from_slice(data).view(tensor.size().as_slice()))
+        });
         Ok(())
     }
 
@@ -127,7 +139,9 @@ impl ParamStore {
     /// # Errors
     /// There is none.
     pub fn get(&self, name: &str) -> Result<&Tensor, ModelError> {
-        self.tensors.get(name).ok_or_else(|| ModelError::NoParam(name.to_owned()))
+        self.tensors
+            .get(name)
+            .ok_or_else(|| ModelError::NoParam(name.to_owned()))
     }
 
     /// Names and tensors of one part in the order of the parameter table.
@@ -191,7 +205,9 @@ impl ParamStore {
     /// The file format cannot hold them.
     pub fn to_safetensors(&self, parts: &[Part]) -> Result<Vec<u8>, ModelError> {
         let exported: Vec<ExportedParam> = parts.iter().flat_map(|p| self.export(*p)).collect();
-        Ok(to_safetensors(exported.iter().map(|(name, shape, data)| (name.as_str(), shape.as_slice(), data.as_slice())))?)
+        Ok(to_safetensors(exported.iter().map(|(name, shape, data)| {
+            (name.as_str(), shape.as_slice(), data.as_slice())
+        }))?)
     }
 }
 
@@ -231,7 +247,8 @@ fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64,
         }
     } else {
         let bound = (fan_in as f64).sqrt().recip();
-        data.iter_mut().for_each(|v| *v = ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32);
+        data.iter_mut()
+            .for_each(|v| *v = ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32);
     }
 }
 
@@ -249,7 +266,11 @@ fn position_table(width: usize, data: &mut [f32]) -> bool {
         for (column, slot) in row.iter_mut().enumerate() {
             let omega = 10_000f64.powf(-((column % quarter) as f64) / (quarter - 1) as f64);
             let angle = omega * if column / quarter < 2 { x } else { y };
-            *slot = if (column / quarter).is_multiple_of(2) { angle.sin() } else { angle.cos() } as f32;
+            *slot = if (column / quarter).is_multiple_of(2) {
+                angle.sin()
+            } else {
+                angle.cos()
+            } as f32;
         }
     }
     true

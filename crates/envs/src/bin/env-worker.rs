@@ -91,7 +91,13 @@ fn tabletop_params(text: &str) -> anyhow::Result<tabletop::TabletopParams> {
 fn run(args: Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     match args.command {
-        Command::Serve { engine, env, params, num_envs, name } => {
+        Command::Serve {
+            engine,
+            env,
+            params,
+            num_envs,
+            name,
+        } => {
             let mut env = env::make(&env, num_envs.get(), table(&params)?)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
@@ -103,11 +109,22 @@ fn run(args: Args) -> anyhow::Result<()> {
                 }
             })
         }
-        Command::Demos { params, episodes, horizon, seed, out: path } => {
+        Command::Demos {
+            params,
+            episodes,
+            horizon,
+            seed,
+            out: path,
+        } => {
             let rows = dataset::write_demos(&path, &tabletop_params(&params)?, episodes.get(), horizon.get(), seed)?;
             Ok(writeln!(out, "{}: {episodes} episodes, {rows} rows", path.display())?)
         }
-        Command::Scenes { params, count, seed, out: path } => {
+        Command::Scenes {
+            params,
+            count,
+            seed,
+            out: path,
+        } => {
             dataset::write_scenes(&path, &tabletop_params(&params)?, count.get(), seed)?;
             Ok(writeln!(out, "{}: {count} scenes", path.display())?)
         }
@@ -115,7 +132,13 @@ fn run(args: Args) -> anyhow::Result<()> {
             let params = tabletop_params(&params)?;
             let won = (0..episodes)
                 .filter(|number| {
-                    let key = env::ResetKey { seed: 0, env: *number, episode: 0, reset_state: None, task: None };
+                    let key = env::ResetKey {
+                        seed: 0,
+                        env: *number,
+                        episode: 0,
+                        reset_state: None,
+                        task: None,
+                    };
                     let mut table = tabletop::Table::draw(&mut key.rng());
                     let mut rng = stream(Purpose::Sampling, 0, u64::from(*number), 0, 0);
                     (0..params.max_episode_steps).any(|_| {
@@ -124,7 +147,11 @@ fn run(args: Args) -> anyhow::Result<()> {
                     })
                 })
                 .count();
-            Ok(writeln!(out, "expert success {:.3} on {episodes} episodes", won as f64 / f64::from(episodes.max(1)))?)
+            Ok(writeln!(
+                out,
+                "expert success {:.3} on {episodes} episodes",
+                won as f64 / f64::from(episodes.max(1))
+            )?)
         }
     }
 }

@@ -1,0 +1,103 @@
+//! Chunk latency by batch size, on inputs drawn like a self-test's.
+
+use std::time::Instant;
+
+use policy::{noise::NoiseKey, selftest::SelfTestInput};
+use serde::Serialize;
+use wire::messages::Mode;
+
+use crate::{
+    infer::{Draw, InferError, sample},
+    policy_slot::LoadedPolicy,
+    preprocess::ModelInput,
+};
+
+/// Latency of action chunks at one batch size.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Latency {
+    /// Always `chunk_latency`.
+    pub name: &'static str,
+    /// Rows of a batch.
+    pub batch: usize,
+    /// Measured batches.
+    pub batches: usize,
+    /// Median milliseconds of a batch.
+    pub p50_ms: f64,
+    /// 99th percentile in milliseconds.
+    pub p99_ms: f64,
+    /// Median milliseconds of the prefix graph.
+    pub prefix_p50_ms: f64,
+    /// Median milliseconds of all denoise steps.
+    pub denoise_p50_ms: f64,
+    /// Action chunks per second at the median.
+    pub chunks_per_second: f64,
+}
+
+/// Times `batches` batches of `rows` rows in training mode after three for warm-up.
+///
+/// # Errors
+/// ONNX Runtime fails.
+pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Result<Latency, InferError> {
+    let dims = &policy.manifest.dims;
+    let inputs: Vec<ModelInput> = (0..rows as u64)
+        .map(|seed| {
+            let drawn = SelfTestInput::draw(dims, seed);
+            ModelInput {
+                images: drawn.images,
+                image_mask: vec![true; dims.cameras],
+                prompt: drawn.prompt,
+                prompt_mask: drawn.prompt_mask,
+                state: drawn.state,
+            }
+        })
+        .collect();
+    let warm_up = 3;
+    let (mut whole, mut prefix, mut denoise) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..batches + warm_up {
+        let batch = inputs
+            .iter()
+            .enumerate()
+            .map(|(env, input)| {
+                let key = NoiseKey { seed: 0, env: env as u32, episode: 0, chunk: round as u32 };
+                (input.clone(), Draw::new(policy, key, Mode::Train), key)
+            })
+            .collect();
+        let begun = Instant::now();
+        let sampled = sample(policy, batch)?;
+        if round >= warm_up {
+            whole.push(begun.elapsed().as_secs_f64() * 1e3);
+            prefix.push(sampled.prefix.as_secs_f64() * 1e3);
+            denoise.push(sampled.denoise.as_secs_f64() * 1e3);
+        }
+    }
+    let p50_ms = quantile(&mut whole, 0.5);
+    Ok(Latency {
+        name: "chunk_latency",
+        batch: rows,
+        batches,
+        p50_ms,
+        p99_ms: quantile(&mut whole, 0.99),
+        prefix_p50_ms: quantile(&mut prefix, 0.5),
+        denoise_p50_ms: quantile(&mut denoise, 0.5),
+        chunks_per_second: rows as f64 * 1e3 / p50_ms,
+    })
+}
+
+/// The smallest value that at least the fraction `q` of the values does not exceed; NaN without values.
+fn quantile(values: &mut [f64], q: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let rank = (q * values.len() as f64).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_of_a_hundred() {
+        let mut values: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!((quantile(&mut values, 0.5), quantile(&mut values, 0.99)), (50.0, 99.0));
+        assert!(quantile(&mut [], 0.5).is_nan());
+    }
+}

@@ -1,0 +1,429 @@
+//! The server: one ROUTER endpoint for env workers and clients, the road to the learner, and a clean end.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use policy::{bundle::{Bundle, write_atomic}, config::RolloutConfig};
+use tokio::sync::{mpsc, watch};
+use wire::{
+    codec::CodecError,
+    messages::{ActReply, ActRequest, FromEngine, Hello, Refusal, ToEngine, Welcome},
+    socket::{Peer, RouterEvent, RouterReceiver, RouterSender, SocketError, bind_router},
+};
+
+use crate::{
+    assign::{Assign, Shape},
+    backend::{Backend, BackendError},
+    http::{self, HttpError, Pages},
+    incoming::Incoming,
+    inference::{self, Answer, DONE_CAPACITY, Done},
+    learner_link::{FromLink, LearnerLink, ToLink},
+    metrics::Metrics,
+    policy_slot::{LoadedPolicy, PolicyError, PolicySlot},
+    queue::{Job, Queue, QueueError, Row, Target},
+};
+
+/// What ends or prevents serving.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// ONNX Runtime or its provider.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The first bundle.
+    #[error("bundle `{path}`: {source}")]
+    Policy {
+        /// Which bundle.
+        path: PathBuf,
+        /// Why it is refused.
+        source: PolicyError,
+    },
+    /// An endpoint.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The HTTP address.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// The state folder.
+    #[error("state folder `{path}`: {source}")]
+    State {
+        /// Which folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file that tells a parent the ports.
+    #[error(transparent)]
+    Endpoints(#[from] policy::bundle::BundleError),
+    /// A metric.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// No thread.
+    #[error("starting the inference thread: {0}")]
+    Thread(std::io::Error),
+    /// The inference thread is gone.
+    #[error("the inference thread ended: see the log above")]
+    Inference,
+}
+
+/// What the command line and the configuration say.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// `[rollout]`, with the command line's endpoints on top.
+    pub rollout: RolloutConfig,
+    /// A bundle to serve from the start.
+    pub bundle: Option<PathBuf>,
+    /// Where the learner listens; `None`: serve without one.
+    pub learner: Option<String>,
+    /// Folder of this engine alone.
+    pub state_dir: PathBuf,
+    /// Where to write the endpoints as JSON.
+    pub endpoints_file: Option<PathBuf>,
+}
+
+/// A peer that does not take its messages for so long is treated as gone, so that it does not hold up the others.
+const SEND_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Name of this session: unique per start.
+fn session_name() -> String {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("engine-{}-{:x}", std::process::id(), since.as_nanos())
+}
+
+/// Serves until `stop` becomes true.
+///
+/// # Errors
+/// It cannot start, or the inference thread or the endpoint fails.
+pub async fn serve(options: Options, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+    let (mut server, mut roads) = start(options, stop.clone()).await?;
+    let ended = server.run(&mut roads, stop).await;
+    server.leave(roads).await;
+    ended
+}
+
+/// What the server listens to.
+struct Roads {
+    receive: RouterReceiver,
+    done: mpsc::Receiver<Vec<Done>>,
+    news: mpsc::Receiver<FromLink>,
+    link: Option<tokio::task::JoinHandle<Result<(), SocketError>>>,
+}
+
+struct Server {
+    send: RouterSender,
+    queue: Arc<Queue>,
+    slot: Arc<PolicySlot>,
+    metrics: Arc<Metrics>,
+    assign: Assign<Peer>,
+    link: mpsc::UnboundedSender<ToLink>,
+    /// Workers that said hello before a policy was live.
+    early: BTreeMap<Peer, Hello>,
+    told: (Option<u64>, u32),
+}
+
+async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server, Roads), ServeError> {
+    let metrics = Arc::new(Metrics::new()?);
+    let backend = Backend::new(options.rollout.provider, options.rollout.threads)?;
+    let slot = Arc::new(PolicySlot::default());
+    let mut incoming = Incoming::new(options.state_dir.join("incoming"))
+        .map_err(|source| ServeError::State { path: options.state_dir.clone(), source })?;
+    if let Some(dir) = &options.bundle {
+        let refused = |source| ServeError::Policy { path: dir.clone(), source };
+        let policy = LoadedPolicy::load(&backend, dir, None).map_err(refused)?;
+        incoming.learn(&Bundle::open(dir)?);
+        slot.swap(Arc::new(policy));
+    }
+    let (send, receive, listen) = bind_router(&options.rollout.listen).await?;
+    let (listener, address) = http::bind(&options.rollout.http).await?;
+    let pages = Pages { slot: Arc::clone(&slot), metrics: Arc::clone(&metrics) };
+    tokio::spawn(http::serve(listener, pages, stop));
+    let queue = Arc::new(Queue::new(options.rollout.queue_capacity));
+    let (done_sender, done) = mpsc::channel(DONE_CAPACITY);
+    inference::start(Arc::clone(&queue), Arc::clone(&slot), Arc::clone(&metrics), &options.rollout, done_sender)
+        .map_err(ServeError::Thread)?;
+
+    let engine = session_name();
+    let (link_sender, inbox) = mpsc::unbounded_channel();
+    // orders and versions are few; the link waits when the server does not keep up
+    let (outbox, news) = mpsc::channel(16);
+    let link = options.learner.clone().map(|endpoint| {
+        let link = LearnerLink {
+            endpoint,
+            engine: engine.clone(),
+            backend,
+            slot: Arc::clone(&slot),
+            metrics: Arc::clone(&metrics),
+            incoming,
+            inbox,
+            outbox,
+        };
+        tokio::spawn(link.run())
+    });
+    if let Some(path) = &options.endpoints_file {
+        let text = serde_json::json!({ "listen": listen, "http": address.to_string() }).to_string();
+        write_atomic(path, text.as_bytes())?;
+    }
+    tracing::info!("{engine} listens on {listen}, http on {address}, provider {:?}", options.rollout.provider);
+    let mut server = Server {
+        send,
+        queue,
+        slot,
+        metrics,
+        assign: Assign::new(engine),
+        link: link_sender,
+        early: BTreeMap::new(),
+        told: (None, 0),
+    };
+    if let Some(policy) = server.slot.live() {
+        server.live(&policy).await;
+    }
+    Ok((server, Roads { receive, done, news, link }))
+}
+
+enum Event {
+    Router(Result<RouterEvent<ToEngine>, SocketError>),
+    Done(Option<Vec<Done>>),
+    News(FromLink),
+    LinkEnded(Result<(), SocketError>),
+    Stop,
+}
+
+async fn ended(link: &mut Option<tokio::task::JoinHandle<Result<(), SocketError>>>) -> Result<(), SocketError> {
+    match link {
+        Some(task) => task.await.unwrap_or_else(|e| Err(SocketError::Receive(format!("the learner's link ended: {e}")))),
+        None => std::future::pending().await,
+    }
+}
+
+impl Server {
+    async fn run(&mut self, roads: &mut Roads, mut stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+        loop {
+            let event = tokio::select! {
+                event = roads.receive.receive::<ToEngine>() => Event::Router(event),
+                done = roads.done.recv() => Event::Done(done),
+                Some(news) = roads.news.recv() => Event::News(news),
+                result = ended(&mut roads.link) => Event::LinkEnded(result),
+                _ = stop.wait_for(|stop| *stop) => Event::Stop,
+            };
+            match event {
+                Event::Stop => return Ok(()),
+                Event::Done(None) => return Err(ServeError::Inference),
+                Event::Done(Some(done)) => self.done(done).await,
+                Event::Router(event) => self.take(event?).await,
+                Event::News(FromLink::Order(order)) => {
+                    tracing::info!(
+                        "order {}: {} episodes of version {} ({:?})",
+                        order.order,
+                        order.resets.len(),
+                        order.version,
+                        order.mode
+                    );
+                    self.assign.take_order(order);
+                }
+                Event::News(FromLink::Live(policy)) => self.live(&policy).await,
+                Event::News(FromLink::Full(full)) => {
+                    if full {
+                        tracing::warn!("the learner does not keep up: no new episode until it acknowledges trajectories");
+                    }
+                    self.assign.set_full(full);
+                }
+                Event::LinkEnded(result) => {
+                    roads.link = None;
+                    result?;
+                }
+            }
+            self.carry_out().await;
+        }
+    }
+
+    /// Ends: nothing more is taken, what is queued is answered, trajectories are flushed.
+    async fn leave(&mut self, mut roads: Roads) {
+        self.queue.close();
+        while let Some(done) = roads.done.recv().await {
+            self.done(done).await;
+            self.carry_out().await;
+        }
+        roads.news.close();
+        if self.link.send(ToLink::Finish).is_ok()
+            && let Some(link) = roads.link
+            && tokio::time::timeout(LEAVE, link).await.is_err()
+        {
+            tracing::warn!("the learner did not take all trajectories in time");
+        }
+        tracing::info!("left");
+    }
+
+    async fn reply(&mut self, peer: &Peer, message: &FromEngine) {
+        let failed = match tokio::time::timeout(SEND_PATIENCE, self.send.send(peer, message)).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_late) => format!("it took nothing for {SEND_PATIENCE:?}"),
+        };
+        tracing::warn!("a peer is treated as gone: {failed}");
+        self.assign.gone(peer);
+        self.early.remove(peer);
+    }
+
+    async fn refuse(&mut self, peer: &Peer, refusal: Refusal, reason: &str) {
+        self.metrics.refused.with_label_values(&[reason]).inc();
+        if !refusal.retry {
+            tracing::warn!("refused: {}", refusal.reason);
+        }
+        self.reply(peer, &FromEngine::Refused(refusal)).await;
+    }
+
+    async fn live(&mut self, policy: &LoadedPolicy) {
+        let manifest = &policy.manifest;
+        self.metrics.version.set(policy.version() as i64);
+        let shape = Shape {
+            action_chunk: manifest.action_chunk,
+            env_action_dim: manifest.env_action_dim,
+            critic: manifest.value_head.is_some(),
+        };
+        self.assign.went_live(policy.version(), shape);
+        for (peer, hello) in std::mem::take(&mut self.early) {
+            self.hello(peer, hello).await;
+        }
+    }
+
+    async fn take(&mut self, event: RouterEvent<ToEngine>) {
+        let count = |kind: &str| self.metrics.messages.with_label_values(&[kind]).inc();
+        match event {
+            RouterEvent::Gone(peer) => {
+                self.early.remove(&peer);
+                self.assign.gone(&peer);
+            }
+            RouterEvent::Frame(peer, Err(error)) => {
+                count("malformed");
+                self.refuse(&peer, malformed(&error), "invalid").await;
+            }
+            RouterEvent::Frame(peer, Ok(ToEngine::Hello(hello))) => {
+                count("hello");
+                self.hello(peer, hello).await;
+            }
+            RouterEvent::Frame(peer, Ok(ToEngine::Reports(reports))) => {
+                count("reports");
+                self.assign.reports(&peer, reports);
+            }
+            RouterEvent::Frame(peer, Ok(ToEngine::Act(request))) => {
+                count("act");
+                self.act(peer, request).await;
+            }
+        }
+    }
+
+    async fn hello(&mut self, peer: Peer, hello: Hello) {
+        let Some(policy) = self.slot.live() else {
+            tracing::info!("worker `{}` waits for the first policy", hello.client);
+            self.early.retain(|_, h| h.client != hello.client);
+            self.early.insert(peer, hello);
+            return;
+        };
+        if let Err(reason) = self.assign.hello(peer.clone(), &hello) {
+            self.refuse(&peer, Refusal { request: None, retry: false, reason }, "invalid").await;
+            return;
+        }
+        tracing::info!("worker `{}` brings {} slots of `{}`", hello.client, hello.slots, hello.env);
+        let manifest = &policy.manifest;
+        let welcome = Welcome {
+            version: policy.version(),
+            action_chunk: manifest.action_chunk as u32,
+            env_action_dim: manifest.env_action_dim as u32,
+            cameras: manifest.cameras.clone(),
+        };
+        self.reply(&peer, &FromEngine::Welcome(welcome)).await;
+    }
+
+    async fn act(&mut self, peer: Peer, request: ActRequest) {
+        let refusal = |retry, reason| Refusal { request: Some(request.request), retry, reason };
+        if self.slot.live().is_none() {
+            self.refuse(&peer, refusal(true, "no policy is live yet".to_owned()), "not_ready").await;
+            return;
+        }
+        let rows = request
+            .rows
+            .into_iter()
+            .map(|r| Row { observation: r.observation, key: r.key, mode: r.mode, record: r.record })
+            .collect();
+        let target = Target::Client { peer: peer.clone(), request: request.request };
+        match self.queue.push_client(Job::new(target, rows)) {
+            Ok(()) => {}
+            Err(error @ QueueError::Size { .. }) => {
+                self.refuse(&peer, refusal(false, error.to_string()), "invalid").await;
+            }
+            Err(error) => self.refuse(&peer, refusal(true, error.to_string()), "overload").await,
+        }
+    }
+
+    async fn done(&mut self, done: Vec<Done>) {
+        for Done { target, result } in done {
+            match (target, result) {
+                (Target::Slot(ticket), Ok(Answer { version, rows, .. })) => {
+                    for row in rows {
+                        self.assign.acted(ticket, version, row);
+                    }
+                }
+                (Target::Bootstrap(ticket), Ok(answer)) => {
+                    self.assign.bootstrapped(ticket, answer.values.first().copied().flatten());
+                }
+                (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(reason)) => self.assign.failed(ticket, reason),
+                (Target::Client { peer, request }, Ok(Answer { version, rows, .. })) => {
+                    self.reply(&peer, &FromEngine::Acted(ActReply { request, version, rows })).await;
+                }
+                (Target::Client { peer, request }, Err(reason)) => {
+                    self.refuse(&peer, Refusal { request: Some(request), retry: false, reason }, "invalid").await;
+                }
+            }
+        }
+    }
+
+    /// Sends what the last event led to, also what follows from a peer that turns out to be gone.
+    async fn carry_out(&mut self) {
+        loop {
+            let effects = self.assign.take_effects();
+            let nothing = effects.commands.is_empty()
+                && effects.jobs.is_empty()
+                && effects.trajectories.is_empty()
+                && effects.refusals.is_empty();
+            if nothing {
+                break;
+            }
+            self.queue.push_slots(effects.jobs);
+            for trajectory in effects.trajectories {
+                self.metrics.trajectories.inc();
+                self.tell(ToLink::Trajectory(Box::new(trajectory)));
+            }
+            for (peer, refusal) in effects.refusals {
+                self.refuse(&peer, refusal, "invalid").await;
+            }
+            for (peer, commands) in effects.commands {
+                self.reply(&peer, &FromEngine::Commands(commands)).await;
+            }
+        }
+        let state = (self.assign.order_number(), self.assign.slots());
+        if state != self.told {
+            self.told = state;
+            self.tell(ToLink::State { order: state.0, slots: state.1 });
+        }
+        self.metrics.slots.set(i64::from(state.1));
+        self.metrics.pending_resets.set(self.assign.pending() as i64);
+        self.metrics.queue_rows.set(self.queue.rows() as i64);
+    }
+
+    fn tell(&self, what: ToLink) {
+        if self.link.send(what).is_err() {
+            tracing::debug!("no learner takes this");
+        }
+    }
+}
+
+/// Time for the link to flush and end: a little more than its own limit.
+const LEAVE: Duration = Duration::from_millis(2500);
+
+fn malformed(error: &CodecError) -> Refusal {
+    Refusal { request: None, retry: false, reason: format!("malformed frame: {error}") }
+}
