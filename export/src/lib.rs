@@ -11,7 +11,7 @@ mod ops;
 #[expect(
     unreachable_pub,
     clippy::pedantic,
-    clippy::use_self,
+    clippy::enum_variant_names,
     reason = "generated from the schema"
 )]
 mod proto;

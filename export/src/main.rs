@@ -32,10 +32,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // a closed standard error leaves only the exit code to tell
-            let told = writeln!(std::io::stderr(), "export: {error:#}");
+            let told = writeln!(std::io::stderr(), "export: {}", one_line(&error));
             ExitCode::from(if told.is_ok() { 1 } else { 2 })
         }
     }
+}
+
+/// The chain of causes on one line, without those that the text before them has already.
+fn one_line(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .fold(String::new(), |line, cause| match cause.to_string() {
+            text if line.is_empty() => text,
+            text if line.contains(&text) => line,
+            text => format!("{line}: {text}"),
+        })
 }
 
 fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {

@@ -85,7 +85,7 @@ pub struct ModelInput {
 }
 
 /// Makes model inputs as a bundle's manifest says.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Preprocessor {
     manifest: Manifest,
     tokenizer: Tokenizer,

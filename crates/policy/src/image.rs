@@ -304,7 +304,8 @@ fn linear_taps(from: usize, to: usize) -> Vec<LinearTap> {
     let scale = from as f32 / to as f32;
     (0..to)
         .map(|index| {
-            let centre = ((index as f32 + 0.5) * scale - 0.5).max(0.0);
+            // one rounding, as the reference's compiler fuses it: an ulp of a position is 1e-6 of a pixel's difference
+            let centre = (index as f32 + 0.5).mul_add(scale, -0.5).max(0.0);
             let low = (centre as usize).min(from - 1);
             LinearTap {
                 low,

@@ -240,13 +240,14 @@ impl Normalization {
     /// # Errors
     /// The statistics are longer than the row, or lack quantiles.
     pub fn unnormalize<T: Copy + Into<f64>>(self, stats: &DimStats, row: &[T]) -> Result<Vec<f32>, NormError> {
-        let wide = row.iter().map(|v| (*v).into()).enumerate();
+        let wide = row.iter().map(|v| (*v).into());
         match self {
-            Self::None => Ok(wide.map(|(_, x): (usize, f64)| x as f32).collect()),
+            Self::None => Ok(wide.map(|x: f64| x as f32).collect()),
             Self::ZScore => {
                 at_most("mean", &stats.mean, row.len())?;
                 at_most("std", &stats.std, row.len())?;
                 Ok(wide
+                    .enumerate()
                     .map(|(i, x)| {
                         let mean = stats.mean.get(i).copied().unwrap_or(0.0);
                         let std = stats.std.get(i).copied().unwrap_or(1.0);
@@ -259,8 +260,9 @@ impl Normalization {
                 at_most("q01", q01, row.len())?;
                 at_most("q99", q99, row.len())?;
                 Ok(wide
+                    .enumerate()
                     .map(|(i, x)| match (q01.get(i), q99.get(i)) {
-                        (Some(l), Some(h)) => ((x + 1.0) / 2.0 * (h - l + EPS) + l) as f32,
+                        (Some(l), Some(h)) => (f64::midpoint(x, 1.0) * (h - l + EPS) + l) as f32,
                         _ => x as f32,
                     })
                     .collect())

@@ -5,6 +5,7 @@ use std::{
     fmt,
     io::Read,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use kitoken::{Definition, InsertionPosition, Kitoken};
@@ -88,16 +89,17 @@ pub enum PromptError {
     },
 }
 
-/// Turns instructions into ids.
-#[derive(Debug)]
+/// Turns instructions into ids; a clone shares the vocabulary.
+#[derive(Debug, Clone)]
 pub struct Tokenizer {
     kind: Kind,
 }
 
+#[derive(Clone)]
 enum Kind {
-    Words(BTreeMap<String, i64>),
+    Words(Arc<BTreeMap<String, i64>>),
     SentencePiece {
-        encoder: Box<Kitoken>,
+        encoder: Arc<Kitoken>,
         bos: i64,
         vocab_size: usize,
     },
@@ -184,7 +186,9 @@ impl Tokenizer {
                 return Err(PromptError::Words(format!("`{word}` is there twice")));
             }
         }
-        Ok(Self { kind: Kind::Words(ids) })
+        Ok(Self {
+            kind: Kind::Words(Arc::new(ids)),
+        })
     }
 
     /// Reads a `SentencePiece` model (`tokenizer.model`, BPE or unigram), for pi0 and pi0.5 that of `PaliGemma`.
@@ -216,7 +220,7 @@ impl Tokenizer {
             .filter(|id| i32::try_from(*id).is_ok())
             .max()
             .map_or(0, |id| id as usize + 1);
-        let encoder = Box::new(Kitoken::from_definition(definition).map_err(|e| bad(e.to_string()))?);
+        let encoder = Arc::new(Kitoken::from_definition(definition).map_err(|e| bad(e.to_string()))?);
         Ok(Self {
             kind: Kind::SentencePiece {
                 encoder,

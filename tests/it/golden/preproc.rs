@@ -15,8 +15,12 @@ use serde_json::Value;
 /// Tensors of the golden file whose name starts with `prefix` and ends with `.in`, without that end.
 fn stems(golden: &Golden, prefix: &str) -> Vec<String> {
     let names = golden.names();
-    let found: Vec<String> =
-        names.iter().filter(|n| n.starts_with(prefix)).filter_map(|n| n.strip_suffix(".in")).map(str::to_owned).collect();
+    let found: Vec<String> = names
+        .iter()
+        .filter(|n| n.starts_with(prefix))
+        .filter_map(|n| n.strip_suffix(".in"))
+        .map(str::to_owned)
+        .collect();
     assert!(!found.is_empty(), "no golden tensor `{prefix}*.in`");
     found
 }
@@ -27,10 +31,12 @@ fn bytes(array: &Array) -> Vec<u8> {
 
 /// `[h, w, c]` to `[c, h, w]`.
 fn planes(pixels: &[f32], channels: usize) -> Vec<f32> {
-    (0..channels).flat_map(|c| pixels.iter().skip(c).step_by(channels).copied()).collect()
+    (0..channels)
+        .flat_map(|c| pixels.iter().skip(c).step_by(channels).copied())
+        .collect()
 }
 
-/// One image of a `[b, h, w, c]` array, as planes, resized to that of `want`, back as `[h, w, c]`.
+/// One image of a `[b, h, w, c]` array, resized to the sides of `to` as planes, back as `[h, w, c]`.
 fn torch_resize(pixels: &[f32], from: &[usize], to: &[usize]) -> Vec<f32> {
     let channels = from[3];
     let resized = resize_with_pad_f32(&planes(pixels, channels), channels, (from[1], from[2]), (to[1], to[2])).unwrap();
@@ -57,7 +63,10 @@ fn float_images_are_resized_as_the_network_does() {
         let (input, want) = (golden.get(&format!("{stem}.in")), golden.get(&format!("{stem}.out")));
         let pixels = input.f32();
         let each = input.shape[1..].iter().product();
-        let got: Vec<f32> = pixels.chunks_exact(each).flat_map(|p| torch_resize(p, &input.shape, &want.shape)).collect();
+        let got: Vec<f32> = pixels
+            .chunks_exact(each)
+            .flat_map(|p| torch_resize(p, &input.shape, &want.shape))
+            .collect();
         // f32: four products and three sums of values up to 1, in another order
         assert_close(&stem, &got, &want, 1e-6);
     }
@@ -67,9 +76,14 @@ fn float_images_are_resized_as_the_network_does() {
         let cameras: Vec<&str> = names.iter().filter_map(|n| n.strip_prefix("in.image.")).collect();
         assert!(!cameras.is_empty(), "no camera in the golden of {mode}");
         for camera in cameras {
-            let (input, want) = (golden.get(&format!("in.image.{camera}")), golden.get(&format!("pre.image.{camera}")));
+            let (input, want) = (
+                golden.get(&format!("in.image.{camera}")),
+                golden.get(&format!("pre.image.{camera}")),
+            );
             let pixels = input.f32();
-            let [_, channels, height, width] = input.shape[..] else { panic!("{camera}: {:?}", input.shape) };
+            let [_, channels, height, width] = input.shape[..] else {
+                panic!("{camera}: {:?}", input.shape)
+            };
             let target = (want.shape[2], want.shape[3]);
             let got: Vec<f32> = pixels
                 .chunks_exact(channels * height * width)
@@ -88,7 +102,9 @@ fn torch_byte_resize_is_one_level_from_the_float_way() {
     let (input, want) = (golden.get("trz_u8.in"), golden.get("trz_u8.out"));
     let pixels: Vec<f32> = bytes(&input).into_iter().map(normalise_u8).collect();
     let each = input.shape[1..].iter().product();
-    let got = pixels.chunks_exact(each).flat_map(|p| torch_resize(p, &input.shape, &want.shape));
+    let got = pixels
+        .chunks_exact(each)
+        .flat_map(|p| torch_resize(p, &input.shape, &want.shape));
     let levels: Vec<f32> = got.map(|v| ((v + 1.0) / 2.0 * 255.0).round()).collect();
     assert_close("trz_u8", &levels, &want, 1.0);
 }
@@ -97,7 +113,9 @@ fn torch_byte_resize_is_one_level_from_the_float_way() {
 fn bytes_become_the_same_floats() {
     let golden = Golden::open("preproc");
     let (input, want) = (golden.get("u8norm.in"), golden.get("u8norm.out"));
-    let [_, height, width, channels] = input.shape[..] else { panic!("u8norm.in: {:?}", input.shape) };
+    let [_, height, width, channels] = input.shape[..] else {
+        panic!("u8norm.in: {:?}", input.shape)
+    };
     let got: Vec<f32> = bytes(&input)
         .chunks_exact(height * width * channels)
         .flat_map(|image| RgbImage::new(height, width, image.to_vec()).unwrap().to_chw())
@@ -107,7 +125,12 @@ fn bytes_become_the_same_floats() {
 
 fn stats(golden: &Golden, which: &str) -> DimStats {
     let values = |field: &str| golden.get(&format!("norm.{which}.{field}")).data;
-    DimStats { mean: values("mean"), std: values("std"), q01: Some(values("q01")), q99: Some(values("q99")) }
+    DimStats {
+        mean: values("mean"),
+        std: values("std"),
+        q01: Some(values("q01")),
+        q99: Some(values("q99")),
+    }
 }
 
 /// Within f32 rounding of each value (2^-24, twice for the rounding of the recorded one): columns differ by many magnitudes.
@@ -119,7 +142,10 @@ fn assert_rows(what: &str, want: &Array, row: impl Fn(usize) -> Vec<f32>) {
         assert_eq!(got.len(), width, "{what}: width");
         for (column, (g, w)) in got.iter().zip(expected).enumerate() {
             let error = (f64::from(*g) - w).abs();
-            assert!(error <= w.abs() * 1.2e-7, "{what}[{index}, {column}]: {g}, expected {w}");
+            assert!(
+                error <= w.abs() * 1.2e-7,
+                "{what}[{index}, {column}]: {g}, expected {w}"
+            );
         }
     }
 }
@@ -131,12 +157,24 @@ fn state_and_actions_are_normalised_and_back() {
         let stats = stats(&golden, which);
         let get = |field: &str| golden.get(&format!("norm.{which}.{field}"));
         let (x, y) = (get("x"), get("y32"));
-        let row = |array: &Array, i: usize| array.data.chunks_exact(*array.shape.last().unwrap()).nth(i).unwrap().to_vec();
-        for (kind, forth, back) in
-            [(Normalization::ZScore, "zscore", "unzscore"), (Normalization::Quantile, "quantile", "unquantile")]
-        {
-            assert_rows(&format!("{which} {forth}"), &get(forth), |i| kind.normalize(&stats, &row(&x, i)).unwrap());
-            assert_rows(&format!("{which} {back}"), &get(back), |i| kind.unnormalize(&stats, &row(&y, i)).unwrap());
+        let row = |array: &Array, i: usize| {
+            array
+                .data
+                .chunks_exact(*array.shape.last().unwrap())
+                .nth(i)
+                .unwrap()
+                .to_vec()
+        };
+        for (kind, forth, back) in [
+            (Normalization::ZScore, "zscore", "unzscore"),
+            (Normalization::Quantile, "quantile", "unquantile"),
+        ] {
+            assert_rows(&format!("{which} {forth}"), &get(forth), |i| {
+                kind.normalize(&stats, &row(&x, i)).unwrap()
+            });
+            assert_rows(&format!("{which} {back}"), &get(back), |i| {
+                kind.unnormalize(&stats, &row(&y, i)).unwrap()
+            });
         }
     }
 }
@@ -147,7 +185,11 @@ fn delta_actions_are_made_and_undone() {
     let (actions, state) = (golden.get("delta.actions"), golden.get("delta.state").data);
     let (delta, absolute) = (golden.get("delta.out"), golden.get("absolute.out"));
     let cases = golden_cases("preproc");
-    let recorded = cases["cases"].as_array().unwrap().iter().any(|c| c["fn"].as_str().unwrap().contains("make_bool_mask(6,-1)"));
+    let recorded = cases["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|c| c["fn"].as_str().unwrap().contains("make_bool_mask(6,-1)"));
     assert!(recorded, "the recorded mask is another one");
     let mask = bool_mask(&[6, -1]);
     let width = *actions.shape.last().unwrap();
@@ -156,15 +198,24 @@ fn delta_actions_are_made_and_undone() {
     let got = |f: &dyn Fn(usize) -> Vec<f32>| (0..actions.shape[0]).flat_map(f).collect::<Vec<f32>>();
     let forth = got(&|i| delta_from_absolute(&row(&actions, i), &state, &mask).unwrap());
     assert_close("delta", &forth, &delta, 1e-6);
-    let back = got(&|i| absolute_from_delta(&row(&delta, i), &state, &mask).unwrap());
-    assert_close("absolute", &back, &absolute, 1e-6);
+    // the recording adds the state to the same actions, it does not undo the deltas
+    let added = got(&|i| absolute_from_delta(&row(&actions, i), &state, &mask).unwrap());
+    assert_close("absolute", &added, &absolute, 1e-6);
+    let undone = got(&|i| absolute_from_delta(&row(&delta, i), &state, &mask).unwrap());
+    assert_close("undone", &undone, &actions, 1e-6);
 }
 
 #[test]
 fn state_bins_are_those_of_the_reference() {
     let golden = Golden::open("preproc");
-    assert_eq!(discretize_state(&golden.get("disc.state").data), golden.get("disc.bins").i64());
-    assert_eq!(discretize_state(&golden.get("disc.state_f32").f32()), golden.get("disc.bins_f32").i64());
+    assert_eq!(
+        discretize_state(&golden.get("disc.state").data),
+        golden.get("disc.bins").i64()
+    );
+    assert_eq!(
+        discretize_state(&golden.get("disc.state_f32").f32()),
+        golden.get("disc.bins_f32").i64()
+    );
 }
 
 /// The recording used one id per character, which leaves the text, the frame and the padding to compare.
@@ -174,7 +225,10 @@ fn prompts_have_the_recorded_text_frame_and_length() {
     let prompts = cases["prompts"].as_array().unwrap();
     assert!(!prompts.is_empty());
     for case in prompts {
-        let (prompt, max_len) = (case["prompt"].as_str().unwrap(), case["max_len"].as_u64().unwrap() as usize);
+        let (prompt, max_len) = (
+            case["prompt"].as_str().unwrap(),
+            case["max_len"].as_u64().unwrap() as usize,
+        );
         let state: Option<Vec<f64>> = serde_json::from_value(case["state"].clone()).unwrap();
         let texts = match &state {
             Some(state) => vec![(pi05_prompt(prompt, state), true)],
@@ -182,11 +236,24 @@ fn prompts_have_the_recorded_text_frame_and_length() {
         };
         let recorded: Vec<(String, bool)> = serde_json::from_value(case["encode_calls"].clone()).unwrap();
         assert_eq!(texts, recorded);
-        let ids = texts.iter().map(|(text, bos)| text.chars().count() + usize::from(*bos)).sum();
+        let ids = texts
+            .iter()
+            .map(|(text, bos)| text.chars().count() + usize::from(*bos))
+            .sum();
         let tokens = PromptTokens::fit(vec![7; ids], max_len);
         assert_eq!(tokens.ids.len() as u64, case["len"].as_u64().unwrap(), "{prompt}");
-        assert_eq!(tokens.mask.iter().filter(|m| **m).count() as u64, case["n_valid"].as_u64().unwrap(), "{prompt}");
-        let padding: BTreeSet<i64> = tokens.ids.iter().zip(&tokens.mask).filter(|(_, m)| !**m).map(|(id, _)| *id).collect();
+        assert_eq!(
+            tokens.mask.iter().filter(|m| **m).count() as u64,
+            case["n_valid"].as_u64().unwrap(),
+            "{prompt}"
+        );
+        let padding: BTreeSet<i64> = tokens
+            .ids
+            .iter()
+            .zip(&tokens.mask)
+            .filter(|(_, m)| !**m)
+            .map(|(id, _)| *id)
+            .collect();
         assert_eq!(padding, case["pad_value"].as_i64().into_iter().collect(), "{prompt}");
     }
 }
@@ -209,18 +276,33 @@ fn sentencepiece_ids_are_those_of_the_reference_library() {
     let want = [ids("pick up the red block"), ids("\n")[1..].to_vec()].concat();
     assert_eq!(framed, PromptTokens::fit(want, 48));
 }
+
 /// Nothing recorded is left out: every tensor and case of the file belongs to one of the tests above.
 #[test]
 fn every_recorded_tensor_has_a_test() {
     let golden = Golden::open("preproc");
-    let known = ["pil", "trz", "u8norm.", "norm.state.", "norm.actions.", "delta.", "absolute.", "disc."];
+    let known = [
+        "pil",
+        "trz",
+        "u8norm.",
+        "norm.state.",
+        "norm.actions.",
+        "delta.",
+        "absolute.",
+        "disc.",
+    ];
     for name in golden.names() {
         assert!(known.iter().any(|k| name.starts_with(k)), "`{name}` has no test");
     }
     let cases = golden_cases("preproc");
     for case in cases["cases"].as_array().unwrap() {
         let name = case["case"].as_str().unwrap();
-        assert!(known.iter().any(|k| k.starts_with(name) || name.starts_with(k.trim_end_matches('.'))) || name == "norm");
+        assert!(
+            known
+                .iter()
+                .any(|k| k.starts_with(name) || name.starts_with(k.trim_end_matches('.')))
+                || name == "norm"
+        );
         if name.starts_with("pil") || name.starts_with("trz") {
             let out = golden.get(&format!("{name}.out"));
             let sides = out.shape[out.shape.len() - 3..].to_vec();
