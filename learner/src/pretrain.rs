@@ -14,7 +14,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use crate::{
     dataset::Dataset,
-    error::Result,
+    error::{LearnerError, Result},
     metrics::{MetricsLog, progress_style},
     model::{Pi0, Prefix},
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
@@ -28,9 +28,12 @@ const SMOOTH_L1_BETA: f64 = 0.1;
 const SCALE: f64 = 4.0;
 
 struct ReadOuts {
+    /// Points over all cameras, `P = cameras * points per camera`.
     points: i64,
+    cameras: i64,
+    /// Image tokens of one camera.
     tokens: i64,
-    /// Scores and offsets per image token, `[3 P, width]` and bias.
+    /// Scores and offsets per image token for the points of its own camera, `[3 P / cameras, width]` and bias.
     token: [Tensor; 2],
     /// Queries per layer, `[L, P, kv hd]`, read-out `[L, P, kv hd, 2]`, bias `[L, P, 2]`.
     probe: [Tensor; 3],
@@ -55,6 +58,7 @@ impl ReadOuts {
         let width = dims.vlm.width as i64;
         let kv = (dims.kv_heads * dims.head_dim) as i64;
         let layers = dims.depth as i64 - 1;
+        let cameras = dims.cameras as i64;
         let side = dims.vision.image_size / dims.vision.patch;
         let centres: Vec<f32> = (0..side * side)
             .flat_map(|i| [(i % side) as f32, (i / side) as f32].map(|c| (c + 0.5) / side as f32 * 4.0 - 2.0))
@@ -62,10 +66,11 @@ impl ReadOuts {
         let small = (width as f64).sqrt().recip();
         Self {
             points,
+            cameras,
             tokens: dims.vision.tokens() as i64,
             token: [
-                leaf(&[3 * points, width], small, seed, 0),
-                leaf(&[3 * points], 0.0, seed, 1),
+                leaf(&[3 * points / cameras, width], small, seed, 0),
+                leaf(&[3 * points / cameras], 0.0, seed, 1),
             ],
             probe: [
                 leaf(&[layers, points, kv], 0.3, seed, 2),
@@ -90,12 +95,12 @@ impl ReadOuts {
     /// Read-outs `[B, P, 2]` in trained units: per image token, per probed layer, pooled.
     fn forward(&self, policy: &Pi0, prefix: &Prefix) -> (Tensor, Tensor, Tensor) {
         let points = self.points;
-        let image = prefix.out.narrow(1, 0, self.tokens);
-        let read = image
-            .linear(&self.token[0], Some(&self.token[1]))
-            .view([-1, self.tokens, points, 3]);
-        let weight = read.narrow(3, 0, 1).softmax(1, Kind::Float);
-        let located = (weight * (&self.centres + read.narrow(3, 1, 2))).sum_dim_intlist(1, false, Kind::Float);
+        let image = prefix.out.narrow(1, 0, self.cameras * self.tokens);
+        let read = image.linear(&self.token[0], Some(&self.token[1]));
+        let read = read.view([-1, self.cameras, self.tokens, points / self.cameras, 3]);
+        let weight = read.narrow(4, 0, 1).softmax(2, Kind::Float);
+        let located = (weight * (&self.centres + read.narrow(4, 1, 2))).sum_dim_intlist(2, false, Kind::Float);
+        let located = located.flatten(1, 2);
 
         // [B, L, kv, S, hd] -> [B, L, S, kv hd], layers 1 and up
         let layers = prefix.cache.k.size()[1] - 1;
@@ -132,6 +137,12 @@ pub fn pretrain(
     let stage = &config.optim;
     policy.store().set_trainable(&[Part::Vlm]);
     let points = scenes.targets.size()[1];
+    let expected = (config.keypoints * policy.dims().cameras) as i64;
+    if points != expected {
+        return Err(LearnerError::Missing(format!(
+            "the scenes have {points} key points, `pretrain.keypoints` and the cameras make {expected}"
+        )));
+    }
     let read_outs = ReadOuts::new(policy, points, seed);
     let mut params: Vec<(String, Tensor)> = policy
         .store()

@@ -108,6 +108,11 @@ pub fn success_rate(trajectories: &[Trajectory]) -> f64 {
     trajectories.iter().filter(|t| t.success).count() as f64 / trajectories.len().max(1) as f64
 }
 
+/// Share of episodes that ended by themselves without success, like a wrong object in the goal.
+pub fn failure_rate(trajectories: &[Trajectory]) -> f64 {
+    trajectories.iter().filter(|t| t.terminated && !t.success).count() as f64 / trajectories.len().max(1) as f64
+}
+
 /// All chunk records of an iteration, one row each.
 #[derive(Debug)]
 pub struct RolloutBatch {

@@ -26,7 +26,7 @@ use crate::{
     picture,
     pretrain::pretrain,
     publish::Publisher,
-    rollout::{RolloutBatch, collect, success_rate},
+    rollout::{RolloutBatch, collect, failure_rate, success_rate},
     sft::sft,
     update::Updater,
 };
@@ -248,6 +248,7 @@ pub fn train(plan: &RunPlan) -> Result<()> {
             &[
                 ("episodes", episodes as f64),
                 ("success", success),
+                ("terminated_failure", failure_rate(&got.trajectories)),
                 ("records", report.records as f64),
                 ("env_steps", env_steps as f64),
                 ("action_magnitude", batch.action_magnitude),
@@ -342,6 +343,11 @@ pub fn eval(plan: &RunPlan, bundles: &[PathBuf], episodes: usize, gif: Option<&P
         let version = bundle.manifest.policy_version;
         ring.hub.announce(bundle)?;
         let (success, trajectories) = evaluate(&ring.hub, &mut ring.children, version, episodes, videos)?;
+        tracing::info!(
+            "version {version}: success {success:.3}, ended without success {:.3}, out of time {:.3}",
+            failure_rate(&trajectories),
+            1.0 - success - failure_rate(&trajectories)
+        );
         results.push((version, success));
         films.push((version, trajectories));
     }

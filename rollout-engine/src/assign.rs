@@ -5,11 +5,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use policy::noise::NoiseKey;
-use wire::{
-    messages::{
-        ActedRow, ChunkRecord, Command, Hello, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
-        Trajectory, TrajectoryChunk,
-    },
+use wire::messages::{
+    ActedRow, ChunkRecord, Command, Hello, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
+    Trajectory, TrajectoryChunk,
 };
 
 use crate::queue::{Job, Row, Target};
@@ -43,7 +41,12 @@ pub struct Effects<P> {
 
 impl<P> Default for Effects<P> {
     fn default() -> Self {
-        Self { commands: BTreeMap::new(), jobs: Vec::new(), trajectories: Vec::new(), refusals: Vec::new() }
+        Self {
+            commands: BTreeMap::new(),
+            jobs: Vec::new(),
+            trajectories: Vec::new(),
+            refusals: Vec::new(),
+        }
     }
 }
 
@@ -56,6 +59,8 @@ struct Episode {
     prompt: String,
     /// The version of its chunks, once the first is made.
     version: Option<u64>,
+    /// Made by weights that were replaced under the same version number: it begins anew.
+    stale: bool,
     chunks: Vec<TrajectoryChunk>,
     /// The record of the chunk that is being executed.
     record: Option<Box<ChunkRecord>>,
@@ -76,6 +81,13 @@ enum Slot {
 }
 
 impl Slot {
+    fn episode_mut(&mut self) -> Option<&mut Episode> {
+        match self {
+            Self::Unseen | Self::Idle => None,
+            Self::Resetting(e) | Self::Thinking(e, _) | Self::Acting(e) => Some(e),
+        }
+    }
+
     fn episode(self) -> Option<Episode> {
         match self {
             Self::Unseen | Self::Idle => None,
@@ -158,7 +170,7 @@ impl<P: Ord + Clone> Assign<P> {
 
     /// Whether resets wait for a version that is not live yet.
     pub fn parked(&self) -> bool {
-        !self.pending.is_empty() && self.order.as_ref().is_some_and(|o| self.live.is_none_or(|live| live < o.version))
+        !self.pending.is_empty() && self.order.as_ref().is_some_and(|o| self.live != Some(o.version))
     }
 
     /// A version went live.
@@ -168,18 +180,49 @@ impl<P: Ord + Clone> Assign<P> {
         self.hand_out();
     }
 
+    /// Other weights with the number of the live version are on their way (the learner began anew): no episode begins before
+    /// they are live, and those that run begin anew.
+    pub fn retire(&mut self) {
+        self.live = None;
+        for episode in self
+            .clients
+            .values_mut()
+            .flat_map(|c| &mut c.slots)
+            .filter_map(Slot::episode_mut)
+        {
+            episode.stale = true;
+        }
+        for episode in self.bootstraps.values_mut() {
+            episode.stale = true;
+        }
+    }
+
     /// Whether the buffer of unacknowledged trajectories is full.
     pub fn set_full(&mut self, full: bool) {
         self.full = full;
         self.hand_out();
     }
 
-    /// An order of the learner: replaces the pending resets; the same order again changes nothing.
+    /// An order of the learner: replaces the pending resets; the same order again changes nothing. An episode that runs
+    /// already and is wanted again (the learner spreads episodes anew when engines come and go) goes on for the new order.
     pub fn take_order(&mut self, order: Order) {
         if self.order.as_ref() == Some(&order) {
             return;
         }
         self.pending = order.resets.iter().cloned().collect();
+        let slots = self
+            .clients
+            .values_mut()
+            .flat_map(|c| &mut c.slots)
+            .filter_map(Slot::episode_mut);
+        for episode in slots.chain(self.bootstraps.values_mut()) {
+            let fits =
+                !episode.stale && episode.mode == order.mode && episode.version.is_none_or(|v| v == order.version);
+            if fits && let Some(place) = self.pending.iter().position(|reset| *reset == episode.reset) {
+                self.pending.remove(place);
+                episode.order = order.order;
+            }
+        }
         self.order = Some(order);
         self.hand_out();
     }
@@ -198,7 +241,10 @@ impl<P: Ord + Clone> Assign<P> {
             ));
         }
         if hello.slots == 0 || hello.slots > MAX_SLOTS {
-            return Err(format!("worker `{}` has {} slots, expected 1 to {MAX_SLOTS}", hello.client, hello.slots));
+            return Err(format!(
+                "worker `{}` has {} slots, expected 1 to {MAX_SLOTS}",
+                hello.client, hello.slots
+            ));
         }
         let earlier: Vec<P> = self
             .clients
@@ -210,14 +256,22 @@ impl<P: Ord + Clone> Assign<P> {
             self.gone(&p);
         }
         let slots = (0..hello.slots).map(|_| Slot::Unseen).collect();
-        self.clients.insert(peer, Client { name: hello.client.clone(), slots });
+        self.clients.insert(
+            peer,
+            Client {
+                name: hello.client.clone(),
+                slots,
+            },
+        );
         self.hand_out();
         Ok(())
     }
 
     /// A worker is gone: its unfinished episodes wait for another slot.
     pub fn gone(&mut self, peer: &P) {
-        let Some(client) = self.clients.remove(peer) else { return };
+        let Some(client) = self.clients.remove(peer) else {
+            return;
+        };
         for slot in client.slots.into_iter().rev() {
             if let Some(episode) = slot.episode() {
                 self.requeue(episode);
@@ -249,7 +303,14 @@ impl<P: Ord + Clone> Assign<P> {
 
     fn turn_away(&mut self, peer: &P, reason: String) {
         self.effects.commands.remove(peer);
-        self.effects.refusals.push((peer.clone(), Refusal { request: None, retry: false, reason }));
+        self.effects.refusals.push((
+            peer.clone(),
+            Refusal {
+                request: None,
+                retry: false,
+                reason,
+            },
+        ));
         self.gone(peer);
     }
 
@@ -258,7 +319,10 @@ impl<P: Ord + Clone> Assign<P> {
         let client = self.clients.get_mut(peer).ok_or("reports before hello")?;
         let count = client.slots.len();
         let index = report.slot;
-        let slot = client.slots.get_mut(index as usize).ok_or_else(|| format!("expected 0 to {}", count - 1))?;
+        let slot = client
+            .slots
+            .get_mut(index as usize)
+            .ok_or_else(|| format!("expected 0 to {}", count - 1))?;
         match (std::mem::replace(slot, Slot::Idle), report.outcome, report.observation) {
             (old, None, None) => {
                 if let Some(episode) = old.episode() {
@@ -304,7 +368,11 @@ impl<P: Ord + Clone> Assign<P> {
         shape: Shape,
     ) -> Result<(), String> {
         let problem = if outcome.rewards.len() > shape.action_chunk || outcome.rewards.is_empty() {
-            Some(format!("{} rewards, expected 1 to {}", outcome.rewards.len(), shape.action_chunk))
+            Some(format!(
+                "{} rewards, expected 1 to {}",
+                outcome.rewards.len(),
+                shape.action_chunk
+            ))
         } else if let Some(reward) = outcome.rewards.iter().find(|r| !r.is_finite()) {
             Some(format!("reward {reward}"))
         } else if !outcome.terminated && seen.is_none() {
@@ -316,8 +384,20 @@ impl<P: Ord + Clone> Assign<P> {
             self.requeue(episode);
             return Err(problem);
         }
-        let frames = if episode.reset.video { outcome.frames } else { Vec::new() };
-        episode.chunks.push(TrajectoryChunk { record: episode.record.take(), rewards: outcome.rewards, frames });
+        if episode.stale {
+            self.requeue(episode);
+            return Ok(());
+        }
+        let frames = if episode.reset.video {
+            outcome.frames
+        } else {
+            Vec::new()
+        };
+        episode.chunks.push(TrajectoryChunk {
+            record: episode.record.take(),
+            rewards: outcome.rewards,
+            frames,
+        });
         episode.success |= outcome.success;
         if outcome.terminated {
             self.finish(episode, true, None);
@@ -325,7 +405,9 @@ impl<P: Ord + Clone> Assign<P> {
             match seen {
                 Some(seen) if shape.critic && episode.mode == Mode::Train => {
                     let ticket = self.ticket();
-                    self.effects.jobs.push(Job::new(Target::Bootstrap(ticket), vec![row(&episode, seen)]));
+                    self.effects
+                        .jobs
+                        .push(Job::new(Target::Bootstrap(ticket), vec![row(&episode, seen)]));
                     self.bootstraps.insert(ticket, episode);
                 }
                 _ => self.finish(episode, false, None),
@@ -343,7 +425,9 @@ impl<P: Ord + Clone> Assign<P> {
 
     fn ask(&mut self, peer: &P, index: u32, episode: Episode, seen: Observation) {
         let ticket = self.ticket();
-        self.effects.jobs.push(Job::new(Target::Slot(ticket), vec![row(&episode, seen)]));
+        self.effects
+            .jobs
+            .push(Job::new(Target::Slot(ticket), vec![row(&episode, seen)]));
         self.tickets.insert(ticket, (peer.clone(), index));
         if let Some(slot) = self.clients.get_mut(peer).and_then(|c| c.slots.get_mut(index as usize)) {
             *slot = Slot::Thinking(episode, ticket);
@@ -370,11 +454,19 @@ impl<P: Ord + Clone> Assign<P> {
     /// The policy answered a slot's question with a chunk of `version`. An episode is made by one version: when another one
     /// went live in between, it begins anew.
     pub fn acted(&mut self, ticket: u64, version: u64, row: ActedRow) {
-        let Some((peer, index)) = self.tickets.remove(&ticket) else { return };
-        let Some(slot) = self.clients.get_mut(&peer).and_then(|c| c.slots.get_mut(index as usize)) else { return };
+        let Some((peer, index)) = self.tickets.remove(&ticket) else {
+            return;
+        };
+        let Some(slot) = self
+            .clients
+            .get_mut(&peer)
+            .and_then(|c| c.slots.get_mut(index as usize))
+        else {
+            return;
+        };
         match std::mem::replace(slot, Slot::Idle) {
             Slot::Thinking(mut episode, asked) if asked == ticket => {
-                if episode.version.is_some_and(|v| v != version) {
+                if episode.stale || episode.version.is_some_and(|v| v != version) {
                     self.requeue(episode);
                     self.hand_out();
                     return;
@@ -382,7 +474,10 @@ impl<P: Ord + Clone> Assign<P> {
                 episode.version = Some(version);
                 episode.record = row.record;
                 *slot = Slot::Acting(episode);
-                let command = SlotCommand { slot: index, command: Command::Act(row.actions) };
+                let command = SlotCommand {
+                    slot: index,
+                    command: Command::Act(row.actions),
+                };
                 self.effects.commands.entry(peer).or_default().push(command);
             }
             other => *slot = other,
@@ -402,15 +497,20 @@ impl<P: Ord + Clone> Assign<P> {
 
     /// The value of a truncated episode's last observation.
     pub fn bootstrapped(&mut self, ticket: u64, value: Option<f32>) {
-        if let Some(episode) = self.bootstraps.remove(&ticket) {
-            self.finish(episode, false, value);
+        match self.bootstraps.remove(&ticket) {
+            Some(episode) if episode.stale => {
+                self.requeue(episode);
+                self.hand_out();
+            }
+            Some(episode) => self.finish(episode, false, value),
+            None => {}
         }
     }
 
     /// Gives pending resets to idle slots when the order's version is live.
     fn hand_out(&mut self) {
         let Some(order) = &self.order else { return };
-        if self.full || self.live.is_none_or(|live| live < order.version) {
+        if self.full || self.live != Some(order.version) {
             return;
         }
         for (peer, client) in &mut self.clients {
@@ -419,7 +519,10 @@ impl<P: Ord + Clone> Assign<P> {
                     continue;
                 }
                 let Some(reset) = self.pending.pop_front() else { return };
-                let command = SlotCommand { slot: index as u32, command: Command::Reset(reset.clone()) };
+                let command = SlotCommand {
+                    slot: index as u32,
+                    command: Command::Reset(reset.clone()),
+                };
                 self.effects.commands.entry(peer.clone()).or_default().push(command);
                 *slot = Slot::Resetting(Episode {
                     order: order.order,
@@ -427,6 +530,7 @@ impl<P: Ord + Clone> Assign<P> {
                     reset,
                     prompt: String::new(),
                     version: None,
+                    stale: false,
                     chunks: Vec::new(),
                     record: None,
                     success: false,
@@ -439,8 +543,18 @@ impl<P: Ord + Clone> Assign<P> {
 fn row(episode: &Episode, observation: Observation) -> Row {
     let reset = &episode.reset;
     let chunk = episode.chunks.len() as u32;
-    let key = NoiseKey { seed: reset.seed, env: reset.env, episode: reset.episode, chunk };
-    Row { observation, key, mode: episode.mode, record: episode.mode == Mode::Train }
+    let key = NoiseKey {
+        seed: reset.seed,
+        env: reset.env,
+        episode: reset.episode,
+        chunk,
+    };
+    Row {
+        observation,
+        key,
+        mode: episode.mode,
+        record: episode.mode == Mode::Train,
+    }
 }
 
 #[cfg(test)]

@@ -37,7 +37,9 @@ pub enum BackendError {
         detail: String,
     },
     /// The provider cannot be had here.
-    #[error("provider `{provider}` cannot be had: {detail}; install what is missing or set `rollout.provider = \"cpu\"`")]
+    #[error(
+        "provider `{provider}` cannot be had: {detail}; install what is missing or set `rollout.provider = \"cpu\"`"
+    )]
     Provider {
         /// Its name in a configuration.
         provider: &'static str,
@@ -115,7 +117,10 @@ pub struct Backend {
 
 impl std::fmt::Debug for Backend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Backend").field("provider", &self.provider).field("threads", &self.threads).finish_non_exhaustive()
+        f.debug_struct("Backend")
+            .field("provider", &self.provider)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
     }
 }
 
@@ -139,7 +144,10 @@ impl Backend {
     /// The library is missing or broken, or the provider is refused: there is no silent fall-back.
     pub fn new(provider: Provider, threads: usize) -> Result<Self, BackendError> {
         let path = library()?;
-        let bad = |detail: String| BackendError::Library { path: path.clone(), detail };
+        let bad = |detail: String| BackendError::Library {
+            path: path.clone(),
+            detail,
+        };
         if !path.is_file() {
             return Err(bad("no such file".to_owned()));
         }
@@ -149,7 +157,11 @@ impl Backend {
             .with_telemetry(false)
             .build()
             .map_err(|e| bad(one_line(e)))?;
-        let backend = Self { environment, provider, threads };
+        let backend = Self {
+            environment,
+            provider,
+            threads,
+        };
         backend.builder()?;
         Ok(backend)
     }
@@ -160,7 +172,10 @@ impl Backend {
     }
 
     fn builder(&self) -> Result<ort::session::builder::SessionBuilder, BackendError> {
-        let refused = |e: ort::Error| BackendError::Provider { provider: provider_name(self.provider), detail: one_line(e) };
+        let refused = |e: ort::Error| BackendError::Provider {
+            provider: provider_name(self.provider),
+            detail: one_line(e),
+        };
         let builder = Session::builder(&self.environment)
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Level3)?))
             .and_then(|b| Ok(b.with_intra_threads(self.threads.max(1))?))
@@ -172,13 +187,16 @@ impl Backend {
             Provider::Cuda => ep::CUDA::default().with_tf32(false).build(),
             Provider::Tensorrt => ep::TensorRT::default().build(),
         };
-        builder.with_execution_providers([provider.error_on_failure()]).map_err(|e| refused(e.into()))
+        builder
+            .with_execution_providers([provider.error_on_failure()])
+            .map_err(|e| refused(e.into()))
     }
 
     fn load(&self, path: &Path) -> Result<Session, BackendError> {
-        self.builder()?
-            .commit_from_file(path)
-            .map_err(|e| BackendError::Load { path: path.to_owned(), detail: one_line(e) })
+        self.builder()?.commit_from_file(path).map_err(|e| BackendError::Load {
+            path: path.to_owned(),
+            detail: one_line(e),
+        })
     }
 }
 
@@ -250,16 +268,23 @@ pub struct PolicySessions {
 
 impl std::fmt::Debug for PolicySessions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PolicySessions").field("weights", &self.weights.len()).finish_non_exhaustive()
+        f.debug_struct("PolicySessions")
+            .field("weights", &self.weights.len())
+            .finish_non_exhaustive()
     }
 }
 
 fn require(path: &Path, session: &Session, inputs: &[&str], outputs: &[&str]) -> Result<(), BackendError> {
-    let check = |kind: &'static str, names: &[&str], there: &[ort::value::Outlet]| {
-        match names.iter().find(|name| !there.iter().any(|o| o.name() == **name)) {
-            Some(name) => Err(BackendError::Graph { path: path.to_owned(), kind, name: (*name).to_owned() }),
-            None => Ok(()),
-        }
+    let check = |kind: &'static str, names: &[&str], there: &[ort::value::Outlet]| match names
+        .iter()
+        .find(|name| !there.iter().any(|o| o.name() == **name))
+    {
+        Some(name) => Err(BackendError::Graph {
+            path: path.to_owned(),
+            kind,
+            name: (*name).to_owned(),
+        }),
+        None => Ok(()),
     };
     check("input", inputs, session.inputs())?;
     check("output", outputs, session.outputs())
@@ -269,7 +294,12 @@ fn tensor<T>(graph: &'static str, shape: &[usize], data: Vec<T>) -> Result<DynVa
 where
     T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static,
 {
-    Ok(Tensor::from_array((shape.to_vec(), data)).map_err(|e| BackendError::Run { graph, detail: one_line(e) })?.into_dyn())
+    Ok(Tensor::from_array((shape.to_vec(), data))
+        .map_err(|e| BackendError::Run {
+            graph,
+            detail: one_line(e),
+        })?
+        .into_dyn())
 }
 
 fn floats(
@@ -279,11 +309,24 @@ fn floats(
     expected: usize,
 ) -> Result<Vec<f32>, BackendError> {
     let (_, data) = value
-        .ok_or(BackendError::Output { graph, name, expected, found: 0 })?
+        .ok_or(BackendError::Output {
+            graph,
+            name,
+            expected,
+            found: 0,
+        })?
         .try_extract_tensor::<f32>()
-        .map_err(|e| BackendError::Run { graph, detail: one_line(e) })?;
+        .map_err(|e| BackendError::Run {
+            graph,
+            detail: one_line(e),
+        })?;
     if data.len() != expected {
-        return Err(BackendError::Output { graph, name, expected, found: data.len() });
+        return Err(BackendError::Output {
+            graph,
+            name,
+            expected,
+            found: data.len(),
+        });
     }
     Ok(data.to_vec())
 }
@@ -300,14 +343,22 @@ impl PolicySessions {
     pub fn load(backend: &Backend, bundle: &Bundle, shared: Option<SharedPrefix>) -> Result<Self, BackendError> {
         let manifest = &bundle.manifest;
         let dims = manifest.dims.clone();
-        let value_reads_prefix = manifest.value_head.as_ref().is_some_and(|h| h.input == CriticInput::Vlm);
+        let value_reads_prefix = manifest
+            .value_head
+            .as_ref()
+            .is_some_and(|h| h.input == CriticInput::Vlm);
         let prefix = match shared {
             Some(prefix) => prefix,
             None => {
                 let path = bundle.path(PREFIX_GRAPH);
                 let session = backend.load(&path)?;
                 let outputs = ["k", "v", "prefix_mask", "pooled"];
-                require(&path, &session, &["images", "image_mask", "prompt", "prompt_mask"], &outputs)?;
+                require(
+                    &path,
+                    &session,
+                    &["images", "image_mask", "prompt", "prompt_mask"],
+                    &outputs,
+                )?;
                 Arc::new(Mutex::new(session))
             }
         };
@@ -331,7 +382,14 @@ impl PolicySessions {
         inputs.extend(weights.iter().map(|(name, _)| name.as_str()));
         require(&path, &denoise, &inputs, &outputs)?;
         let has_value = manifest.value_head.is_some();
-        Ok(Self { prefix, denoise, weights, dims, has_value, value_reads_prefix })
+        Ok(Self {
+            prefix,
+            denoise,
+            weights,
+            dims,
+            has_value,
+            value_reads_prefix,
+        })
     }
 
     /// The prefix session, for the next version with the same vision-language weights.
@@ -344,13 +402,22 @@ impl PolicySessions {
     /// # Errors
     /// ONNX Runtime fails or gives another size.
     pub fn prefix(&self, batch: PrefixBatch) -> Result<PrefixCache, BackendError> {
-        let run = |e: ort::Error| BackendError::Run { graph: PREFIX, detail: one_line(e) };
+        let run = |e: ort::Error| BackendError::Run {
+            graph: PREFIX,
+            detail: one_line(e),
+        };
         let (rows, dims, size) = (batch.rows, &self.dims, self.dims.vision.image_size);
         let inputs = vec![
-            ("images", tensor(PREFIX, &[rows, dims.cameras, 3, size, size], batch.images)?),
+            (
+                "images",
+                tensor(PREFIX, &[rows, dims.cameras, 3, size, size], batch.images)?,
+            ),
             ("image_mask", tensor(PREFIX, &[rows, dims.cameras], batch.image_mask)?),
             ("prompt", tensor(PREFIX, &[rows, dims.prompt_len], batch.prompt)?),
-            ("prompt_mask", tensor(PREFIX, &[rows, dims.prompt_len], batch.prompt_mask)?),
+            (
+                "prompt_mask",
+                tensor(PREFIX, &[rows, dims.prompt_len], batch.prompt_mask)?,
+            ),
         ];
         let mut values = Vec::new();
         {
@@ -369,12 +436,21 @@ impl PolicySessions {
             }
         }
         let expected = rows * dims.prefix_len();
-        let found = match values.iter().find(|(name, _)| *name == "prefix_mask").map(|(_, v)| v.dtype()) {
+        let found = match values
+            .iter()
+            .find(|(name, _)| *name == "prefix_mask")
+            .map(|(_, v)| v.dtype())
+        {
             Some(ValueType::Tensor { shape, .. }) => shape.iter().product::<i64>().max(0) as usize,
             _ => 0,
         };
         if found != expected {
-            return Err(BackendError::Output { graph: PREFIX, name: "prefix_mask", expected, found });
+            return Err(BackendError::Output {
+                graph: PREFIX,
+                name: "prefix_mask",
+                expected,
+                found,
+            });
         }
         if dims.variant == Variant::Pi0 {
             values.push(("state", tensor(PREFIX, &[rows, dims.action_dim], batch.state)?));
@@ -391,7 +467,10 @@ impl PolicySessions {
         let actions = [rows, dims.action_horizon, dims.action_dim];
         let fresh = [
             ("x_t", tensor(DENOISE, &actions, step.x_t.to_vec())?),
-            ("time_emb", tensor(DENOISE, &[rows, dims.expert.width], step.time_embedding)?),
+            (
+                "time_emb",
+                tensor(DENOISE, &[rows, dims.expert.width], step.time_embedding)?,
+            ),
             ("c_x", tensor(DENOISE, &[rows], step.c_x)?),
             ("c_v", tensor(DENOISE, &[rows], step.c_v)?),
             ("std", tensor(DENOISE, &[rows], step.std)?),
@@ -403,24 +482,37 @@ impl PolicySessions {
             .map(|(name, value)| (*name, value.into()))
             .chain(self.weights.iter().map(|(name, value)| (name.as_str(), value.into())))
             .collect();
-        let outputs =
-            self.denoise.run(inputs).map_err(|e| BackendError::Run { graph: DENOISE, detail: one_line(e) })?;
+        let outputs = self.denoise.run(inputs).map_err(|e| BackendError::Run {
+            graph: DENOISE,
+            detail: one_line(e),
+        })?;
         let count = actions.iter().product();
         Ok(StepOutput {
             x_next: floats(DENOISE, "x_next", outputs.get("x_next"), count)?,
             mean: floats(DENOISE, "mean", outputs.get("mean"), count)?,
-            value: self.has_value.then(|| floats(DENOISE, "value", outputs.get("value"), rows)).transpose()?,
+            value: self
+                .has_value
+                .then(|| floats(DENOISE, "value", outputs.get("value"), rows))
+                .transpose()?,
         })
     }
 }
 
 fn weight_inputs(bundle: &Bundle) -> Result<Vec<(String, DynValue)>, BackendError> {
     let path = bundle.path(EXPERT_WEIGHTS);
-    let bad = |source| BackendError::Weights { path: path.clone(), source };
+    let bad = |source| BackendError::Weights {
+        path: path.clone(),
+        source,
+    };
     let table = bundle.manifest.params();
     let wanted: Vec<&ParamSpec> = table.iter().filter(|p| p.part != Part::Vlm).collect();
-    let weights = WeightFile::open(&path).and_then(|file| file.read_all(&wanted)).map_err(bad)?;
-    weights.into_iter().map(|(name, weight)| Ok((name, tensor(DENOISE, &weight.shape, weight.data)?))).collect()
+    let weights = WeightFile::open(&path)
+        .and_then(|file| file.read_all(&wanted))
+        .map_err(bad)?;
+    weights
+        .into_iter()
+        .map(|(name, weight)| Ok((name, tensor(DENOISE, &weight.shape, weight.data)?)))
+        .collect()
 }
 
 /// The digests on which a prefix session depends: two bundles with the same can share one.

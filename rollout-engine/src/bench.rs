@@ -58,7 +58,12 @@ pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Resu
             .iter()
             .enumerate()
             .map(|(env, input)| {
-                let key = NoiseKey { seed: 0, env: env as u32, episode: 0, chunk: round as u32 };
+                let key = NoiseKey {
+                    seed: 0,
+                    env: env as u32,
+                    episode: 0,
+                    chunk: round as u32,
+                };
                 (input.clone(), Draw::new(policy, key, Mode::Train), key)
             })
             .collect();

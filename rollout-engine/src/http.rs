@@ -35,7 +35,10 @@ async fn metrics(State(pages): State<Pages>) -> (StatusCode, String) {
 /// # Errors
 /// The address is wrong or in use.
 pub async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), HttpError> {
-    let bad = |source| HttpError { address: address.to_owned(), source };
+    let bad = |source| HttpError {
+        address: address.to_owned(),
+        source,
+    };
     let listener = TcpListener::bind(address).await.map_err(bad)?;
     let bound = listener.local_addr().map_err(bad)?;
     Ok((listener, bound))
@@ -54,7 +57,10 @@ pub struct HttpError {
 /// # Errors
 /// The listener fails.
 pub async fn serve(listener: TcpListener, pages: Pages, mut stop: watch::Receiver<bool>) -> std::io::Result<()> {
-    let router = Router::new().route("/healthz", get(healthz)).route("/metrics", get(metrics)).with_state(pages);
+    let router = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/metrics", get(metrics))
+        .with_state(pages);
     axum::serve(listener, router)
         .with_graceful_shutdown(async move {
             // an error means that the sender is gone, which is a stop too

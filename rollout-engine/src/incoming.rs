@@ -82,6 +82,15 @@ pub struct Incoming {
     kept: VecDeque<PathBuf>,
 }
 
+/// SHA-256 of every announced file.
+pub fn digests(announce: &Announce) -> BTreeMap<String, String> {
+    announce
+        .files
+        .iter()
+        .map(|f| (f.name.clone(), f.sha256.clone()))
+        .collect()
+}
+
 fn io(action: &str, path: &Path, error: &std::io::Error) -> String {
     format!("{action} `{}`: {error}", path.display())
 }
@@ -102,8 +111,13 @@ impl Incoming {
     /// The folder cannot be made or listed.
     pub fn new(dir: PathBuf) -> std::io::Result<Self> {
         fs::create_dir_all(&dir)?;
-        let mut incoming =
-            Self { dir: dir.clone(), known: BTreeMap::new(), announced: None, fetching: None, kept: VecDeque::new() };
+        let mut incoming = Self {
+            dir: dir.clone(),
+            known: BTreeMap::new(),
+            announced: None,
+            fetching: None,
+            kept: VecDeque::new(),
+        };
         for entry in fs::read_dir(&dir)? {
             let path = entry?.path();
             match Bundle::open(&path) {
@@ -136,8 +150,15 @@ impl Incoming {
             remove(&f.beside);
             (f.announce.version, f.begun)
         });
-        let waiting = self.announced.replace((announce, Instant::now())).map(|(a, begun)| (a.version, begun));
-        fetching.or(waiting).map(|(version, begun)| Failed { version, begun, reason: String::new() })
+        let waiting = self
+            .announced
+            .replace((announce, Instant::now()))
+            .map(|(a, begun)| (a.version, begun));
+        fetching.or(waiting).map(|(version, begun)| Failed {
+            version,
+            begun,
+            reason: String::new(),
+        })
     }
 
     /// The connection is lost: what was being fetched is dropped, the learner announces it again.
@@ -151,9 +172,11 @@ impl Incoming {
     /// Begins an announced version, ends a fetched one. `live` are the digests of the live version's files.
     pub fn advance(&mut self, live: Option<&BTreeMap<String, String>>) -> Progress {
         if let Some((announce, begun)) = self.announced.take() {
-            let digests = announce.files.iter().map(|f| (f.name.clone(), f.sha256.clone())).collect();
-            if live == Some(&digests) {
-                return Progress::Already { version: announce.version, begun };
+            if live == Some(&digests(&announce)) {
+                return Progress::Already {
+                    version: announce.version,
+                    begun,
+                };
             }
             let version = announce.version;
             match self.begin(announce, begun) {
@@ -183,12 +206,25 @@ impl Incoming {
                 waiting.push_back(entry.clone());
             }
         }
-        Ok(Fetching { announce, begun, beside, waiting, current: None, asked: None, times: 0 })
+        Ok(Fetching {
+            announce,
+            begun,
+            beside,
+            waiting,
+            current: None,
+            asked: None,
+            times: 0,
+        })
     }
 
     fn end(&mut self, fetching: &Fetching) -> Progress {
         let (version, begun) = (fetching.announce.version, fetching.begun);
-        let digest = fetching.announce.files.iter().find(|f| f.name == MANIFEST).map(|f| f.sha256.as_str());
+        let digest = fetching
+            .announce
+            .files
+            .iter()
+            .find(|f| f.name == MANIFEST)
+            .map(|f| f.sha256.as_str());
         let short = digest.and_then(|d| d.get(..8)).unwrap_or_default();
         let dir = self.dir.join(format!("v{version}-{short}"));
         remove(&dir);
@@ -196,7 +232,11 @@ impl Incoming {
             Ok(()) => Progress::Fetched { version, begun, dir },
             Err(error) => {
                 remove(&fetching.beside);
-                Progress::Failed(Failed { version, begun, reason: io("renaming to", &dir, &error) })
+                Progress::Failed(Failed {
+                    version,
+                    begun,
+                    reason: io("renaming to", &dir, &error),
+                })
             }
         }
     }
@@ -214,7 +254,11 @@ impl Incoming {
         };
         fetching.asked = Some(Instant::now());
         fetching.times += 1;
-        Some(Fetch { version: fetching.announce.version, file, offset })
+        Some(Fetch {
+            version: fetching.announce.version,
+            file,
+            offset,
+        })
     }
 
     /// A part that did not come for so long is asked for again.
@@ -231,9 +275,15 @@ impl Incoming {
     /// # Errors
     /// The version cannot be had: the learner does not have the file, or it cannot be written.
     pub fn part(&mut self, part: FilePart) -> Result<(), Failed> {
-        let Some(fetching) = &mut self.fetching else { return Ok(()) };
+        let Some(fetching) = &mut self.fetching else {
+            return Ok(());
+        };
         if let Err(reason) = fetching.take(&part) {
-            let failed = Failed { version: fetching.announce.version, begun: fetching.begun, reason };
+            let failed = Failed {
+                version: fetching.announce.version,
+                begun: fetching.begun,
+                reason,
+            };
             remove(&fetching.beside);
             self.fetching = None;
             return Err(failed);
@@ -279,10 +329,16 @@ impl Fetching {
         let mut current = match self.current.take() {
             Some(current) => current,
             None => {
-                let Some(entry) = self.waiting.pop_front() else { return Ok(()) };
+                let Some(entry) = self.waiting.pop_front() else {
+                    return Ok(());
+                };
                 let path = self.beside.join(&entry.name);
                 let file = File::create(&path).map_err(|e| io("creating", &path, &e))?;
-                Part { file, entry, received: 0 }
+                Part {
+                    file,
+                    entry,
+                    received: 0,
+                }
             }
         };
         let end = current.received + part.data.len() as u64;
@@ -295,26 +351,36 @@ impl Fetching {
                 current.entry.bytes - current.received
             ));
         }
-        current.file.write_all(&part.data).map_err(|e| io("writing", &self.beside.join(&current.entry.name), &e))?;
+        current
+            .file
+            .write_all(&part.data)
+            .map_err(|e| io("writing", &self.beside.join(&current.entry.name), &e))?;
         current.received = end;
         self.asked = None;
         self.times = 0;
         if end < current.entry.bytes {
             self.current = Some(current);
         } else {
-            current.file.sync_all().map_err(|e| io("syncing", &self.beside.join(&current.entry.name), &e))?;
+            current
+                .file
+                .sync_all()
+                .map_err(|e| io("syncing", &self.beside.join(&current.entry.name), &e))?;
         }
         Ok(())
     }
 }
 
 fn is_hidden(path: &Path) -> bool {
-    path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'))
+    path.file_name()
+        .is_none_or(|name| name.to_string_lossy().starts_with('.'))
 }
 
 fn check(announce: &Announce) -> Result<(), String> {
     if announce.files.is_empty() || announce.files.len() > MAX_FILES {
-        return Err(format!("it has {} files, expected 1 to {MAX_FILES}", announce.files.len()));
+        return Err(format!(
+            "it has {} files, expected 1 to {MAX_FILES}",
+            announce.files.len()
+        ));
     }
     if !announce.files.iter().any(|f| f.name == MANIFEST) {
         return Err(format!("its files lack `{MANIFEST}`"));
@@ -325,8 +391,165 @@ fn check(announce: &Announce) -> Result<(), String> {
             return Err(format!("it names the file `{}`, expected a plain file name", file.name));
         }
         if file.bytes > MAX_FILE_BYTES {
-            return Err(format!("its file `{}` has {} bytes, expected at most {MAX_FILE_BYTES}", file.name, file.bytes));
+            return Err(format!(
+                "its file `{}` has {} bytes, expected at most {MAX_FILE_BYTES}",
+                file.name, file.bytes
+            ));
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, data: &[u8]) -> BundleFile {
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().join(name);
+        fs::write(&path, data).expect("written");
+        policy::bundle::describe_file(&path).expect("described")
+    }
+
+    fn announce(version: u64, files: Vec<BundleFile>) -> Announce {
+        Announce { version, files }
+    }
+
+    /// Serves what is wanted in parts of three bytes until nothing is.
+    fn serve(incoming: &mut Incoming, files: &[(&str, &[u8])]) -> Vec<String> {
+        let mut asked = Vec::new();
+        while let Some(fetch) = incoming.wanted() {
+            let (_, data) = files
+                .iter()
+                .find(|(name, _)| *name == fetch.file)
+                .expect("an announced file");
+            let rest = &data[fetch.offset as usize..];
+            let data = rest[..rest.len().min(3)].to_vec();
+            asked.push(fetch.file.clone());
+            let part = FilePart {
+                version: fetch.version,
+                file: fetch.file,
+                offset: fetch.offset,
+                data,
+            };
+            incoming.part(part.clone()).expect("taken");
+            incoming.part(part).expect("a repeated part is passed over");
+        }
+        asked
+    }
+
+    #[test]
+    fn parts_become_files_and_known_files_are_linked() {
+        let home = tempfile::tempdir().expect("folder");
+        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        let files: [(&str, &[u8]); 2] = [("manifest.json", b"{1}"), ("vlm", b"seven b")];
+        assert!(
+            incoming
+                .announce(announce(1, files.iter().map(|(n, d)| entry(n, d)).collect()))
+                .is_none()
+        );
+        assert!(matches!(incoming.advance(None), Progress::Nothing));
+        assert_eq!(serve(&mut incoming, &files), ["manifest.json", "vlm", "vlm", "vlm"]);
+        let Progress::Fetched { version: 1, dir, .. } = incoming.advance(None) else {
+            panic!("whole")
+        };
+        for (name, data) in files {
+            assert_eq!(fs::read(dir.join(name)).expect("there"), data);
+        }
+        // what a kept bundle has is not asked for again
+        incoming.known.insert(entry("vlm", b"seven b").sha256, dir.join("vlm"));
+        incoming.announce(announce(
+            2,
+            vec![entry("manifest.json", b"{2}"), entry("vlm", b"seven b")],
+        ));
+        assert!(matches!(incoming.advance(None), Progress::Nothing));
+        assert_eq!(serve(&mut incoming, &[("manifest.json", b"{2}")]), ["manifest.json"]);
+        let Progress::Fetched { version: 2, dir, .. } = incoming.advance(None) else {
+            panic!("whole")
+        };
+        assert_eq!(fs::read(dir.join("vlm")).expect("linked"), b"seven b");
+    }
+
+    #[test]
+    fn the_live_version_is_not_fetched() {
+        let home = tempfile::tempdir().expect("folder");
+        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        let wanted = announce(1, vec![entry("manifest.json", b"{1}")]);
+        let live = digests(&wanted);
+        incoming.announce(wanted);
+        assert!(matches!(
+            incoming.advance(Some(&live)),
+            Progress::Already { version: 1, .. }
+        ));
+    }
+
+    #[test]
+    fn bad_announces_and_parts_are_refused_and_leave_nothing() {
+        let home = tempfile::tempdir().expect("folder");
+        let dir = home.path().join("incoming");
+        let mut incoming = Incoming::new(dir.clone()).expect("made");
+        let named = |name: &str| BundleFile {
+            name: name.to_owned(),
+            bytes: 4,
+            sha256: "00".to_owned(),
+        };
+        let huge = BundleFile {
+            bytes: u64::MAX,
+            ..named("vlm")
+        };
+        for (files, reason) in [
+            (vec![], "0 files"),
+            (vec![named("vlm")], "lack `manifest.json`"),
+            (vec![named("manifest.json"), named("../x")], "`../x`"),
+            (vec![named("manifest.json"), huge], "bytes"),
+        ] {
+            incoming.announce(announce(1, files));
+            let Progress::Failed(failed) = incoming.advance(None) else {
+                panic!("refused")
+            };
+            assert!(failed.reason.contains(reason), "{}", failed.reason);
+        }
+        for data in [vec![], vec![0; 5]] {
+            incoming.announce(announce(1, vec![named("manifest.json")]));
+            assert!(matches!(incoming.advance(None), Progress::Nothing));
+            let fetch = incoming.wanted().expect("asked");
+            let part = FilePart {
+                version: 1,
+                file: fetch.file,
+                offset: 0,
+                data,
+            };
+            assert!(
+                incoming
+                    .part(part)
+                    .expect_err("refused")
+                    .reason
+                    .contains("expected 1 to 4")
+            );
+        }
+        assert_eq!(fs::read_dir(&dir).expect("listed").count(), 0);
+    }
+
+    #[test]
+    fn a_later_announce_replaces_an_earlier_one() {
+        let home = tempfile::tempdir().expect("folder");
+        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        incoming.announce(announce(1, vec![entry("manifest.json", b"{1}")]));
+        assert!(matches!(incoming.advance(None), Progress::Nothing));
+        assert!(
+            incoming
+                .announce(announce(1, vec![entry("manifest.json", b"{1}")]))
+                .is_none(),
+            "the same one"
+        );
+        assert_eq!(
+            incoming
+                .announce(announce(2, vec![entry("manifest.json", b"{2}")]))
+                .expect("replaced")
+                .version,
+            1
+        );
+        assert!(matches!(incoming.advance(None), Progress::Nothing));
+        assert_eq!(incoming.wanted().expect("asked").version, 2);
+    }
 }

@@ -63,7 +63,10 @@ impl Draw {
             Mode::Train => noise.stochastic_step.map(|step| Stochastic { step, z: noise.step }),
             Mode::Eval => None,
         };
-        Self { initial: noise.initial, stochastic }
+        Self {
+            initial: noise.initial,
+            stochastic,
+        }
     }
 }
 
@@ -89,7 +92,9 @@ pub struct Sample {
 impl Sample {
     /// The sampled actions, `[action_horizon, action_dim]`.
     pub fn actions(&self) -> &[f32] {
-        self.chain.get(self.chain.len().saturating_sub(self.elements)..).unwrap_or_default()
+        self.chain
+            .get(self.chain.len().saturating_sub(self.elements)..)
+            .unwrap_or_default()
     }
 }
 
@@ -110,8 +115,14 @@ pub struct Sampled {
 /// # Errors
 /// ONNX Runtime fails.
 pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, Draw, NoiseKey)>) -> Result<Sampled, InferError> {
-    let Some(fixed) = policy.manifest.batch else { return sample_batch(policy, rows, None) };
-    let mut all = Sampled { samples: Vec::with_capacity(rows.len()), prefix: Duration::ZERO, denoise: Duration::ZERO };
+    let Some(fixed) = policy.manifest.batch else {
+        return sample_batch(policy, rows, None);
+    };
+    let mut all = Sampled {
+        samples: Vec::with_capacity(rows.len()),
+        prefix: Duration::ZERO,
+        denoise: Duration::ZERO,
+    };
     let mut rest = rows.into_iter();
     loop {
         let part: Vec<_> = rest.by_ref().take(fixed.max(1)).collect();
@@ -133,9 +144,16 @@ fn sample_batch(
     let first = rows.first().ok_or(InferError::Empty)?;
     let count = rows.len();
     let padding = fixed.map_or(0, |n| n.saturating_sub(count));
-    let inputs: Vec<&ModelInput> =
-        rows.iter().map(|(input, ..)| input).chain(std::iter::repeat_n(&first.0, padding)).collect();
-    let draws: Vec<&Draw> = rows.iter().map(|(_, draw, _)| draw).chain(std::iter::repeat_n(&first.1, padding)).collect();
+    let inputs: Vec<&ModelInput> = rows
+        .iter()
+        .map(|(input, ..)| input)
+        .chain(std::iter::repeat_n(&first.0, padding))
+        .collect();
+    let draws: Vec<&Draw> = rows
+        .iter()
+        .map(|(_, draw, _)| draw)
+        .chain(std::iter::repeat_n(&first.1, padding))
+        .collect();
 
     let begun = Instant::now();
     let prefix_batch = batch(&inputs, policy.manifest.dims.vision.image_size);
@@ -159,7 +177,11 @@ fn sample_batch(
             value: trace.value,
         })
         .collect();
-    Ok(Sampled { samples, prefix, denoise })
+    Ok(Sampled {
+        samples,
+        prefix,
+        denoise,
+    })
 }
 
 /// What the steps leave of one row.
@@ -175,11 +197,19 @@ fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Resul
     let dims = &manifest.dims;
     let elements = dims.action_horizon * dims.action_dim;
     let steps = policy.schedule.num_steps();
-    let value_of_prefix = manifest.value_head.as_ref().is_some_and(|h| h.input == CriticInput::Vlm);
+    let value_of_prefix = manifest
+        .value_head
+        .as_ref()
+        .is_some_and(|h| h.input == CriticInput::Vlm);
 
     let mut x: Vec<f32> = draws.iter().flat_map(|d| d.initial.iter().copied()).collect();
-    let mut traces: Vec<Trace> =
-        draws.iter().map(|d| Trace { chain: d.initial.clone(), ..Trace::default() }).collect();
+    let mut traces: Vec<Trace> = draws
+        .iter()
+        .map(|d| Trace {
+            chain: d.initial.clone(),
+            ..Trace::default()
+        })
+        .collect();
     for k in 0..steps {
         let missing = InferError::Step { step: k, steps };
         let table: Vec<&DenoiseStep> = draws
@@ -190,11 +220,17 @@ fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Resul
         let here = |d: &Draw| d.stochastic.as_ref().filter(|s| s.step == k).map(|s| s.z.clone());
         let step = StepBatch {
             x_t: &x,
-            time_embedding: table.iter().flat_map(|row| time_embedding(row.t, dims.expert.width)).collect(),
+            time_embedding: table
+                .iter()
+                .flat_map(|row| time_embedding(row.t, dims.expert.width))
+                .collect(),
             c_x: table.iter().map(|row| row.mean_coefficients().0 as f32).collect(),
             c_v: table.iter().map(|row| row.mean_coefficients().1 as f32).collect(),
             std: table.iter().map(|row| row.std as f32).collect(),
-            z: draws.iter().flat_map(|d| here(d).unwrap_or_else(|| vec![0.0; elements])).collect(),
+            z: draws
+                .iter()
+                .flat_map(|d| here(d).unwrap_or_else(|| vec![0.0; elements]))
+                .collect(),
         };
         let out = policy.with_sessions(|sessions| sessions.denoise(step, cache))?;
         let moved = out.x_next.chunks(elements).zip(out.mean.chunks(elements));

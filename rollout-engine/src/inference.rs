@@ -56,7 +56,10 @@ pub fn start(
                 Some(policy) => answer(&policy, jobs, max_batch, &metrics),
                 None => jobs
                     .into_iter()
-                    .map(|job| Done { target: job.target, result: Err("no policy is live yet".to_owned()) })
+                    .map(|job| Done {
+                        target: job.target,
+                        result: Err("no policy is live yet".to_owned()),
+                    })
                     .collect(),
             };
             if done.blocking_send(results).is_err() {
@@ -70,7 +73,10 @@ pub fn start(
 /// alone.
 pub fn answer(policy: &LoadedPolicy, jobs: Vec<Job>, max_batch: usize, metrics: &Metrics) -> Vec<Done> {
     let observe = |stage: &str, time: Duration| {
-        metrics.stage_seconds.with_label_values(&[stage]).observe(time.as_secs_f64());
+        metrics
+            .stage_seconds
+            .with_label_values(&[stage])
+            .observe(time.as_secs_f64());
     };
     if let Some(oldest) = jobs.first() {
         observe("queue", oldest.queued.elapsed());
@@ -79,8 +85,11 @@ pub fn answer(policy: &LoadedPolicy, jobs: Vec<Job>, max_batch: usize, metrics: 
     let mut prepared = Vec::new();
     let mut waiting = Vec::with_capacity(jobs.len());
     for job in jobs {
-        let inputs: Result<Vec<_>, _> =
-            job.rows.iter().map(|row| policy.preprocessor.prepare(&row.observation)).collect();
+        let inputs: Result<Vec<_>, _> = job
+            .rows
+            .iter()
+            .map(|row| policy.preprocessor.prepare(&row.observation))
+            .collect();
         match inputs {
             Ok(inputs) => {
                 for (input, row) in inputs.into_iter().zip(&job.rows) {
@@ -139,7 +148,11 @@ fn finish(
     samples: impl Iterator<Item = Sample>,
     metrics: &Metrics,
 ) -> Result<Answer, String> {
-    let mut answer = Answer { version: policy.version(), rows: Vec::with_capacity(rows.len()), values: Vec::new() };
+    let mut answer = Answer {
+        version: policy.version(),
+        rows: Vec::with_capacity(rows.len()),
+        values: Vec::new(),
+    };
     for (row, sample) in rows.iter().zip(samples) {
         let mode = match row.mode {
             Mode::Train => "train",
@@ -147,10 +160,14 @@ fn finish(
         };
         metrics.chunks.with_label_values(&[mode]).inc();
         if let Some((index, value)) = sample.chain.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(format!("the policy gave {value} at element {index} of the denoise chain"));
+            return Err(format!(
+                "the policy gave {value} at element {index} of the denoise chain"
+            ));
         }
         answer.values.push(sample.value);
-        answer.rows.push(record::acted(policy, sample, row.record).map_err(|e| e.to_string())?);
+        answer
+            .rows
+            .push(record::acted(policy, sample, row.record).map_err(|e| e.to_string())?);
     }
     Ok(answer)
 }

@@ -19,7 +19,7 @@ use wire::{
 
 use crate::{
     backend::Backend,
-    incoming::{Incoming, Progress},
+    incoming::{Incoming, Progress, digests},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
 };
@@ -45,6 +45,8 @@ pub enum ToLink {
 pub enum FromLink {
     /// Episodes wanted.
     Order(Order),
+    /// Other weights with the number of the live version are announced: the learner began anew.
+    Retire,
     /// Another version was swapped in.
     Live(Arc<LoadedPolicy>),
     /// Whether the buffer of unacknowledged trajectories is full.
@@ -116,7 +118,9 @@ enum Event {
 
 async fn loaded(loading: &mut Option<Loading>) -> Result<Arc<LoadedPolicy>, String> {
     match loading {
-        Some(loading) => (&mut loading.work).await.unwrap_or_else(|e| Err(format!("loading ended early: {e}"))),
+        Some(loading) => (&mut loading.work)
+            .await
+            .unwrap_or_else(|e| Err(format!("loading ended early: {e}"))),
         None => std::future::pending().await,
     }
 }
@@ -195,7 +199,7 @@ impl LearnerLink {
                 }
                 Event::Loaded(result) => self.settle(memory, result).await,
             }
-            self.advance(memory);
+            self.advance(memory).await;
             if let Some(fetch) = self.incoming.wanted() {
                 send.send(&ToLearner::Fetch(fetch)).await?;
             }
@@ -226,24 +230,47 @@ impl LearnerLink {
             send.send(&ToLearner::Reload(report.clone())).await?;
             memory.reports.remove(0);
         }
-        let unsent: Vec<u64> = memory.unacked.iter().filter(|(_, u)| u.sent.is_none()).map(|(id, _)| *id).collect();
+        let unsent: Vec<u64> = memory
+            .unacked
+            .iter()
+            .filter(|(_, u)| u.sent.is_none())
+            .map(|(id, _)| *id)
+            .collect();
         for id in unsent {
-            let Some(waiting) = memory.unacked.remove(&id) else { continue };
+            let Some(waiting) = memory.unacked.remove(&id) else {
+                continue;
+            };
             // lent to the message and kept: it is sent again until it is acknowledged
             let message = ToLearner::Trajectory(waiting.trajectory);
             let sent = send.send(&message).await;
-            let ToLearner::Trajectory(trajectory) = message else { continue };
+            let ToLearner::Trajectory(trajectory) = message else {
+                continue;
+            };
             match sent {
                 Err(SocketError::Codec(error)) => {
                     memory.unacked_bytes -= waiting.bytes;
                     tracing::error!("trajectory {id} cannot be sent and is dropped: {error}");
                 }
                 Err(error) => {
-                    memory.unacked.insert(id, Unacked { trajectory, bytes: waiting.bytes, sent: None });
+                    memory.unacked.insert(
+                        id,
+                        Unacked {
+                            trajectory,
+                            bytes: waiting.bytes,
+                            sent: None,
+                        },
+                    );
                     return Err(error);
                 }
                 Ok(()) => {
-                    memory.unacked.insert(id, Unacked { trajectory, bytes: waiting.bytes, sent: Some(Instant::now()) });
+                    memory.unacked.insert(
+                        id,
+                        Unacked {
+                            trajectory,
+                            bytes: waiting.bytes,
+                            sent: Some(Instant::now()),
+                        },
+                    );
                 }
             }
         }
@@ -256,7 +283,14 @@ impl LearnerLink {
             Some(ToLink::Trajectory(trajectory)) => {
                 let bytes = size(&trajectory);
                 memory.unacked_bytes += bytes;
-                memory.unacked.insert(trajectory.id, Unacked { trajectory, bytes, sent: None });
+                memory.unacked.insert(
+                    trajectory.id,
+                    Unacked {
+                        trajectory,
+                        bytes,
+                        sent: None,
+                    },
+                );
                 self.metrics.unacked.set(memory.unacked.len() as i64);
                 self.tell_full(memory).await;
             }
@@ -271,7 +305,11 @@ impl LearnerLink {
     }
 
     async fn tell_full(&self, memory: &mut Memory) {
-        let limit = if memory.full { MAX_UNACKED_BYTES / 2 } else { MAX_UNACKED_BYTES };
+        let limit = if memory.full {
+            MAX_UNACKED_BYTES / 2
+        } else {
+            MAX_UNACKED_BYTES
+        };
         let full = memory.unacked_bytes > limit;
         if full != memory.full {
             memory.full = full;
@@ -297,8 +335,17 @@ impl LearnerLink {
                 self.tell_full(memory).await;
             }
             FromLearner::Announce(announce) => {
+                let live = self.slot.live();
+                if live.is_some_and(|p| p.version() == announce.version && p.digests != digests(&announce)) {
+                    self.tell(FromLink::Retire).await;
+                }
                 if let Some(replaced) = self.incoming.announce(announce) {
-                    self.report(memory, replaced.version, replaced.begun, Some("replaced by a later announce".to_owned()));
+                    self.report(
+                        memory,
+                        replaced.version,
+                        replaced.begun,
+                        Some("replaced by a later announce".to_owned()),
+                    );
                 }
             }
             FromLearner::FilePart(part) => self.part(memory, part),
@@ -312,27 +359,41 @@ impl LearnerLink {
     }
 
     /// Begins what can begin: fetching an announced version, loading a fetched one.
-    fn advance(&mut self, memory: &mut Memory) {
+    async fn advance(&mut self, memory: &mut Memory) {
         if memory.loading.is_some() {
             return;
         }
         let live = self.slot.live();
         match self.incoming.advance(live.as_deref().map(|p| &p.digests)) {
             Progress::Nothing => {}
-            Progress::Already { version, begun } => self.report(memory, version, begun, None),
+            Progress::Already { version, begun } => {
+                if let Some(policy) = live {
+                    self.tell(FromLink::Live(policy)).await;
+                }
+                self.report(memory, version, begun, None);
+            }
             Progress::Failed(failed) => self.report(memory, failed.version, failed.begun, Some(failed.reason)),
             Progress::Fetched { version, begun, dir } => {
                 let (backend, slot, from) = (self.backend.clone(), Arc::clone(&self.slot), dir.clone());
                 let work = tokio::task::spawn_blocking(move || {
-                    let policy = LoadedPolicy::load(&backend, &from, slot.live().as_deref()).map_err(|e| e.to_string())?;
+                    let policy =
+                        LoadedPolicy::load(&backend, &from, slot.live().as_deref()).map_err(|e| e.to_string())?;
                     if policy.version() != version {
-                        return Err(format!("its manifest has version {}, announced was {version}", policy.version()));
+                        return Err(format!(
+                            "its manifest has version {}, announced was {version}",
+                            policy.version()
+                        ));
                     }
                     let policy = Arc::new(policy);
                     drop(slot.swap(Arc::clone(&policy)));
                     Ok(policy)
                 });
-                memory.loading = Some(Loading { version, begun, dir, work });
+                memory.loading = Some(Loading {
+                    version,
+                    begun,
+                    dir,
+                    work,
+                });
             }
         }
     }
@@ -363,14 +424,22 @@ impl LearnerLink {
             self.metrics.reload_seconds.observe(seconds);
             tracing::info!("policy version {version} is live after {seconds:.2} s");
         }
-        memory.reports.push(ReloadReport { engine: self.engine.clone(), version, refused, seconds });
+        memory.reports.push(ReloadReport {
+            engine: self.engine.clone(),
+            version,
+            refused,
+            seconds,
+        });
     }
 }
 
 /// About how many bytes a trajectory takes.
 fn size(trajectory: &Trajectory) -> usize {
     let chunk = |c: &wire::messages::TrajectoryChunk| {
-        let record = c.record.as_ref().map_or(0, |r| r.images.data.len() + r.chain.data.len() + r.prompt.len() * 9);
+        let record = c
+            .record
+            .as_ref()
+            .map_or(0, |r| r.images.data.len() + r.chain.data.len() + r.prompt.len() * 9);
         record + c.rewards.len() * 4 + c.frames.iter().map(|f| f.data.len()).sum::<usize>() + 256
     };
     trajectory.chunks.iter().map(chunk).sum()

@@ -123,7 +123,11 @@ struct BenchArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
     let result = match cli.command {
         Command::Serve(args) => run_serve(args),
         Command::Check(args) => check(&args.dir, &args.backend),
@@ -133,7 +137,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // when stderr is closed too, the exit status is all that is left to tell
-            drop(writeln!(std::io::stderr(), "rollout-engine: {}", one_line(&format!("{error:#}"))));
+            drop(writeln!(
+                std::io::stderr(),
+                "rollout-engine: {}",
+                one_line(&format!("{error:#}"))
+            ));
             ExitCode::FAILURE
         }
     }
@@ -164,7 +172,9 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         rollout,
         bundle: args.bundle,
         learner,
-        state_dir: args.state_dir.unwrap_or_else(|| config.runner.output_dir.join("engine")),
+        state_dir: args
+            .state_dir
+            .unwrap_or_else(|| config.runner.output_dir.join("engine")),
         endpoints_file: args.endpoints_file,
     };
     // one thread for the sockets, one to load bundles: inference has its own
@@ -221,9 +231,16 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let policy = load(&args.bundle, &args.backend)?;
     let mut out = std::io::stdout();
     let mut rows = Vec::new();
-    writeln!(out, "{:>6} {:>10} {:>10} {:>12} {:>12} {:>12}", "batch", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s")?;
+    writeln!(
+        out,
+        "{:>6} {:>10} {:>10} {:>12} {:>12} {:>12}",
+        "batch", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s"
+    )?;
     for batch in &args.batch {
-        anyhow::ensure!(*batch > 0 && args.batches > 0, "`--batch` and `--batches` must be at least 1");
+        anyhow::ensure!(
+            *batch > 0 && args.batches > 0,
+            "`--batch` and `--batches` must be at least 1"
+        );
         let row = chunk_latency(&policy, *batch, args.batches)?;
         writeln!(
             out,

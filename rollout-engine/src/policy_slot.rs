@@ -112,12 +112,19 @@ impl LoadedPolicy {
             .map(|live| live.with_sessions(|sessions| sessions.shared_prefix()));
         let sessions = PolicySessions::load(backend, &bundle, shared)?;
         let manifest = bundle.manifest.clone();
-        let mut digests: BTreeMap<String, String> =
-            manifest.files.iter().map(|f| (f.name.clone(), f.sha256.clone())).collect();
+        let mut digests: BTreeMap<String, String> = manifest
+            .files
+            .iter()
+            .map(|f| (f.name.clone(), f.sha256.clone()))
+            .collect();
         digests.insert(MANIFEST.to_owned(), describe_file(&bundle.path(MANIFEST))?.sha256);
         let sampling = &manifest.sampling;
-        let schedule =
-            Schedule::new(sampling.noise_method, sampling.num_steps, sampling.noise_level, sampling.ignore_last);
+        let schedule = Schedule::new(
+            sampling.noise_method,
+            sampling.num_steps,
+            sampling.noise_level,
+            sampling.ignore_last,
+        );
         let preprocessor = Preprocessor::new(&manifest, dir)?;
         let mut policy = Self {
             manifest,
@@ -155,8 +162,16 @@ impl LoadedPolicy {
             prompt_mask: drawn.prompt_mask,
             state: drawn.state,
         };
-        let draw = Draw { initial: drawn.noise, stochastic: None };
-        let key = NoiseKey { seed: 0, env: 0, episode: 0, chunk: 0 };
+        let draw = Draw {
+            initial: drawn.noise,
+            stochastic: None,
+        };
+        let key = NoiseKey {
+            seed: 0,
+            env: 0,
+            episode: 0,
+            chunk: 0,
+        };
         let samples = sample(self, vec![(input, draw, key)])?.samples;
         let actions = samples.first().map(Sample::actions).unwrap_or_default();
         if let Some((index, found)) = actions.iter().enumerate().find(|(_, v)| !v.is_finite()) {
@@ -164,7 +179,10 @@ impl LoadedPolicy {
         }
         let Some(reference) = reference else { return Ok(None) };
         if reference.actions.len() != actions.len() {
-            return Err(PolicyError::Reference { expected: actions.len(), found: reference.actions.len() });
+            return Err(PolicyError::Reference {
+                expected: actions.len(),
+                found: reference.actions.len(),
+            });
         }
         let mut largest = 0.0f32;
         for (index, (found, expected)) in actions.iter().zip(&reference.actions).enumerate() {

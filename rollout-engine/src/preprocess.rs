@@ -98,7 +98,10 @@ impl Preprocessor {
     /// A tokenizer that is not read.
     pub fn new(manifest: &Manifest, dir: &std::path::Path) -> Result<Self, PromptError> {
         let tokenizer = Tokenizer::from_config(&manifest.tokenizer, Some(dir))?;
-        Ok(Self { manifest: manifest.clone(), tokenizer })
+        Ok(Self {
+            manifest: manifest.clone(),
+            tokenizer,
+        })
     }
 
     /// Checks and converts one observation.
@@ -127,7 +130,10 @@ impl Preprocessor {
             };
             let shape = image.dims();
             let &[height, width, CHANNELS] = shape.as_slice() else {
-                return Err(ObservationError::Shape { camera: camera.clone(), found: shape });
+                return Err(ObservationError::Shape {
+                    camera: camera.clone(),
+                    found: shape,
+                });
             };
             let pixels = image.as_u8(camera, None)?;
             if (height, width) == (size, size) {
@@ -135,7 +141,10 @@ impl Preprocessor {
             } else {
                 let fitted = RgbImage::new(height, width, pixels.to_vec())
                     .and_then(|image| resize_with_pad(&image, size, size))
-                    .map_err(|source| ObservationError::Image { camera: camera.clone(), source })?;
+                    .map_err(|source| ObservationError::Image {
+                        camera: camera.clone(),
+                        source,
+                    })?;
                 images.extend(fitted.into_data());
             }
         }
@@ -152,7 +161,10 @@ impl Preprocessor {
     fn state(&self, state: &[f32]) -> Result<Vec<f32>, ObservationError> {
         let width = self.manifest.dims.action_dim;
         if state.len() > width {
-            return Err(ObservationError::State { expected: width, found: state.len() });
+            return Err(ObservationError::State {
+                expected: width,
+                found: state.len(),
+            });
         }
         if let Some((index, value)) = state.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(ObservationError::NotFinite { index, value: *value });

@@ -55,7 +55,11 @@ pub struct Job {
 impl Job {
     /// A job that is queued now.
     pub fn new(target: Target, rows: Vec<Row>) -> Self {
-        Self { rows, target, queued: Instant::now() }
+        Self {
+            rows,
+            target,
+            queued: Instant::now(),
+        }
     }
 }
 
@@ -102,7 +106,11 @@ pub struct Queue {
 impl Queue {
     /// An empty queue for `capacity` rows.
     pub fn new(capacity: usize) -> Self {
-        Self { waiting: Mutex::default(), changed: Condvar::new(), capacity }
+        Self {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+            capacity,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -122,14 +130,20 @@ impl Queue {
     pub fn push_client(&self, job: Job) -> Result<(), QueueError> {
         let rows = job.rows.len();
         if rows == 0 || rows > self.capacity {
-            return Err(QueueError::Size { rows, capacity: self.capacity });
+            return Err(QueueError::Size {
+                rows,
+                capacity: self.capacity,
+            });
         }
         let mut waiting = self.lock();
         if waiting.closed {
             return Err(QueueError::Closed);
         }
         if waiting.rows + rows > self.capacity {
-            return Err(QueueError::Overloaded { waiting: waiting.rows, capacity: self.capacity });
+            return Err(QueueError::Overloaded {
+                waiting: waiting.rows,
+                capacity: self.capacity,
+            });
         }
         waiting.rows += rows;
         waiting.jobs.push_back(job);
@@ -175,7 +189,11 @@ impl Queue {
             if waiting.rows >= max_rows || left.is_zero() || waiting.closed {
                 break;
             }
-            waiting = self.changed.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0;
+            waiting = self
+                .changed
+                .wait_timeout(waiting, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         let mut batch = Vec::new();
         let mut rows = 0;
@@ -197,8 +215,17 @@ mod tests {
 
     fn job(ticket: u64, rows: usize) -> Job {
         let row = Row {
-            observation: Observation { images: Vec::new(), state: Vec::new(), prompt: String::new() },
-            key: NoiseKey { seed: 0, env: 0, episode: 0, chunk: 0 },
+            observation: Observation {
+                images: Vec::new(),
+                state: Vec::new(),
+                prompt: String::new(),
+            },
+            key: NoiseKey {
+                seed: 0,
+                env: 0,
+                episode: 0,
+                chunk: 0,
+            },
             mode: Mode::Eval,
             record: false,
         };
@@ -206,7 +233,10 @@ mod tests {
     }
 
     fn tickets(batch: &[Job]) -> Vec<u64> {
-        batch.iter().map(|j| if let Target::Slot(t) = j.target { t } else { u64::MAX }).collect()
+        batch
+            .iter()
+            .map(|j| if let Target::Slot(t) = j.target { t } else { u64::MAX })
+            .collect()
     }
 
     #[test]
@@ -216,7 +246,10 @@ mod tests {
         let begun = Instant::now();
         let batch = queue.take_batch(2, Duration::from_secs(60)).expect("open");
         assert_eq!(tickets(&batch), [1, 2], "first come, first served");
-        assert!(begun.elapsed() < Duration::from_secs(30), "the deadline is not waited for");
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "the deadline is not waited for"
+        );
         assert_eq!(queue.rows(), 1);
     }
 
@@ -235,12 +268,24 @@ mod tests {
     fn overload_is_refused_and_nothing_is_lost() {
         let queue = Queue::new(3);
         assert!(queue.push_client(job(1, 2)).is_ok());
-        assert!(matches!(queue.push_client(job(2, 2)), Err(QueueError::Overloaded { waiting: 2, capacity: 3 })));
-        assert!(matches!(queue.push_client(job(3, 4)), Err(QueueError::Size { rows: 4, capacity: 3 })));
+        assert!(matches!(
+            queue.push_client(job(2, 2)),
+            Err(QueueError::Overloaded {
+                waiting: 2,
+                capacity: 3
+            })
+        ));
+        assert!(matches!(
+            queue.push_client(job(3, 4)),
+            Err(QueueError::Size { rows: 4, capacity: 3 })
+        ));
         assert!(queue.push_client(job(4, 1)).is_ok());
         queue.close();
         assert!(matches!(queue.push_client(job(5, 1)), Err(QueueError::Closed)));
-        assert_eq!(tickets(&queue.take_batch(9, Duration::ZERO).expect("what waited is served")), [1, 4]);
+        assert_eq!(
+            tickets(&queue.take_batch(9, Duration::ZERO).expect("what waited is served")),
+            [1, 4]
+        );
         assert!(queue.take_batch(9, Duration::ZERO).is_none());
     }
 

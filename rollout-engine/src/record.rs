@@ -16,7 +16,11 @@ pub fn actions(policy: &LoadedPolicy, sample: &Sample) -> Result<Array, NormErro
     let manifest = &policy.manifest;
     let width = manifest.env_action_dim;
     let mut values = Vec::with_capacity(manifest.action_chunk * width);
-    for row in sample.actions().chunks(manifest.dims.action_dim).take(manifest.action_chunk) {
+    for row in sample
+        .actions()
+        .chunks(manifest.dims.action_dim)
+        .take(manifest.action_chunk)
+    {
         let executed = row.get(..width).unwrap_or(row);
         match &manifest.norm_stats {
             Some(stats) => values.extend(manifest.normalization.unnormalize(&stats.actions, executed)?),
@@ -40,8 +44,13 @@ pub fn chunk_record(policy: &LoadedPolicy, sample: Sample) -> ChunkRecord {
         prompt_mask: sample.input.prompt_mask,
         state: Array::f32(&[dims.action_dim], &sample.input.state),
         denoise_step: sample.denoise_step.map(|k| k as u32),
-        chain: Array::f32(&[manifest.sampling.num_steps + 1, dims.action_horizon, dims.action_dim], &sample.chain),
-        logprob: sample.logprob.map(|l| Array::f32(&[manifest.action_chunk, manifest.env_action_dim], &l)),
+        chain: Array::f32(
+            &[manifest.sampling.num_steps + 1, dims.action_horizon, dims.action_dim],
+            &sample.chain,
+        ),
+        logprob: sample
+            .logprob
+            .map(|l| Array::f32(&[manifest.action_chunk, manifest.env_action_dim], &l)),
         value: sample.value,
     }
 }

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use policy::{bundle::{Bundle, write_atomic}, config::RolloutConfig};
+use policy::{
+    bundle::{Bundle, write_atomic},
+    config::RolloutConfig,
+};
 use tokio::sync::{mpsc, watch};
 use wire::{
     codec::CodecError,
@@ -90,7 +93,9 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Name of this session: unique per start.
 fn session_name() -> String {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     format!("engine-{}-{:x}", std::process::id(), since.as_nanos())
 }
 
@@ -129,22 +134,40 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
     let metrics = Arc::new(Metrics::new()?);
     let backend = Backend::new(options.rollout.provider, options.rollout.threads)?;
     let slot = Arc::new(PolicySlot::default());
-    let mut incoming = Incoming::new(options.state_dir.join("incoming"))
-        .map_err(|source| ServeError::State { path: options.state_dir.clone(), source })?;
+    let mut incoming = Incoming::new(options.state_dir.join("incoming")).map_err(|source| ServeError::State {
+        path: options.state_dir.clone(),
+        source,
+    })?;
     if let Some(dir) = &options.bundle {
-        let refused = |source| ServeError::Policy { path: dir.clone(), source };
+        let refused = |source| ServeError::Policy {
+            path: dir.clone(),
+            source,
+        };
         let policy = LoadedPolicy::load(&backend, dir, None).map_err(refused)?;
         incoming.learn(&Bundle::open(dir)?);
         slot.swap(Arc::new(policy));
     }
     let (send, receive, listen) = bind_router(&options.rollout.listen).await?;
     let (listener, address) = http::bind(&options.rollout.http).await?;
-    let pages = Pages { slot: Arc::clone(&slot), metrics: Arc::clone(&metrics) };
-    tokio::spawn(http::serve(listener, pages, stop));
+    let pages = Pages {
+        slot: Arc::clone(&slot),
+        metrics: Arc::clone(&metrics),
+    };
+    tokio::spawn(async move {
+        if let Err(error) = http::serve(listener, pages, stop).await {
+            tracing::error!("/healthz and /metrics are gone: {error}");
+        }
+    });
     let queue = Arc::new(Queue::new(options.rollout.queue_capacity));
     let (done_sender, done) = mpsc::channel(DONE_CAPACITY);
-    inference::start(Arc::clone(&queue), Arc::clone(&slot), Arc::clone(&metrics), &options.rollout, done_sender)
-        .map_err(ServeError::Thread)?;
+    inference::start(
+        Arc::clone(&queue),
+        Arc::clone(&slot),
+        Arc::clone(&metrics),
+        &options.rollout,
+        done_sender,
+    )
+    .map_err(ServeError::Thread)?;
 
     let engine = session_name();
     let (link_sender, inbox) = mpsc::unbounded_channel();
@@ -167,7 +190,10 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
         let text = serde_json::json!({ "listen": listen, "http": address.to_string() }).to_string();
         write_atomic(path, text.as_bytes())?;
     }
-    tracing::info!("{engine} listens on {listen}, http on {address}, provider {:?}", options.rollout.provider);
+    tracing::info!(
+        "{engine} listens on {listen}, http on {address}, provider {:?}",
+        options.rollout.provider
+    );
     let mut server = Server {
         send,
         queue,
@@ -181,7 +207,15 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
     if let Some(policy) = server.slot.live() {
         server.live(&policy).await;
     }
-    Ok((server, Roads { receive, done, news, link }))
+    Ok((
+        server,
+        Roads {
+            receive,
+            done,
+            news,
+            link,
+        },
+    ))
 }
 
 enum Event {
@@ -194,7 +228,9 @@ enum Event {
 
 async fn ended(link: &mut Option<tokio::task::JoinHandle<Result<(), SocketError>>>) -> Result<(), SocketError> {
     match link {
-        Some(task) => task.await.unwrap_or_else(|e| Err(SocketError::Receive(format!("the learner's link ended: {e}")))),
+        Some(task) => task
+            .await
+            .unwrap_or_else(|e| Err(SocketError::Receive(format!("the learner's link ended: {e}")))),
         None => std::future::pending().await,
     }
 }
@@ -224,10 +260,13 @@ impl Server {
                     );
                     self.assign.take_order(order);
                 }
+                Event::News(FromLink::Retire) => self.assign.retire(),
                 Event::News(FromLink::Live(policy)) => self.live(&policy).await,
                 Event::News(FromLink::Full(full)) => {
                     if full {
-                        tracing::warn!("the learner does not keep up: no new episode until it acknowledges trajectories");
+                        tracing::warn!(
+                            "the learner does not keep up: no new episode until it acknowledges trajectories"
+                        );
                     }
                     self.assign.set_full(full);
                 }
@@ -324,10 +363,24 @@ impl Server {
             return;
         };
         if let Err(reason) = self.assign.hello(peer.clone(), &hello) {
-            self.refuse(&peer, Refusal { request: None, retry: false, reason }, "invalid").await;
+            self.refuse(
+                &peer,
+                Refusal {
+                    request: None,
+                    retry: false,
+                    reason,
+                },
+                "invalid",
+            )
+            .await;
             return;
         }
-        tracing::info!("worker `{}` brings {} slots of `{}`", hello.client, hello.slots, hello.env);
+        tracing::info!(
+            "worker `{}` brings {} slots of `{}`",
+            hello.client,
+            hello.slots,
+            hello.env
+        );
         let manifest = &policy.manifest;
         let welcome = Welcome {
             version: policy.version(),
@@ -339,17 +392,30 @@ impl Server {
     }
 
     async fn act(&mut self, peer: Peer, request: ActRequest) {
-        let refusal = |retry, reason| Refusal { request: Some(request.request), retry, reason };
+        let refusal = |retry, reason| Refusal {
+            request: Some(request.request),
+            retry,
+            reason,
+        };
         if self.slot.live().is_none() {
-            self.refuse(&peer, refusal(true, "no policy is live yet".to_owned()), "not_ready").await;
+            self.refuse(&peer, refusal(true, "no policy is live yet".to_owned()), "not_ready")
+                .await;
             return;
         }
         let rows = request
             .rows
             .into_iter()
-            .map(|r| Row { observation: r.observation, key: r.key, mode: r.mode, record: r.record })
+            .map(|r| Row {
+                observation: r.observation,
+                key: r.key,
+                mode: r.mode,
+                record: r.record,
+            })
             .collect();
-        let target = Target::Client { peer: peer.clone(), request: request.request };
+        let target = Target::Client {
+            peer: peer.clone(),
+            request: request.request,
+        };
         match self.queue.push_client(Job::new(target, rows)) {
             Ok(()) => {}
             Err(error @ QueueError::Size { .. }) => {
@@ -368,14 +434,25 @@ impl Server {
                     }
                 }
                 (Target::Bootstrap(ticket), Ok(answer)) => {
-                    self.assign.bootstrapped(ticket, answer.values.first().copied().flatten());
+                    self.assign
+                        .bootstrapped(ticket, answer.values.first().copied().flatten());
                 }
                 (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(reason)) => self.assign.failed(ticket, reason),
                 (Target::Client { peer, request }, Ok(Answer { version, rows, .. })) => {
-                    self.reply(&peer, &FromEngine::Acted(ActReply { request, version, rows })).await;
+                    self.reply(&peer, &FromEngine::Acted(ActReply { request, version, rows }))
+                        .await;
                 }
                 (Target::Client { peer, request }, Err(reason)) => {
-                    self.refuse(&peer, Refusal { request: Some(request), retry: false, reason }, "invalid").await;
+                    self.refuse(
+                        &peer,
+                        Refusal {
+                            request: Some(request),
+                            retry: false,
+                            reason,
+                        },
+                        "invalid",
+                    )
+                    .await;
                 }
             }
         }
@@ -407,7 +484,10 @@ impl Server {
         let state = (self.assign.order_number(), self.assign.slots());
         if state != self.told {
             self.told = state;
-            self.tell(ToLink::State { order: state.0, slots: state.1 });
+            self.tell(ToLink::State {
+                order: state.0,
+                slots: state.1,
+            });
         }
         self.metrics.slots.set(i64::from(state.1));
         self.metrics.pending_resets.set(self.assign.pending() as i64);
@@ -425,5 +505,9 @@ impl Server {
 const LEAVE: Duration = Duration::from_millis(2500);
 
 fn malformed(error: &CodecError) -> Refusal {
-    Refusal { request: None, retry: false, reason: format!("malformed frame: {error}") }
+    Refusal {
+        request: None,
+        retry: false,
+        reason: format!("malformed frame: {error}"),
+    }
 }

@@ -4,34 +4,75 @@ use wire::array::Array;
 
 use super::*;
 
-const SHAPE: Shape = Shape { action_chunk: 2, env_action_dim: 1, critic: true };
+const SHAPE: Shape = Shape {
+    action_chunk: 2,
+    env_action_dim: 1,
+    critic: true,
+};
 
 fn reset(env: u32) -> Reset {
-    Reset { seed: 7, env, episode: 0, reset_state: None, task: None, group: None, video: false }
+    Reset {
+        seed: 7,
+        env,
+        episode: 0,
+        reset_state: None,
+        task: None,
+        group: None,
+        video: false,
+    }
 }
 
 fn order(number: u64, version: u64, mode: Mode, envs: &[u32]) -> Order {
-    Order { order: number, version, mode, resets: envs.iter().map(|e| reset(*e)).collect() }
+    Order {
+        order: number,
+        version,
+        mode,
+        resets: envs.iter().map(|e| reset(*e)).collect(),
+    }
 }
 
 fn hello(slots: u32) -> Hello {
-    Hello { client: "w0".to_owned(), env: "toy".to_owned(), action_dim: 1, slots }
+    Hello {
+        client: "w0".to_owned(),
+        env: "toy".to_owned(),
+        action_dim: 1,
+        slots,
+    }
 }
 
 fn seen() -> Option<Observation> {
-    Some(Observation { images: Vec::new(), state: vec![0.0], prompt: "go".to_owned() })
+    Some(Observation {
+        images: Vec::new(),
+        state: vec![0.0],
+        prompt: "go".to_owned(),
+    })
 }
 
 fn idle(slots: u32) -> Vec<SlotReport> {
-    (0..slots).map(|slot| SlotReport { slot, outcome: None, observation: None }).collect()
+    (0..slots)
+        .map(|slot| SlotReport {
+            slot,
+            outcome: None,
+            observation: None,
+        })
+        .collect()
 }
 
 fn outcome(terminated: bool, truncated: bool) -> Option<Outcome> {
-    Some(Outcome { rewards: vec![0.5, 1.0], terminated, truncated, success: terminated, frames: Vec::new() })
+    Some(Outcome {
+        rewards: vec![0.5, 1.0],
+        terminated,
+        truncated,
+        success: terminated,
+        frames: Vec::new(),
+    })
 }
 
 fn actions() -> ActedRow {
-    ActedRow { actions: Array::f32(&[2, 1], &[0.0, 0.0]), record: None }
+    ActedRow {
+        actions: Array::f32(&[2, 1], &[0.0, 0.0]),
+        record: None,
+    }
 }
 
 /// A worker `1` with `slots` idle slots and version 0 live.
@@ -49,7 +90,13 @@ fn resets(effects: &Effects<u8>, peer: u8) -> Vec<u32> {
         .get(&peer)
         .into_iter()
         .flatten()
-        .filter_map(|c| if let Command::Reset(r) = &c.command { Some(r.env) } else { None })
+        .filter_map(|c| {
+            if let Command::Reset(r) = &c.command {
+                Some(r.env)
+            } else {
+                None
+            }
+        })
         .collect()
 }
 
@@ -62,7 +109,14 @@ fn ticket(job: &Job) -> u64 {
 
 /// Brings slot 0 from its reset to the execution of its first chunk.
 fn act_once(assign: &mut Assign<u8>) {
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: None, observation: seen() }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: None,
+            observation: seen(),
+        }],
+    );
     let job = assign.take_effects().jobs.pop().expect("a question");
     assign.acted(ticket(&job), 0, actions());
     assert_eq!(assign.take_effects().commands[&1].len(), 1);
@@ -86,15 +140,42 @@ fn a_terminated_episode_is_a_trajectory_and_frees_its_slot() {
     assign.take_order(order(1, 0, Mode::Eval, &[4, 5]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: outcome(false, false), observation: seen() }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(false, false),
+            observation: seen(),
+        }],
+    );
     let job = assign.take_effects().jobs.pop().expect("the next chunk");
-    assert_eq!(job.rows[0].key, NoiseKey { seed: 7, env: 4, episode: 0, chunk: 1 });
+    assert_eq!(
+        job.rows[0].key,
+        NoiseKey {
+            seed: 7,
+            env: 4,
+            episode: 0,
+            chunk: 1
+        }
+    );
     assign.acted(ticket(&job), 0, actions());
     assign.take_effects();
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: outcome(true, false), observation: None }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(true, false),
+            observation: None,
+        }],
+    );
     let effects = assign.take_effects();
-    let [trajectory] = effects.trajectories.as_slice() else { panic!("one trajectory") };
-    assert_eq!((trajectory.order, trajectory.reset.env, trajectory.chunks.len()), (1, 4, 2));
+    let [trajectory] = effects.trajectories.as_slice() else {
+        panic!("one trajectory")
+    };
+    assert_eq!(
+        (trajectory.order, trajectory.reset.env, trajectory.chunks.len()),
+        (1, 4, 2)
+    );
     assert!(trajectory.terminated && trajectory.success && trajectory.final_value.is_none());
     assert_eq!(trajectory.prompt, "go");
     assert_eq!(resets(&effects, 1), [5]);
@@ -106,7 +187,14 @@ fn a_truncated_episode_waits_for_the_value_of_its_last_observation() {
     assign.take_order(order(1, 0, Mode::Train, &[4]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: outcome(false, true), observation: seen() }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(false, true),
+            observation: seen(),
+        }],
+    );
     let mut effects = assign.take_effects();
     assert!(effects.trajectories.is_empty());
     let job = effects.jobs.pop().expect("the value is asked for");
@@ -128,7 +216,14 @@ fn episodes_of_a_lost_worker_begin_anew() {
     assign.reports(&2, idle(2));
     assert_eq!(resets(&assign.take_effects(), 2), [4, 5]);
     assert_eq!((assign.restarted(), assign.slots()), (2, 2));
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: outcome(true, false), observation: None }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(true, false),
+            observation: None,
+        }],
+    );
     let effects = assign.take_effects();
     assert!(effects.trajectories.is_empty());
     assert_eq!(effects.refusals.len(), 1);
@@ -142,11 +237,74 @@ fn an_episode_is_made_by_one_version() {
     assign.take_order(order(1, 0, Mode::Train, &[4]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(&1, vec![SlotReport { slot: 0, outcome: outcome(false, false), observation: seen() }]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(false, false),
+            observation: seen(),
+        }],
+    );
     let job = assign.take_effects().jobs.pop().expect("a question");
     assign.went_live(1, SHAPE);
     assign.acted(ticket(&job), 1, actions());
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
+}
+
+#[test]
+fn episodes_wait_for_exactly_their_version() {
+    // a learner that resumes from a checkpoint orders an older version than the one that its predecessor left live
+    let mut assign = ready(1);
+    assign.went_live(45, SHAPE);
+    assign.take_order(order(1, 40, Mode::Train, &[4]));
+    assert!(assign.take_effects().commands.is_empty());
+    assign.went_live(40, SHAPE);
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+}
+
+#[test]
+fn weights_replaced_under_the_same_number_begin_every_episode_anew() {
+    let mut assign = ready(1);
+    assign.take_order(order(1, 0, Mode::Train, &[4]));
+    assign.take_effects();
+    act_once(&mut assign);
+    assign.retire();
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(true, false),
+            observation: None,
+        }],
+    );
+    let effects = assign.take_effects();
+    assert!(effects.trajectories.is_empty() && effects.commands.is_empty());
+    assign.went_live(0, SHAPE);
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+}
+
+#[test]
+fn a_running_episode_goes_on_for_a_new_order_that_wants_it() {
+    let mut assign = ready(1);
+    assign.take_order(order(1, 0, Mode::Train, &[4, 5]));
+    assign.take_effects();
+    act_once(&mut assign);
+    assign.take_order(order(2, 0, Mode::Train, &[4, 6]));
+    assert_eq!(assign.pending(), 1, "environment 4 is not begun twice");
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(true, false),
+            observation: None,
+        }],
+    );
+    let effects = assign.take_effects();
+    assert_eq!(
+        (effects.trajectories[0].order, effects.trajectories[0].reset.env),
+        (2, 4)
+    );
+    assert_eq!(resets(&effects, 1), [6]);
 }
 
 #[test]
@@ -166,10 +324,38 @@ fn a_new_order_replaces_what_is_pending_and_a_repeated_one_changes_nothing() {
 #[test]
 fn a_report_that_breaks_the_protocol_turns_its_worker_away() {
     let cases: [(SlotReport, &str); 4] = [
-        (SlotReport { slot: 9, outcome: None, observation: None }, "expected 0 to 0"),
-        (SlotReport { slot: 0, outcome: outcome(true, false), observation: None }, "was told to reset"),
-        (SlotReport { slot: 0, outcome: outcome(false, false), observation: None }, "was told to reset"),
-        (SlotReport { slot: 0, outcome: None, observation: None }, ""),
+        (
+            SlotReport {
+                slot: 9,
+                outcome: None,
+                observation: None,
+            },
+            "expected 0 to 0",
+        ),
+        (
+            SlotReport {
+                slot: 0,
+                outcome: outcome(true, false),
+                observation: None,
+            },
+            "was told to reset",
+        ),
+        (
+            SlotReport {
+                slot: 0,
+                outcome: outcome(false, false),
+                observation: None,
+            },
+            "was told to reset",
+        ),
+        (
+            SlotReport {
+                slot: 0,
+                outcome: None,
+                observation: None,
+            },
+            "",
+        ),
     ];
     for (report, reason) in cases {
         let mut assign = ready(1);
@@ -181,7 +367,11 @@ fn a_report_that_breaks_the_protocol_turns_its_worker_away() {
             assert!(effects.refusals.is_empty());
             assert_eq!(resets(&effects, 1), [4], "an idle report begins the episode anew");
         } else {
-            assert!(effects.refusals[0].1.reason.contains(reason), "{}", effects.refusals[0].1.reason);
+            assert!(
+                effects.refusals[0].1.reason.contains(reason),
+                "{}",
+                effects.refusals[0].1.reason
+            );
             assert_eq!(assign.pending(), 1, "its episode is not lost");
         }
     }
@@ -194,8 +384,21 @@ fn bad_rewards_are_refused_and_the_episode_is_kept() {
         assign.take_order(order(1, 0, Mode::Train, &[4]));
         assign.take_effects();
         act_once(&mut assign);
-        let bad = Outcome { rewards, terminated: true, truncated: false, success: true, frames: Vec::new() };
-        assign.reports(&1, vec![SlotReport { slot: 0, outcome: Some(bad), observation: None }]);
+        let bad = Outcome {
+            rewards,
+            terminated: true,
+            truncated: false,
+            success: true,
+            frames: Vec::new(),
+        };
+        assign.reports(
+            &1,
+            vec![SlotReport {
+                slot: 0,
+                outcome: Some(bad),
+                observation: None,
+            }],
+        );
         let effects = assign.take_effects();
         assert_eq!(effects.refusals.len(), 1);
         assert!(effects.trajectories.is_empty());

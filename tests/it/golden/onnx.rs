@@ -1,4 +1,9 @@
 //! The network goldens through the exported graphs in ONNX Runtime: pi0 and pi0.5, both weight modes, fixed and symbolic batch.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking with the reason"
+)]
 
 use std::{collections::BTreeMap, path::Path, sync::OnceLock};
 
@@ -36,7 +41,10 @@ fn environment() -> &'static Environment {
     static LOADED: OnceLock<Environment> = OnceLock::new();
     LOADED.get_or_init(|| {
         let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/onnxruntime/libonnxruntime.so");
-        ort::init_from(&library).expect("libonnxruntime, which scripts/setup fetches").build().expect("environment")
+        ort::init_from(&library)
+            .expect("libonnxruntime, which scripts/setup fetches")
+            .build()
+            .expect("environment")
     })
 }
 
@@ -52,12 +60,26 @@ fn session(path: &Path) -> Session {
 /// The model sizes of a golden file, with the cameras counted in `model`.
 fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueHeadDims) {
     let entry = golden_dims(file);
-    let size = |key: &str| entry["dims"][key].as_u64().unwrap_or_else(|| panic!("{file}: size {key}")) as usize;
+    let size = |key: &str| {
+        entry["dims"][key]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{file}: size {key}")) as usize
+    };
     let dims = PolicyDims {
-        variant: if entry["mode"] == "pi0" { Variant::Pi0 } else { Variant::Pi05 },
+        variant: if entry["mode"] == "pi0" {
+            Variant::Pi0
+        } else {
+            Variant::Pi05
+        },
         vocab: size("vocab"),
-        vlm: StackDims { width: size("vlm_w"), mlp: size("vlm_mlp") },
-        expert: StackDims { width: size("exp_w"), mlp: size("exp_mlp") },
+        vlm: StackDims {
+            width: size("vlm_w"),
+            mlp: size("vlm_mlp"),
+        },
+        expert: StackDims {
+            width: size("exp_w"),
+            mlp: size("exp_mlp"),
+        },
         depth: size("depth"),
         heads: size("heads"),
         kv_heads: size("kv"),
@@ -76,13 +98,22 @@ fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueH
         action_dim: size("action_dim"),
     };
     dims.check().expect("golden sizes");
-    let hidden = entry["dims"]["vh"].as_array().expect("vh").iter().map(|n| n.as_u64().expect("vh") as usize).collect();
+    let hidden = entry["dims"]["vh"]
+        .as_array()
+        .expect("vh")
+        .iter()
+        .map(|n| n.as_u64().expect("vh") as usize)
+        .collect();
     (dims, ValueHeadDims { input: critic, hidden })
 }
 
 /// Camera names; their alphabetical order is the order of the observation.
 fn cameras(model: &Golden) -> Vec<String> {
-    model.names().iter().filter_map(|n| n.strip_prefix("in.image.").map(str::to_owned)).collect()
+    model
+        .names()
+        .iter()
+        .filter_map(|n| n.strip_prefix("in.image.").map(str::to_owned))
+        .collect()
 }
 
 type Weights = BTreeMap<String, Weight>;
@@ -93,7 +124,11 @@ fn weights(file: &str, heads: &str, dims: &PolicyDims, head: &ValueHeadDims) -> 
         .map(|name| WeightFile::open(&golden_dir().join(format!("{name}.safetensors"))).expect("golden weights"));
     let read = |spec: &ParamSpec| {
         let [weights, heads] = &files;
-        let file = if spec.name.starts_with("value_head.") { heads } else { weights };
+        let file = if spec.name.starts_with("value_head.") {
+            heads
+        } else {
+            weights
+        };
         (spec.name.clone(), file.read(spec).expect("golden weight"))
     };
     params(dims, Some(head)).iter().map(read).collect()
@@ -105,7 +140,7 @@ type Outputs = BTreeMap<String, Array>;
 fn run(session: &mut Session, inputs: Vec<(String, SessionInputValue<'_>)>) -> Outputs {
     let outputs = session.run(inputs).expect("inference");
     let mut arrays = BTreeMap::new();
-    for (name, value) in outputs.iter() {
+    for (name, value) in &outputs {
         let shape = value.shape().iter().map(|n| *n as usize).collect();
         let data: Vec<f64> = if let Ok((_, data)) = value.try_extract_tensor::<f32>() {
             data.iter().map(|v| f64::from(*v)).collect()
@@ -115,7 +150,14 @@ fn run(session: &mut Session, inputs: Vec<(String, SessionInputValue<'_>)>) -> O
             let (_, data) = value.try_extract_tensor::<bool>().expect("f32, i64 or bool");
             data.iter().map(|v| f64::from(u8::from(*v))).collect()
         };
-        arrays.insert(name.to_owned(), Array { shape, data, dtype: safetensors::Dtype::F32 });
+        arrays.insert(
+            name.to_owned(),
+            Array {
+                shape,
+                data,
+                dtype: safetensors::Dtype::F32,
+            },
+        );
     }
     arrays
 }
@@ -125,7 +167,9 @@ fn floats(shape: &[usize], data: Vec<f32>) -> SessionInputValue<'static> {
 }
 
 fn booleans(array: &Array) -> SessionInputValue<'static> {
-    Tensor::from_array((array.shape.clone(), array.bool())).expect("tensor").into()
+    Tensor::from_array((array.shape.clone(), array.bool()))
+        .expect("tensor")
+        .into()
 }
 
 /// Both graphs of one policy in ONNX Runtime.
@@ -139,22 +183,36 @@ struct Graphs {
 }
 
 impl Graphs {
-    fn build(dims: &PolicyDims, head: &ValueHeadDims, weights: &Weights, mode: WeightMode, batch: Option<usize>) -> Self {
+    fn build(
+        dims: &PolicyDims,
+        head: &ValueHeadDims,
+        weights: &Weights,
+        mode: WeightMode,
+        batch: Option<usize>,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let options = GraphOptions { batch, debug: true };
         let expert_specs = expert_params(dims, Some(head));
         let vlm = weight_bytes(&vlm_params(dims), weights).expect("weights");
         let expert = weight_bytes(&expert_specs, weights).expect("weights");
         let prefix = prefix_graph(dims, &locations(&vlm).expect("header"), options).expect("prefix graph");
-        let denoise =
-            denoise_graph(dims, Some(head), &locations(&expert).expect("header"), mode, options).expect("denoise graph");
-        let files = [(VLM_WEIGHTS, vlm), (EXPERT_WEIGHTS, expert), ("prefix.onnx", prefix), ("denoise.onnx", denoise)];
+        let denoise = denoise_graph(dims, Some(head), &locations(&expert).expect("header"), mode, options)
+            .expect("denoise graph");
+        let files = [
+            (VLM_WEIGHTS, vlm),
+            (EXPERT_WEIGHTS, expert),
+            ("prefix.onnx", prefix),
+            ("denoise.onnx", denoise),
+        ];
         for (name, bytes) in files {
             std::fs::write(folder.path().join(name), bytes).expect("writing");
         }
         let weight_inputs = match mode {
             WeightMode::Constants => Vec::new(),
-            WeightMode::Inputs => expert_specs.iter().map(|s| (s.name.clone(), weights[&s.name].clone())).collect(),
+            WeightMode::Inputs => expert_specs
+                .iter()
+                .map(|s| (s.name.clone(), weights[&s.name].clone()))
+                .collect(),
         };
         Self {
             dims: dims.clone(),
@@ -185,9 +243,20 @@ impl Graphs {
         let prompt = model.get("in.tokenized_prompt");
         let inputs = vec![
             ("images".to_owned(), floats(&[batch, names.len(), 3, side, side], image)),
-            ("image_mask".to_owned(), Tensor::from_array(([batch, names.len()], mask)).expect("tensor").into()),
-            ("prompt".to_owned(), Tensor::from_array((prompt.shape.clone(), prompt.i64())).expect("tensor").into()),
-            ("prompt_mask".to_owned(), booleans(&model.get("in.tokenized_prompt_mask"))),
+            (
+                "image_mask".to_owned(),
+                Tensor::from_array(([batch, names.len()], mask)).expect("tensor").into(),
+            ),
+            (
+                "prompt".to_owned(),
+                Tensor::from_array((prompt.shape.clone(), prompt.i64()))
+                    .expect("tensor")
+                    .into(),
+            ),
+            (
+                "prompt_mask".to_owned(),
+                booleans(&model.get("in.tokenized_prompt_mask")),
+            ),
         ];
         run(&mut self.prefix, inputs)
     }
@@ -236,14 +305,22 @@ struct Step<'a> {
 fn at(array: &Array, index: usize) -> Array {
     let shape = array.shape[1..].to_vec();
     let length: usize = shape.iter().product();
-    Array { shape, data: array.data[index * length..(index + 1) * length].to_vec(), dtype: array.dtype }
+    Array {
+        shape,
+        data: array.data[index * length..(index + 1) * length].to_vec(),
+        dtype: array.dtype,
+    }
 }
 
 /// Layer `l` of a cache `[B, depth, ...]`.
 fn layer(cache: &Array, l: usize) -> Array {
     let samples: Vec<Array> = (0..cache.shape[0]).map(|b| at(&at(cache, b), l)).collect();
     let shape = [vec![cache.shape[0]], samples[0].shape.clone()].concat();
-    Array { shape, data: samples.into_iter().flat_map(|s| s.data).collect(), dtype: cache.dtype }
+    Array {
+        shape,
+        data: samples.into_iter().flat_map(|s| s.data).collect(),
+        dtype: cache.dtype,
+    }
 }
 
 /// Compares and gives the error.
@@ -251,7 +328,10 @@ fn layer(cache: &Array, l: usize) -> Array {
 fn close(what: &str, got: &Array, want: &Array, tolerance: f64) -> f64 {
     assert_eq!(got.shape, want.shape, "{what}: shape");
     let diff = max_abs_diff(&got.f32(), &want.data);
-    assert!(diff <= tolerance, "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}");
+    assert!(
+        diff <= tolerance,
+        "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}"
+    );
     diff
 }
 
@@ -267,7 +347,10 @@ fn each_variant(mode: &str, mut test: impl FnMut(&str, &Golden, &mut Graphs)) {
     let batch = model.get("in.state").shape[0];
     for (weights_mode, fixed) in VARIANTS {
         let mut graphs = Graphs::build(&dims, &head, &weights, weights_mode, fixed.then_some(batch));
-        let label = format!("{mode}, weights as {weights_mode:?}, {} batch", if fixed { "fixed" } else { "symbolic" });
+        let label = format!(
+            "{mode}, weights as {weights_mode:?}, {} batch",
+            if fixed { "fixed" } else { "symbolic" }
+        );
         test(&label, &model, &mut graphs);
     }
 }
@@ -282,9 +365,11 @@ fn prefix_graph_matches_the_golden_network() {
                 worst = worst.max(close(&format!("{label}: {name}"), got, &model.get(want), tolerance));
             };
             for (i, camera) in cameras(model).iter().enumerate() {
-                for (ours, theirs) in
-                    [("patch_pos_emb", "patch_pos_emb"), ("vision_hidden", "last_hidden"), ("vision_projected", "projected")]
-                {
+                for (ours, theirs) in [
+                    ("patch_pos_emb", "patch_pos_emb"),
+                    ("vision_hidden", "last_hidden"),
+                    ("vision_projected", "projected"),
+                ] {
                     let name = format!("{ours}.{i}");
                     check(&name, &got[&name], &format!("vis.{camera}.{theirs}"), TOLERANCE);
                 }
@@ -314,14 +399,40 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
             };
             let x = model.get("step.x_t").f32();
             let zeros = vec![0.0; x.len()];
-            let step = Step { x: &x, t: model.get("step.t").data, coefficients: (1.0, 0.0), std: 0.0, z: &zeros };
+            let step = Step {
+                x: &x,
+                t: model.get("step.t").data,
+                coefficients: (1.0, 0.0),
+                std: 0.0,
+                z: &zeros,
+            };
             let got = graphs.step(&prefix, &state, &step);
-            check("suffix_embs", &got["suffix_embs"], &model.get("step.suffix_embs"), TOLERANCE);
-            check("suffix_position_ids", &got["suffix_position_ids"], &model.get("step.position_ids"), 0.0);
-            check("suffix_out", &got["suffix_out"], &model.get("step.suffix_out"), TOLERANCE);
+            check(
+                "suffix_embs",
+                &got["suffix_embs"],
+                &model.get("step.suffix_embs"),
+                TOLERANCE,
+            );
+            check(
+                "suffix_position_ids",
+                &got["suffix_position_ids"],
+                &model.get("step.position_ids"),
+                0.0,
+            );
+            check(
+                "suffix_out",
+                &got["suffix_out"],
+                &model.get("step.suffix_out"),
+                TOLERANCE,
+            );
             check("v_t", &got["v_t"], &model.get("step.v_t"), TOLERANCE);
             if model.has("step.adarms_cond") {
-                check("adarms_cond", &got["adarms_cond"], &model.get("step.adarms_cond"), TOLERANCE);
+                check(
+                    "adarms_cond",
+                    &got["adarms_cond"],
+                    &model.get("step.adarms_cond"),
+                    TOLERANCE,
+                );
             }
             for steps in [4, 10] {
                 let golden = |name: &str| model.get(&format!("ode{steps}.{name}"));
@@ -331,7 +442,13 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
                     check("x of the ODE path", &x, &at(&xs, i), TOLERANCE);
                     let now = x.f32();
                     let coefficients = (1.0, f64::from(-1.0 / steps as f32));
-                    let step = Step { x: &now, t: at(&times, i).data, coefficients, std: 0.0, z: &zeros };
+                    let step = Step {
+                        x: &now,
+                        t: at(&times, i).data,
+                        coefficients,
+                        std: 0.0,
+                        z: &zeros,
+                    };
                     let mut got = graphs.step(&prefix, &state, &step);
                     check("v of the ODE path", &got["v_t"], &at(&vs, i), TOLERANCE);
                     x = got.remove("x_next").expect("x_next");
@@ -346,9 +463,17 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
 #[test]
 fn denoise_graph_matches_the_golden_step_grids_and_expert_values() {
     for mode in MODES {
-        for (file, method) in [("flow_sde", NoiseMethod::FlowSde), ("flow_ode", NoiseMethod::FlowOde), ("flow_cps", NoiseMethod::FlowCps)] {
+        for (file, method) in [
+            ("flow_sde", NoiseMethod::FlowSde),
+            ("flow_ode", NoiseMethod::FlowOde),
+            ("flow_cps", NoiseMethod::FlowCps),
+        ] {
             let rl = Golden::open(&format!("{mode}_rl_{file}"));
-            let grids: Vec<String> = rl.names().iter().filter_map(|n| n.strip_suffix(".timesteps").map(str::to_owned)).collect();
+            let grids: Vec<String> = rl
+                .names()
+                .iter()
+                .filter_map(|n| n.strip_suffix(".timesteps").map(str::to_owned))
+                .collect();
             assert!(!grids.is_empty(), "{mode} {file}: no step grid");
             // by Flow-SDE's formula its first step has the noise level itself as deviation
             let sde = Golden::open(&format!("{mode}_rl_flow_sde"));
@@ -395,9 +520,20 @@ fn value_of_the_prefix_is_the_masked_mean_of_the_reference() {
             let batch = state.shape[0];
             let mut graphs = Graphs::build(&dims, &head, &weights, weights_mode, fixed.then_some(batch));
             let prefix = graphs.prefix(&model, "in.image");
-            close(&format!("{mode}: prefix_out"), &prefix["prefix_out"], &model.get("prefix_out"), TOLERANCE);
+            close(
+                &format!("{mode}: prefix_out"),
+                &prefix["prefix_out"],
+                &model.get("prefix_out"),
+                TOLERANCE,
+            );
             let x = vec![0.5; batch * dims.action_horizon * dims.action_dim];
-            let step = Step { x: &x, t: vec![1.0; batch], coefficients: (1.0, 0.0), std: 0.0, z: &x };
+            let step = Step {
+                x: &x,
+                t: vec![1.0; batch],
+                coefficients: (1.0, 0.0),
+                std: 0.0,
+                z: &x,
+            };
             let got = graphs.step(&prefix, &state, &step);
             close(&format!("{mode}: V_vlm"), &got["value"], &want, TOLERANCE);
         }
@@ -412,7 +548,10 @@ fn two_equal_kv_heads_are_one() {
         if dims.kv_heads != 1 || dims.heads % 2 != 0 {
             continue;
         }
-        let doubled_dims = PolicyDims { kv_heads: 2, ..dims.clone() };
+        let doubled_dims = PolicyDims {
+            kv_heads: 2,
+            ..dims.clone()
+        };
         let doubled: Weights = weights
             .iter()
             .map(|(name, weight)| {
@@ -427,7 +566,13 @@ fn two_equal_kv_heads_are_one() {
             .collect();
         let state = model.get("in.state");
         let x = model.get("step.x_t").f32();
-        let step = || Step { x: &x, t: model.get("step.t").data, coefficients: (1.0, 0.0), std: 0.0, z: &x };
+        let step = || Step {
+            x: &x,
+            t: model.get("step.t").data,
+            coefficients: (1.0, 0.0),
+            std: 0.0,
+            z: &x,
+        };
         for (weights_mode, fixed) in VARIANTS {
             let batch = fixed.then_some(state.shape[0]);
             let mut graphs = Graphs::build(&doubled_dims, &head, &doubled, weights_mode, batch);

@@ -1,6 +1,6 @@
 //! Pre- and post-processing against the recorded reference: images, normalisation, delta actions, discrete state, prompts,
 //! and `SentencePiece` ids.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -105,7 +105,7 @@ fn torch_byte_resize_is_one_level_from_the_float_way() {
     let got = pixels
         .chunks_exact(each)
         .flat_map(|p| torch_resize(p, &input.shape, &want.shape));
-    let levels: Vec<f32> = got.map(|v| ((v + 1.0) / 2.0 * 255.0).round()).collect();
+    let levels: Vec<f32> = got.map(|v| (v.midpoint(1.0) * 255.0).round()).collect();
     assert_close("trz_u8", &levels, &want, 1.0);
 }
 

@@ -25,7 +25,7 @@ enum Command {
         /// Environment name.
         #[arg(long, default_value = "tabletop")]
         env: String,
-        /// Its parameters as TOML, like 'grasp_tol = 0.05'.
+        /// Its parameters as TOML, like `grasp_tol = 0.05`; one key a line.
         #[arg(long, default_value = "")]
         params: String,
         /// Number of slots.
