@@ -126,10 +126,9 @@ impl ParamStore {
                 found: data.len(),
             });
         }
+        let values = Tensor::from_slice(data).view(tensor.size().as_slice());
         no_grad(|| {
-            tensor
-                .shallow_clone()
-                .copy_(&Tensor::from_slice(data).view(tensor.size().as_slice()))
+            tensor.shallow_clone().copy_(&values);
         });
         Ok(())
     }
@@ -221,10 +220,12 @@ fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64,
     let mut rng = stream(Purpose::Init, seed, index, 0, 0);
     let mut normal = |data: &mut [f32], std: f64| {
         fill_normal(&mut rng, data);
-        data.iter_mut().for_each(|v| *v *= std as f32);
+        for value in data.iter_mut() {
+            *value *= std as f32;
+        }
     };
     let name = spec.name.as_str();
-    let bias = name.ends_with(".bias");
+    let bias = name.rsplit('.').next() == Some("bias");
     if spec.part == Part::ValueHead {
         if !bias {
             let out = spec.shape.first().copied().unwrap_or(1) as f64;
@@ -247,8 +248,9 @@ fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64,
         }
     } else {
         let bound = (fan_in as f64).sqrt().recip();
-        data.iter_mut()
-            .for_each(|v| *v = ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32);
+        for value in data.iter_mut() {
+            *value = ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32;
+        }
     }
 }
 

@@ -248,6 +248,8 @@ fn an_episode_is_made_by_one_version() {
     let job = assign.take_effects().jobs.pop().expect("a question");
     assign.went_live(1, SHAPE);
     assign.acted(ticket(&job), 1, actions());
+    assert!(assign.take_effects().commands.is_empty() && assign.parked());
+    assign.went_live(0, SHAPE);
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
 }
 

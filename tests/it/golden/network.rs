@@ -1,5 +1,11 @@
 //! The network against the golden tensors: prefix, suffix, velocity, ODE, flow-matching loss and gradients, step grids, rollouts,
 //! recomputed log-probabilities and values, for pi0 and pi0.5. All sizes are read from the files.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and shows both numbers where we differ from the reference"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -386,7 +392,14 @@ fn flow_matching_loss_and_all_its_gradients() {
             .expect("loss");
         close(&format!("{mode} x_t"), &result.x_t, &golden.get("train.x_t"), 1e-6);
         close(&format!("{mode} u_t"), &result.u_t, &golden.get("train.u_t"), 1e-6);
-        close(&format!("{mode} loss"), &result.loss, &golden.get("train.loss"), LOSS);
+        // elements square the velocity's error and reach 20, where the reference's own error against f64 is above 1e-5: they are
+        // held relative to the largest, the mean to the loss tolerance
+        assert_close_relative(
+            &format!("{mode} loss"),
+            &values(&result.loss),
+            &golden.get("train.loss"),
+            2e-6,
+        );
         let mean = result.loss.mean(Kind::Float);
         close(
             &format!("{mode} loss_mean"),
