@@ -18,7 +18,7 @@ use crate::{
 /// How long a child may take to finish after it was asked to.
 const GRACE: Duration = Duration::from_secs(8);
 /// How long the engine may take to open its endpoints.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 /// How often a wait looks again.
 const POLL: Duration = Duration::from_millis(20);
 /// Lines of a log that an error shows.

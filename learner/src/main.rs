@@ -26,7 +26,7 @@ struct Config {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Pre-train (when configured) and fine-tune on demonstrations; writes OUTPUT_DIR/sft/model.safetensors.
+    /// Pre-train (when configured) and fine-tune on demonstrations; writes `OUTPUT_DIR/sft/model.safetensors`.
     Sft(Config),
     /// Train with online RL from the SFT checkpoint; publishes a policy version per iteration.
     Train(Config),

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How long the ring may be silent before the run ends with an error.
-const SILENCE: Duration = Duration::from_secs(120);
+const SILENCE: Duration = Duration::from_mins(2);
 /// How often children are looked after while waiting.
 const LOOK: Duration = Duration::from_millis(200);
 

@@ -347,20 +347,17 @@ impl PolicySessions {
             .value_head
             .as_ref()
             .is_some_and(|h| h.input == CriticInput::Vlm);
-        let prefix = match shared {
-            Some(prefix) => prefix,
-            None => {
-                let path = bundle.path(PREFIX_GRAPH);
-                let session = backend.load(&path)?;
-                let outputs = ["k", "v", "prefix_mask", "pooled"];
-                require(
-                    &path,
-                    &session,
-                    &["images", "image_mask", "prompt", "prompt_mask"],
-                    &outputs,
-                )?;
-                Arc::new(Mutex::new(session))
-            }
+        let prefix = if let Some(prefix) = shared { prefix } else {
+            let path = bundle.path(PREFIX_GRAPH);
+            let session = backend.load(&path)?;
+            let outputs = ["k", "v", "prefix_mask", "pooled"];
+            require(
+                &path,
+                &session,
+                &["images", "image_mask", "prompt", "prompt_mask"],
+                &outputs,
+            )?;
+            Arc::new(Mutex::new(session))
         };
         let path = bundle.path(DENOISE_GRAPH);
         let denoise = backend.load(&path)?;

@@ -326,19 +326,16 @@ impl Fetching {
         if part.version != self.announce.version || part.file != name || part.offset != offset {
             return Ok(());
         }
-        let mut current = match self.current.take() {
-            Some(current) => current,
-            None => {
-                let Some(entry) = self.waiting.pop_front() else {
-                    return Ok(());
-                };
-                let path = self.beside.join(&entry.name);
-                let file = File::create(&path).map_err(|e| io("creating", &path, &e))?;
-                Part {
-                    file,
-                    entry,
-                    received: 0,
-                }
+        let mut current = if let Some(current) = self.current.take() { current } else {
+            let Some(entry) = self.waiting.pop_front() else {
+                return Ok(());
+            };
+            let path = self.beside.join(&entry.name);
+            let file = File::create(&path).map_err(|e| io("creating", &path, &e))?;
+            Part {
+                file,
+                entry,
+                received: 0,
             }
         };
         let end = current.received + part.data.len() as u64;

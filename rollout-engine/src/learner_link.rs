@@ -57,7 +57,7 @@ pub enum FromLink {
 pub const MAX_UNACKED_BYTES: usize = 1 << 30;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A trajectory that is not acknowledged for so long is sent again on a connection that still stands.
-const RESEND: Duration = Duration::from_secs(60);
+const RESEND: Duration = Duration::from_mins(1);
 /// A part of a file that does not come is asked for again.
 const PART_PATIENCE: Duration = Duration::from_secs(10);
 /// Time to deliver trajectories when the engine leaves.

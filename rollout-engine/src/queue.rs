@@ -244,7 +244,7 @@ mod tests {
         let queue = Queue::new(8);
         queue.push_slots(vec![job(1, 1), job(2, 1), job(3, 1)]);
         let begun = Instant::now();
-        let batch = queue.take_batch(2, Duration::from_secs(60)).expect("open");
+        let batch = queue.take_batch(2, Duration::from_mins(1)).expect("open");
         assert_eq!(tickets(&batch), [1, 2], "first come, first served");
         assert!(
             begun.elapsed() < Duration::from_secs(30),

@@ -65,7 +65,7 @@ impl Engine {
             .expect("starting the engine");
         let mut engine = Self { child, listen: String::new(), http: String::new() };
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(60) {
+        while begin.elapsed() < Duration::from_mins(1) {
             if let Ok(text) = std::fs::read_to_string(&endpoints) {
                 let value: serde_json::Value = serde_json::from_str(&text).expect("endpoints file");
                 engine.listen = value["listen"].as_str().expect("listen").to_owned();
@@ -146,7 +146,7 @@ impl Client {
 
     /// The next message, within a minute.
     pub async fn receive(&mut self) -> FromEngine {
-        let next = tokio::time::timeout(Duration::from_secs(60), self.receive.receive::<FromEngine>());
+        let next = tokio::time::timeout(Duration::from_mins(1), self.receive.receive::<FromEngine>());
         next.await.expect("the engine answers within a minute").expect("receiving")
     }
 

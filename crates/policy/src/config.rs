@@ -479,7 +479,12 @@ impl RunConfig {
 
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, b| {
+        for nibble in [b >> 4, b & 15] {
+            text.extend(char::from_digit(u32::from(nibble), 16));
+        }
+        text
+    })
 }
 
 fn one_line(text: &str) -> String {
@@ -490,7 +495,9 @@ fn one_line(text: &str) -> String {
 fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
     let rest = message.split_once("unknown field `")?.1;
     let (unknown, rest) = rest.split_once('`')?;
-    let known = rest.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    // what follows " in `" names the section, not a key
+    let list = rest.split(" in `").next().unwrap_or_default();
+    let known = list.split('`').skip(1).step_by(2).map(str::to_owned).collect();
     Some((unknown.to_owned(), known))
 }
 

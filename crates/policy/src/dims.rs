@@ -147,31 +147,31 @@ impl PolicyDims {
                 return fail(format!("`{name}` is {size}, expected 1 to {}", 1 << 20));
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return fail(format!(
                 "`heads` {} is no multiple of `kv_heads` {}",
                 self.heads, self.kv_heads
             ));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return fail(format!(
                 "`head_dim` {} is odd, rotary positions need pairs",
                 self.head_dim
             ));
         }
-        if self.expert.width % 2 != 0 || self.expert.width < 4 {
+        if !self.expert.width.is_multiple_of(2) || self.expert.width < 4 {
             return fail(format!(
                 "`expert.width` {} must be even and at least 4 (time embedding)",
                 self.expert.width
             ));
         }
-        if self.vision.image_size % self.vision.patch != 0 {
+        if !self.vision.image_size.is_multiple_of(self.vision.patch) {
             return fail(format!(
                 "`vision.image_size` {} is no multiple of `vision.patch` {}",
                 self.vision.image_size, self.vision.patch
             ));
         }
-        if self.vision.width % self.vision.heads != 0 {
+        if !self.vision.width.is_multiple_of(self.vision.heads) {
             return fail(format!(
                 "`vision.width` {} is no multiple of `vision.heads` {}",
                 self.vision.width, self.vision.heads

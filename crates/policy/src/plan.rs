@@ -119,7 +119,7 @@ impl RunPlan {
             "env.train.total_num_envs",
             config.env.train.total_num_envs,
         )?;
-        if config.env.train.total_num_envs % config.algorithm.group_size != 0 {
+        if !config.env.train.total_num_envs.is_multiple_of(config.algorithm.group_size) {
             return Err(refuse(
                 "algorithm.group_size",
                 format!(
@@ -219,10 +219,10 @@ impl RunPlan {
         });
         let config_digest = config.digest()?;
         Ok(Self {
+            config,
+            config_digest,
             dims,
             value_head,
-            config_digest,
-            config,
         })
     }
 
