@@ -31,6 +31,7 @@ impl ObservationBatch {
     }
 
     /// The rows `[n]` (i64).
+    #[must_use]
     pub fn select(&self, rows: &Tensor) -> Self {
         let pick = |t: &Tensor| t.index_select(0, rows);
         Self {

@@ -47,7 +47,9 @@ fn leaf(shape: &[i64], std: f64, seed: u64, index: u64) -> Tensor {
     let mut data = vec![0.0f32; shape.iter().product::<i64>() as usize];
     if std > 0.0 {
         fill_normal(&mut stream(Purpose::Init, seed, u64::MAX, index, 0), &mut data);
-        data.iter_mut().for_each(|v| *v *= std as f32);
+        for value in &mut data {
+            *value *= std as f32;
+        }
     }
     Tensor::from_slice(&data).view(shape).set_requires_grad(true)
 }

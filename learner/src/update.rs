@@ -272,10 +272,6 @@ impl Updater {
         Ok(report)
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the rows of one pass and what is computed from them"
-    )]
     fn forward(
         &self,
         policy: &Pi0,

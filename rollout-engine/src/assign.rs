@@ -485,7 +485,7 @@ impl<P: Ord + Clone> Assign<P> {
     }
 
     /// The policy cannot answer a slot's question: its worker is turned away with the reason.
-    pub fn failed(&mut self, ticket: u64, reason: String) {
+    pub fn failed(&mut self, ticket: u64, reason: &str) {
         if let Some(episode) = self.bootstraps.remove(&ticket) {
             tracing::warn!("value of the last observation: {reason}; the episode begins anew");
             self.requeue(episode);

@@ -347,7 +347,9 @@ impl PolicySessions {
             .value_head
             .as_ref()
             .is_some_and(|h| h.input == CriticInput::Vlm);
-        let prefix = if let Some(prefix) = shared { prefix } else {
+        let prefix = if let Some(prefix) = shared {
+            prefix
+        } else {
             let path = bundle.path(PREFIX_GRAPH);
             let session = backend.load(&path)?;
             let outputs = ["k", "v", "prefix_mask", "pooled"];

@@ -326,7 +326,9 @@ impl Fetching {
         if part.version != self.announce.version || part.file != name || part.offset != offset {
             return Ok(());
         }
-        let mut current = if let Some(current) = self.current.take() { current } else {
+        let mut current = if let Some(current) = self.current.take() {
+            current
+        } else {
             let Some(entry) = self.waiting.pop_front() else {
                 return Ok(());
             };

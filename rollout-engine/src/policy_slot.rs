@@ -188,7 +188,7 @@ impl LoadedPolicy {
         for (index, (found, expected)) in actions.iter().zip(&reference.actions).enumerate() {
             let difference = (found - expected).abs();
             // written so that a NaN in the manifest fails too
-            if !(difference <= reference.tolerance) {
+            if difference.is_nan() || difference > reference.tolerance {
                 return Err(PolicyError::SelfTest {
                     index,
                     expected: *expected,

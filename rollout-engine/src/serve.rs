@@ -437,7 +437,7 @@ impl Server {
                     self.assign
                         .bootstrapped(ticket, answer.values.first().copied().flatten());
                 }
-                (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(reason)) => self.assign.failed(ticket, reason),
+                (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(reason)) => self.assign.failed(ticket, &reason),
                 (Target::Client { peer, request }, Ok(Answer { version, rows, .. })) => {
                     self.reply(&peer, &FromEngine::Acted(ActReply { request, version, rows }))
                         .await;

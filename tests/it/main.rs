@@ -1,5 +1,7 @@
 //! All integration tests in one binary, so that libtorch is linked once.
 
+#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests fail as tests do")]
+
 mod golden {
     mod algorithms;
     mod network;

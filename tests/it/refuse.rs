@@ -18,7 +18,10 @@ use policy::{
 use tch::Device;
 
 fn run(name: &str, args: &[&str]) -> Output {
-    Command::new(program(name)).args(args).output().expect("running the program")
+    Command::new(program(name))
+        .args(args)
+        .output()
+        .expect("running the program")
 }
 
 /// The program fails with one line of its own that holds all of `wanted`.
@@ -26,7 +29,10 @@ fn run(name: &str, args: &[&str]) -> Output {
 fn assert_refusal(output: &Output, wanted: &[&str]) {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "it did not fail: {text}");
-    let line = text.lines().rfind(|l| !l.trim().is_empty()).unwrap_or_else(|| panic!("no error line"));
+    let line = text
+        .lines()
+        .rfind(|l| !l.trim().is_empty())
+        .unwrap_or_else(|| panic!("no error line"));
     assert!(!text.contains("panicked"), "{text}");
     for part in wanted {
         assert!(line.contains(part), "`{part}` is not in: {line}");
@@ -47,7 +53,16 @@ fn unknown_key_names_the_nearest() {
     }
     let output = run("learner", &["train", "--config", "/nowhere/else.toml"]);
     assert_refusal(&output, &["/nowhere/else.toml"]);
-    let output = run("learner", &["train", "--config", &config, "--set", "actor.model.openpi.noise_level=-1.0"]);
+    let output = run(
+        "learner",
+        &[
+            "train",
+            "--config",
+            &config,
+            "--set",
+            "actor.model.openpi.noise_level=-1.0",
+        ],
+    );
     assert_refusal(&output, &["noise_level", "expected"]);
 }
 
@@ -67,7 +82,16 @@ fn busy_port_is_named() {
     let listen = format!("rollout.listen=\"tcp://127.0.0.1:{port}\"");
     let dir = tempfile::tempdir().expect("folder");
     let bundle = bundle(dir.path()).dir().display().to_string();
-    let args = ["serve", "--config", &quickstart(), "--set", &listen, "--standalone", "--bundle", &bundle];
+    let args = [
+        "serve",
+        "--config",
+        &quickstart(),
+        "--set",
+        &listen,
+        "--standalone",
+        "--bundle",
+        &bundle,
+    ];
     let output = run("rollout-engine", &args);
     assert_refusal(&output, &[&port.to_string(), "in use"]);
 }
@@ -79,7 +103,16 @@ fn missing_accelerator_is_no_silent_fallback() {
         let bundle = bundle(dir.path());
         let set = format!("rollout.provider={provider:?}");
         let bundle = bundle.dir().display().to_string();
-        let args = ["serve", "--config", &quickstart(), "--set", &set, "--standalone", "--bundle", &bundle];
+        let args = [
+            "serve",
+            "--config",
+            &quickstart(),
+            "--set",
+            &set,
+            "--standalone",
+            "--bundle",
+            &bundle,
+        ];
         let output = run("rollout-engine", &args);
         assert_refusal(&output, &[provider]);
     }
@@ -89,7 +122,9 @@ fn bundle(dir: &Path) -> Bundle {
     let plan = plan(dir, &[]);
     let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), 1, Device::Cpu).expect("weights");
     let policy = Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store).expect("network");
-    Publisher::new(&dir.join("policy"), &plan, None).publish(&policy, 0).expect("bundle")
+    Publisher::new(&dir.join("policy"), &plan, None)
+        .publish(&policy, 0)
+        .expect("bundle")
 }
 
 #[track_caller]
@@ -113,7 +148,11 @@ fn other_bundle_version_says_both() {
     let bundle = bundle(dir.path());
     let path = bundle.path(MANIFEST);
     let text = std::fs::read_to_string(&path).expect("manifest");
-    std::fs::write(&path, text.replacen("\"format_version\": 1", "\"format_version\": 77", 1)).expect("manifest");
+    std::fs::write(
+        &path,
+        text.replacen("\"format_version\": 1", "\"format_version\": 77", 1),
+    )
+    .expect("manifest");
     assert_check_refuses(&bundle, &["format version 77", "reads 1"]);
 }
 
@@ -135,15 +174,28 @@ fn assert_export_refuses(change: impl FnOnce(&mut Tensors), wanted: &[&str]) {
     let dir = tempfile::tempdir().expect("folder");
     let plan = plan(dir.path(), &[]);
     let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), 1, Device::Cpu).expect("weights");
-    let mut tensors: Tensors =
-        [Part::Vlm, Part::Expert, Part::ValueHead].iter().flat_map(|p| store.export(*p)).collect();
+    let mut tensors: Tensors = [Part::Vlm, Part::Expert, Part::ValueHead]
+        .iter()
+        .flat_map(|p| store.export(*p))
+        .collect();
     change(&mut tensors);
     let bytes = to_safetensors(tensors.iter().map(|(n, s, d)| (n.as_str(), s.as_slice(), d.as_slice()))).expect("file");
     let checkpoint = dir.path().join("model.safetensors");
     std::fs::write(&checkpoint, bytes).expect("checkpoint");
     let out = dir.path().join("bundle");
     let (checkpoint, target) = (checkpoint.display().to_string(), out.display().to_string());
-    let output = run("export", &["onnx", "--config", &quickstart(), "--checkpoint", &checkpoint, "--out", &target]);
+    let output = run(
+        "export",
+        &[
+            "onnx",
+            "--config",
+            &quickstart(),
+            "--checkpoint",
+            &checkpoint,
+            "--out",
+            &target,
+        ],
+    );
     assert_refusal(&output, wanted);
     assert!(!out.exists(), "nothing half-written");
 }
@@ -152,7 +204,10 @@ fn assert_export_refuses(change: impl FnOnce(&mut Tensors), wanted: &[&str]) {
 fn wrong_weights_are_named() {
     let name = "action_out_proj.weight";
     assert_export_refuses(|t| t.retain(|(n, ..)| n != name), &[name, "missing"]);
-    assert_export_refuses(|t| t.push(("action_out_projj.weight".to_owned(), vec![1], vec![0.0])), &["action_out_projj", name]);
+    assert_export_refuses(
+        |t| t.push(("action_out_projj.weight".to_owned(), vec![1], vec![0.0])),
+        &["action_out_projj", name],
+    );
     assert_export_refuses(
         |t| {
             let (_, shape, _) = t.iter_mut().find(|(n, ..)| n == name).expect("weight");

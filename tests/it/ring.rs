@@ -34,7 +34,10 @@ fn perturb(policy: &Pi0, version: u64) {
     for part in [Part::Expert, Part::ValueHead] {
         for (index, (name, shape, mut data)) in policy.store().export(part).into_iter().enumerate() {
             let mut noise = vec![0.0f32; shape.iter().product()];
-            fill_normal(&mut stream(Purpose::Init, version, index as u64, part as u64, 7), &mut noise);
+            fill_normal(
+                &mut stream(Purpose::Init, version, index as u64, part as u64, 7),
+                &mut noise,
+            );
             data.iter_mut().zip(&noise).for_each(|(w, n)| *w += 0.02 * n);
             policy.store().assign(&name, &data).expect("same shape");
         }
@@ -56,12 +59,24 @@ fn wait_live(hub: &Hub, version: u64) {
 
 fn resets(count: u32, seed: u64) -> Vec<Reset> {
     (0..count)
-        .map(|env| Reset { seed, env, episode: 0, reset_state: None, task: None, group: None, video: false })
+        .map(|env| Reset {
+            seed,
+            env,
+            episode: 0,
+            reset_state: None,
+            task: None,
+            group: None,
+            video: false,
+        })
         .collect()
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(future)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("runtime")
+        .block_on(future)
 }
 
 /// At equal weights the learner's ratio is 1 and its values are the recorded ones, for both critics.
@@ -85,11 +100,15 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
         let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
         let _worker = Worker::start(&engine.listen, 64);
         let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-        hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+        hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
+            .expect("announce");
         let got = collect(&hub, &mut Children::default(), 0, Mode::Train, resets(64, 1), "parity").expect("episodes");
         let batch = RolloutBatch::new(&plan, &got.trajectories, 0).expect("records");
         assert!(batch.len() >= 500, "{} records", batch.len());
-        let report = Updater::new(&plan, &policy).expect("optimizer").update(&policy, &batch, 0).expect("update");
+        let report = Updater::new(&plan, &policy)
+            .expect("optimizer")
+            .update(&policy, &batch, 0)
+            .expect("update");
         println!(
             "{critic} critic, {} records: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
             batch.len(),
@@ -116,7 +135,8 @@ fn replay_reproduces_a_recorded_chunk() {
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
     let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
     let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
+        .expect("announce");
     wait_live(&hub, 0);
     let elements = plan.dims.action_horizon * plan.dims.action_dim;
     block_on(async {
@@ -124,19 +144,29 @@ fn replay_reproduces_a_recorded_chunk() {
         let others: Vec<ActRow> = (1..7).map(|n| row(&plan, n, Mode::Train)).collect();
         let alone = client.act(1, vec![row(&plan, 0, Mode::Train)]).await;
         let again = client.act(2, vec![row(&plan, 0, Mode::Train)]).await;
-        let crowd = client.act(3, others.iter().cloned().chain([row(&plan, 0, Mode::Train)]).collect()).await;
+        let crowd = client
+            .act(3, others.iter().cloned().chain([row(&plan, 0, Mode::Train)]).collect())
+            .await;
         let last = crowd.rows.len() - 1;
         assert_eq!(record(&alone, 0), record(&again, 0), "same batch size: every bit");
         let noise = |r: &ChunkRecord| r.chain.data[..elements * 4].to_vec();
-        assert_eq!(noise(record(&alone, 0)), noise(record(&crowd, last)), "noise in another batch: every bit");
+        assert_eq!(
+            noise(record(&alone, 0)),
+            noise(record(&crowd, last)),
+            "noise in another batch: every bit"
+        );
         assert_eq!(record(&alone, 0).denoise_step, record(&crowd, last).denoise_step);
-        let actions = |r: &wire::messages::ActReply, i: usize| r.rows[i].actions.to_f32("actions", None).expect("actions");
+        let actions =
+            |r: &wire::messages::ActReply, i: usize| r.rows[i].actions.to_f32("actions", None).expect("actions");
         let gap = actions(&alone, 0)
             .iter()
             .zip(actions(&crowd, last))
             .map(|(a, b)| (a - b).abs())
             .fold(0.0f32, f32::max);
-        println!("largest action difference between a batch of 1 and of {}: {gap:.2e}", last + 1);
+        println!(
+            "largest action difference between a batch of 1 and of {}: {gap:.2e}",
+            last + 1
+        );
         assert!(gap <= 1e-5, "{gap}");
     });
 }
@@ -156,11 +186,23 @@ fn recompute(plan: &RunPlan, policy: &Pi0, record: &ChunkRecord) -> Vec<f32> {
     let shape = [1, dims.action_horizon as i64, dims.action_dim as i64];
     let chain = record.chain.to_f32("chain", None).expect("chain");
     let noise = Tensor::from_slice(&chain[..dims.action_horizon * dims.action_dim]).view(shape);
-    let sample =
-        policy.sample(&cache, Some(&observation.state), &noise, &plan.schedule(), &[None], None).expect("sample");
+    let sample = policy
+        .sample(
+            &cache,
+            Some(&observation.state),
+            &noise,
+            &plan.schedule(),
+            &[None],
+            None,
+        )
+        .expect("sample");
     let mut out = vec![0.0f32; dims.action_horizon * dims.action_dim];
     let len = out.len();
-    sample.actions.to_kind(Kind::Float).contiguous().copy_data(&mut out, len);
+    sample
+        .actions
+        .to_kind(Kind::Float)
+        .contiguous()
+        .copy_data(&mut out, len);
     out
 }
 
@@ -178,7 +220,8 @@ fn reload_under_load_loses_and_mixes_nothing() {
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
     let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
     let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
+        .expect("announce");
     wait_live(&hub, 0);
     let mut weights = BTreeMap::from([(0, policy.store().export(Part::Expert))]);
 
@@ -191,7 +234,10 @@ fn reload_under_load_loses_and_mixes_nothing() {
                     let mut replies = Vec::new();
                     for request in 0..REQUESTS_PER_CLIENT {
                         let number = client * REQUESTS_PER_CLIENT + request;
-                        let rows = vec![row(&plan, 2 * number, Mode::Eval), row(&plan, 2 * number + 1, Mode::Eval)];
+                        let rows = vec![
+                            row(&plan, 2 * number, Mode::Eval),
+                            row(&plan, 2 * number + 1, Mode::Eval),
+                        ];
                         replies.push(connection.act(number, rows).await);
                     }
                     replies
@@ -202,7 +248,8 @@ fn reload_under_load_loses_and_mixes_nothing() {
     for version in 1..=VERSIONS {
         perturb(&policy, version);
         weights.insert(version, policy.store().export(Part::Expert));
-        hub.announce(&publisher.publish(&policy, version).expect("bundle")).expect("announce");
+        hub.announce(&publisher.publish(&policy, version).expect("bundle"))
+            .expect("announce");
         wait_live(&hub, version);
     }
     let replies: Vec<_> = clients.into_iter().flat_map(|c| c.join().expect("client")).collect();
@@ -246,10 +293,17 @@ fn reload_under_load_loses_and_mixes_nothing() {
             break report.refused.expect("refused");
         }
     };
-    assert!(reason.contains("expert.safetensors") && reason.contains("sha256"), "{reason}");
+    assert!(
+        reason.contains("expert.safetensors") && reason.contains("sha256"),
+        "{reason}"
+    );
     block_on(async {
         let mut client = Client::connect(&engine.listen).await;
-        assert_eq!(client.act(1, vec![row(&plan, 1, Mode::Eval)]).await.version, VERSIONS, "the old version serves on");
+        assert_eq!(
+            client.act(1, vec![row(&plan, 1, Mode::Eval)]).await.version,
+            VERSIONS,
+            "the old version serves on"
+        );
     });
 }
 
@@ -262,7 +316,8 @@ fn refuses_what_it_cannot_serve() {
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
     let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
     let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle")).expect("announce");
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
+        .expect("announce");
     wait_live(&hub, 0);
     let refused = |message: FromEngine| match message {
         FromEngine::Refused(refusal) => refusal.reason,
@@ -272,23 +327,42 @@ fn refuses_what_it_cannot_serve() {
         let mut client = Client::connect(&engine.listen).await;
         let mut bad = row(&plan, 0, Mode::Eval);
         bad.observation.prompt = "juggle red".to_owned();
-        client.send(&ToEngine::Act(wire::messages::ActRequest { request: 1, rows: vec![bad] })).await;
+        client
+            .send(&ToEngine::Act(wire::messages::ActRequest {
+                request: 1,
+                rows: vec![bad],
+            }))
+            .await;
         let reason = refused(client.receive().await);
         assert!(reason.contains("juggle"), "{reason}");
         let mut bad = row(&plan, 0, Mode::Eval);
         bad.observation.state = vec![f32::NAN; 4];
-        client.send(&ToEngine::Act(wire::messages::ActRequest { request: 2, rows: vec![bad] })).await;
+        client
+            .send(&ToEngine::Act(wire::messages::ActRequest {
+                request: 2,
+                rows: vec![bad],
+            }))
+            .await;
         let reason = refused(client.receive().await);
         assert!(reason.contains("state"), "{reason}");
-        assert_eq!(client.act(3, vec![row(&plan, 0, Mode::Eval)]).await.rows.len(), 1, "and it serves on");
+        assert_eq!(
+            client.act(3, vec![row(&plan, 0, Mode::Eval)]).await.rows.len(),
+            1,
+            "and it serves on"
+        );
     });
     // bytes that are no message
     block_on(async {
         use zeromq::{Socket, SocketRecv, SocketSend};
         let mut raw = zeromq::DealerSocket::new();
         raw.connect(&engine.listen).await.expect("connecting");
-        raw.send(zeromq::ZmqMessage::from(vec![1u8, 2, 3])).await.expect("sending");
-        let answer = tokio::time::timeout(Duration::from_secs(30), raw.recv()).await.expect("an answer").expect("answer");
+        raw.send(zeromq::ZmqMessage::from(vec![1u8, 2, 3]))
+            .await
+            .expect("sending");
+        let answer = tokio::time::timeout(Duration::from_secs(30), raw.recv())
+            .await
+            .expect("an answer")
+            .expect("answer");
         let frame = answer.into_vec().pop().expect("frame");
         let reason = refused(wire::codec::decode(&frame).expect("a refusal"));
         assert!(reason.contains("shorter than the header"), "{reason}");

@@ -1,5 +1,10 @@
 //! What the integration tests share: the golden tensors and the comparison that states its tolerance.
-#![expect(clippy::expect_used, clippy::panic, reason = "a test helper fails by panicking with the reason")]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::float_cmp,
+    reason = "a test helper fails by panicking with the reason"
+)]
 
 pub mod ring;
 
@@ -10,8 +15,10 @@ use serde_json::Value;
 
 /// The folder of the golden tensors: `PIRL_GOLDEN_DIR`, else `tests/golden` of this repository.
 pub fn golden_dir() -> PathBuf {
-    std::env::var_os("PIRL_GOLDEN_DIR")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/golden")), PathBuf::from)
+    std::env::var_os("PIRL_GOLDEN_DIR").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/golden")),
+        PathBuf::from,
+    )
 }
 
 /// One array of a golden file. Booleans are 0 and 1; integers are exact below 2^53.
@@ -55,7 +62,10 @@ impl Golden {
     pub fn open(name: &str) -> Self {
         let path = golden_dir().join(format!("{name}.safetensors"));
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
-        Self { name: name.to_owned(), bytes }
+        Self {
+            name: name.to_owned(),
+            bytes,
+        }
     }
 
     fn tensors(&self) -> SafeTensors<'_> {
@@ -83,13 +93,27 @@ impl Golden {
     /// The tensor of this name; panics with the name when it is not there.
     pub fn get(&self, tensor: &str) -> Array {
         let tensors = self.tensors();
-        let view = tensors.tensor(tensor).unwrap_or_else(|e| panic!("golden {}: `{tensor}`: {e}", self.name));
+        let view = tensors
+            .tensor(tensor)
+            .unwrap_or_else(|e| panic!("golden {}: `{tensor}`: {e}", self.name));
         let raw = view.data();
         let data = match view.dtype() {
-            Dtype::F32 => raw.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect(),
-            Dtype::F64 => raw.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes"))).collect(),
-            Dtype::I64 => raw.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")) as f64).collect(),
-            Dtype::I32 => raw.chunks_exact(4).map(|b| f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect(),
+            Dtype::F32 => raw
+                .chunks_exact(4)
+                .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                .collect(),
+            Dtype::F64 => raw
+                .chunks_exact(8)
+                .map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes")))
+                .collect(),
+            Dtype::I64 => raw
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")) as f64)
+                .collect(),
+            Dtype::I32 => raw
+                .chunks_exact(4)
+                .map(|b| f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                .collect(),
             Dtype::U8 | Dtype::BOOL => raw.iter().map(|b| f64::from(*b)).collect(),
             Dtype::BF16 => raw
                 .chunks_exact(2)
@@ -97,7 +121,11 @@ impl Golden {
                 .collect(),
             other => panic!("golden {}: `{tensor}` has the unread type {other:?}", self.name),
         };
-        Array { shape: view.shape().to_vec(), data, dtype: view.dtype() }
+        Array {
+            shape: view.shape().to_vec(),
+            data,
+            dtype: view.dtype(),
+        }
     }
 }
 
@@ -121,7 +149,11 @@ pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len(), "lengths differ");
     got.iter().zip(want).fold(0.0, |worst: f64, (g, w)| {
         let g = f64::from(*g);
-        let diff = if (g.is_nan() && w.is_nan()) || g == *w { 0.0 } else { (g - w).abs() };
+        let diff = if (g.is_nan() && w.is_nan()) || g == *w {
+            0.0
+        } else {
+            (g - w).abs()
+        };
         if diff.is_nan() { f64::INFINITY } else { worst.max(diff) }
     })
 }
@@ -131,7 +163,10 @@ pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
 pub fn assert_close(what: &str, got: &[f32], want: &Array, tolerance: f64) {
     assert_eq!(got.len(), want.data.len(), "{what}: number of elements");
     let diff = max_abs_diff(got, &want.data);
-    assert!(diff <= tolerance, "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}");
+    assert!(
+        diff <= tolerance,
+        "{what}: largest absolute error {diff:.3e}, allowed {tolerance:.0e}"
+    );
 }
 
 /// Asserts that the error is within `tolerance` of the tensor's own largest magnitude (gradients).
@@ -142,5 +177,8 @@ pub fn assert_close_relative(what: &str, got: &[f32], want: &Array, tolerance: f
     let diff = max_abs_diff(got, &want.data);
     // a gradient that is zero in the reference may come out as rounding noise of the sums behind it
     let allowed = (tolerance * scale).max(1e-7);
-    assert!(diff <= allowed, "{what}: largest error {diff:.3e} at magnitude {scale:.3e}, allowed relative {tolerance:.0e}");
+    assert!(
+        diff <= allowed,
+        "{what}: largest error {diff:.3e} at magnitude {scale:.3e}, allowed relative {tolerance:.0e}"
+    );
 }

@@ -6,11 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use policy::{
-    config::RunConfig,
-    noise::NoiseKey,
-    plan::RunPlan,
-};
+use policy::{config::RunConfig, noise::NoiseKey, plan::RunPlan};
 use wire::{
     array::Array,
     messages::{ActReply, ActRequest, ActRow, FromEngine, Mode, Observation, ToEngine},
@@ -28,7 +24,12 @@ pub fn plan(dir: &Path, overrides: &[&str]) -> RunPlan {
 /// A program of this workspace, built by the same command as the tests.
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("own path");
-    let found = own.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.is_file());
+    let found = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|d| d.join(name))
+        .find(|p| p.is_file());
     found.unwrap_or_else(|| panic!("`{name}` is not built; run scripts/setup"))
 }
 
@@ -63,16 +64,24 @@ impl Engine {
             .stderr(log)
             .spawn()
             .expect("starting the engine");
-        let mut engine = Self { child, listen: String::new(), http: String::new() };
+        let mut engine = Self {
+            child,
+            listen: String::new(),
+            http: String::new(),
+        };
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_mins(1) {
             if let Ok(text) = std::fs::read_to_string(&endpoints) {
                 let value: serde_json::Value = serde_json::from_str(&text).expect("endpoints file");
-                engine.listen = value["listen"].as_str().expect("listen").to_owned();
-                engine.http = value["http"].as_str().expect("http").to_owned();
+                value["listen"].as_str().expect("listen").clone_into(&mut engine.listen);
+                value["http"].as_str().expect("http").clone_into(&mut engine.http);
                 return engine;
             }
-            assert!(engine.child.try_wait().expect("engine").is_none(), "the engine ended: {}", Self::log(dir));
+            assert!(
+                engine.child.try_wait().expect("engine").is_none(),
+                "the engine ended: {}",
+                Self::log(dir)
+            );
             std::thread::yield_now();
         }
         panic!("the engine opened no endpoint: {}", Self::log(dir));
@@ -147,7 +156,9 @@ impl Client {
     /// The next message, within a minute.
     pub async fn receive(&mut self) -> FromEngine {
         let next = tokio::time::timeout(Duration::from_mins(1), self.receive.receive::<FromEngine>());
-        next.await.expect("the engine answers within a minute").expect("receiving")
+        next.await
+            .expect("the engine answers within a minute")
+            .expect("receiving")
     }
 
     /// One request, one answer.
@@ -169,7 +180,10 @@ pub fn observation(plan: &RunPlan, number: u64) -> Observation {
     let mut bytes = vec![0.0f32; side * side * 3];
     let mut rng = policy::noise::stream(policy::noise::Purpose::Reset, 99, number, 0, 0);
     policy::noise::fill_normal(&mut rng, &mut bytes);
-    let pixels = bytes.iter().map(|v| (128.0 + 60.0 * v).clamp(0.0, 255.0) as u8).collect();
+    let pixels = bytes
+        .iter()
+        .map(|v| (128.0 + 60.0 * v).clamp(0.0, 255.0) as u8)
+        .collect();
     let colour = ["red", "green", "blue"][number as usize % 3];
     Observation {
         images: vec![Some(Array::u8(&[side, side, 3], pixels))],
@@ -180,6 +194,16 @@ pub fn observation(plan: &RunPlan, number: u64) -> Observation {
 
 /// A row of a request.
 pub fn row(plan: &RunPlan, number: u64, mode: Mode) -> ActRow {
-    let key = NoiseKey { seed: 5, env: number as u32, episode: number / 3, chunk: (number % 4) as u32 };
-    ActRow { observation: observation(plan, number), key, mode, record: true }
+    let key = NoiseKey {
+        seed: 5,
+        env: number as u32,
+        episode: number / 3,
+        chunk: (number % 4) as u32,
+    };
+    ActRow {
+        observation: observation(plan, number),
+        key,
+        mode,
+        record: true,
+    }
 }

@@ -479,12 +479,14 @@ impl RunConfig {
 
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, b| {
-        for nibble in [b >> 4, b & 15] {
-            text.extend(char::from_digit(u32::from(nibble), 16));
-        }
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, b| {
+            for nibble in [b >> 4, b & 15] {
+                text.extend(char::from_digit(u32::from(nibble), 16));
+            }
+            text
+        })
 }
 
 fn one_line(text: &str) -> String {

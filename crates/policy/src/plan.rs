@@ -119,7 +119,12 @@ impl RunPlan {
             "env.train.total_num_envs",
             config.env.train.total_num_envs,
         )?;
-        if !config.env.train.total_num_envs.is_multiple_of(config.algorithm.group_size) {
+        if !config
+            .env
+            .train
+            .total_num_envs
+            .is_multiple_of(config.algorithm.group_size)
+        {
             return Err(refuse(
                 "algorithm.group_size",
                 format!(

@@ -40,6 +40,7 @@ fn hello(slots: u32) -> Hello {
     }
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "the shape that a report has")]
 fn seen() -> Option<Observation> {
     Some(Observation {
         images: Vec::new(),
@@ -58,6 +59,7 @@ fn idle(slots: u32) -> Vec<SlotReport> {
         .collect()
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "the shape that a report has")]
 fn outcome(terminated: bool, truncated: bool) -> Option<Outcome> {
     Some(Outcome {
         rewards: vec![0.5, 1.0],
