@@ -109,16 +109,16 @@ impl Incoming {
     ///
     /// # Errors
     /// The folder cannot be made or listed.
-    pub fn new(dir: PathBuf) -> std::io::Result<Self> {
-        fs::create_dir_all(&dir)?;
+    pub fn new(dir: &Path) -> std::io::Result<Self> {
+        fs::create_dir_all(dir)?;
         let mut incoming = Self {
-            dir: dir.clone(),
+            dir: dir.to_owned(),
             known: BTreeMap::new(),
             announced: None,
             fetching: None,
             kept: VecDeque::new(),
         };
-        for entry in fs::read_dir(&dir)? {
+        for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             match Bundle::open(&path) {
                 Ok(bundle) if !is_hidden(&path) => {
@@ -274,11 +274,11 @@ impl Incoming {
     ///
     /// # Errors
     /// The version cannot be had: the learner does not have the file, or it cannot be written.
-    pub fn part(&mut self, part: FilePart) -> Result<(), Failed> {
+    pub fn part(&mut self, part: &FilePart) -> Result<(), Failed> {
         let Some(fetching) = &mut self.fetching else {
             return Ok(());
         };
-        if let Err(reason) = fetching.take(&part) {
+        if let Err(reason) = fetching.take(part) {
             let failed = Failed {
                 version: fetching.announce.version,
                 begun: fetching.begun,
@@ -431,8 +431,8 @@ mod tests {
                 offset: fetch.offset,
                 data,
             };
-            incoming.part(part.clone()).expect("taken");
-            incoming.part(part).expect("a repeated part is passed over");
+            incoming.part(&part).expect("taken");
+            incoming.part(&part).expect("a repeated part is passed over");
         }
         asked
     }
@@ -440,7 +440,7 @@ mod tests {
     #[test]
     fn parts_become_files_and_known_files_are_linked() {
         let home = tempfile::tempdir().expect("folder");
-        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        let mut incoming = Incoming::new(&home.path().join("incoming")).expect("made");
         let files: [(&str, &[u8]); 2] = [("manifest.json", b"{1}"), ("vlm", b"seven b")];
         assert!(
             incoming
@@ -472,7 +472,7 @@ mod tests {
     #[test]
     fn the_live_version_is_not_fetched() {
         let home = tempfile::tempdir().expect("folder");
-        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        let mut incoming = Incoming::new(&home.path().join("incoming")).expect("made");
         let wanted = announce(1, vec![entry("manifest.json", b"{1}")]);
         let live = digests(&wanted);
         incoming.announce(wanted);
@@ -486,7 +486,7 @@ mod tests {
     fn bad_announces_and_parts_are_refused_and_leave_nothing() {
         let home = tempfile::tempdir().expect("folder");
         let dir = home.path().join("incoming");
-        let mut incoming = Incoming::new(dir.clone()).expect("made");
+        let mut incoming = Incoming::new(&dir).expect("made");
         let named = |name: &str| BundleFile {
             name: name.to_owned(),
             bytes: 4,
@@ -520,7 +520,7 @@ mod tests {
             };
             assert!(
                 incoming
-                    .part(part)
+                    .part(&part)
                     .expect_err("refused")
                     .reason
                     .contains("expected 1 to 4")
@@ -532,7 +532,7 @@ mod tests {
     #[test]
     fn a_later_announce_replaces_an_earlier_one() {
         let home = tempfile::tempdir().expect("folder");
-        let mut incoming = Incoming::new(home.path().join("incoming")).expect("made");
+        let mut incoming = Incoming::new(&home.path().join("incoming")).expect("made");
         incoming.announce(announce(1, vec![entry("manifest.json", b"{1}")]));
         assert!(matches!(incoming.advance(None), Progress::Nothing));
         assert!(

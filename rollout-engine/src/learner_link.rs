@@ -348,11 +348,11 @@ impl LearnerLink {
                     );
                 }
             }
-            FromLearner::FilePart(part) => self.part(memory, part),
+            FromLearner::FilePart(part) => self.part(memory, &part),
         }
     }
 
-    fn part(&mut self, memory: &mut Memory, part: FilePart) {
+    fn part(&mut self, memory: &mut Memory, part: &FilePart) {
         if let Err(failed) = self.incoming.part(part) {
             self.report(memory, failed.version, failed.begun, Some(failed.reason));
         }

@@ -140,11 +140,25 @@ fn main() -> ExitCode {
             drop(writeln!(
                 std::io::stderr(),
                 "rollout-engine: {}",
-                one_line(&format!("{error:#}"))
+                one_line(&told(&error))
             ));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes; most texts name their cause themselves, and it is not told twice.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            cause
+        } else if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 fn one_line(text: &str) -> String {

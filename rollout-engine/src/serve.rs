@@ -134,7 +134,7 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
     let metrics = Arc::new(Metrics::new()?);
     let backend = Backend::new(options.rollout.provider, options.rollout.threads)?;
     let slot = Arc::new(PolicySlot::default());
-    let mut incoming = Incoming::new(options.state_dir.join("incoming")).map_err(|source| ServeError::State {
+    let mut incoming = Incoming::new(&options.state_dir.join("incoming")).map_err(|source| ServeError::State {
         path: options.state_dir.clone(),
         source,
     })?;
