@@ -84,4 +84,39 @@ mod tests {
         });
         assert!(chance < 0.03, "{chance}");
     }
+
+    #[test]
+    fn without_the_image_or_the_prompt_even_the_expert_fails() {
+        let params = TabletopParams::default();
+        // without the image the block and the zone are at best guessed at the middle of the table
+        let mut rng = stream(Purpose::Sampling, 4, 0, 0, 0);
+        let no_image = success_rate(params, 500, |table| {
+            let guess = Table {
+                blocks: [[0.5, 0.5]; 2],
+                zone: [0.5, 0.5],
+                ..*table
+            };
+            act(&guess, &params, &mut rng)
+        });
+        assert!(no_image < 0.05, "{no_image}");
+        // without the prompt one of two blocks is named by a coin; five standard errors of 500 coins are 0.11
+        let mut rng = stream(Purpose::Sampling, 5, 0, 0, 0);
+        let mut last_steps = usize::MAX;
+        let mut swap = false;
+        let no_prompt = success_rate(params, 500, |table| {
+            if table.steps < last_steps {
+                swap = uniform(&mut rng) < 0.5;
+            }
+            last_steps = table.steps + 1;
+            let [a, b] = table.blocks;
+            let held = table.held.map(|h| if swap { 1 - h } else { h });
+            let seen = Table {
+                blocks: if swap { [b, a] } else { [a, b] },
+                held,
+                ..*table
+            };
+            act(&seen, &params, &mut rng)
+        });
+        assert!(no_prompt < 0.61, "{no_prompt}");
+    }
 }
