@@ -15,6 +15,7 @@ use policy::{
     norm::NormStats,
     params::ParamSpec,
     plan::RunPlan,
+    prompt::{PromptError, Tokenizer, read_model},
     weights::{Location, Weight, WeightFile, WeightsError, locations, to_safetensors},
 };
 
@@ -70,6 +71,21 @@ pub enum ExportError {
     /// The tokenizer's file is not given, or given without need.
     #[error("bundle tokenizer: {0}")]
     Tokenizer(&'static str),
+    /// The tokenizer's model is not usable.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// The tokenizer makes ids that have no embedding.
+    #[error(
+        "tokenizer model `{path}` has {found} ids, `actor.model.vocab` is {vocab}: take the tokenizer of the checkpoint"
+    )]
+    Vocabulary {
+        /// The model file.
+        path: PathBuf,
+        /// Its number of ids.
+        found: usize,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
 }
 
 /// Where a weight file of a new bundle comes from.
@@ -145,6 +161,25 @@ pub fn manifest_of(
         self_test,
         files: Vec::new(),
     }
+}
+
+/// What a bundle of this run carries as its tokenizer: the model file's bytes, or nothing for a word list.
+///
+/// # Errors
+/// The model cannot be read or has more ids than the policy's embedding has rows.
+pub fn tokenizer_of(plan: &RunPlan) -> Result<Option<Source>, ExportError> {
+    let TokenizerConfig::SentencePiece { model } = &plan.config.actor.model.tokenizer else {
+        return Ok(None);
+    };
+    let (found, vocab) = (Tokenizer::from_sentencepiece(model)?.vocab_size(), plan.dims.vocab);
+    if found > vocab {
+        return Err(ExportError::Vocabulary {
+            path: model.clone(),
+            found,
+            vocab,
+        });
+    }
+    Ok(Some(Source::Bytes(read_model(model)?)))
 }
 
 /// The bytes of a weight file that holds exactly `params`, taken from `weights` (which may hold more).

@@ -9,11 +9,10 @@ use clap::Parser;
 use export::{
     BundleSpec, GraphSource, WeightSource, check_bundle, manifest_of,
     signature::{expert_params, vlm_params},
-    weight_bytes, write_bundle,
+    tokenizer_of, weight_bytes, write_bundle,
 };
 use policy::{
-    bundle::{Source, TOKENIZER_MODEL, describe_file},
-    config::{RunConfig, TokenizerConfig},
+    config::RunConfig,
     norm::NormStats,
     params::{ParamSpec, params},
     plan::RunPlan,
@@ -83,23 +82,21 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     let expert = weight_bytes(&expert_params(&plan.dims, plan.value_head.as_ref()), &weights)?;
     drop(weights);
 
-    let model = &plan.config.actor.model;
-    let norm_stats = model.norm_stats.as_deref().map(NormStats::load).transpose()?;
-    let tokenizer = match &model.tokenizer {
-        TokenizerConfig::SentencePiece { model } => {
-            let mut entry = describe_file(model)?;
-            TOKENIZER_MODEL.clone_into(&mut entry.name);
-            Some(Source::Same(model.clone(), entry))
-        }
-        TokenizerConfig::Words { .. } => None,
-    };
+    let norm_stats = plan
+        .config
+        .actor
+        .model
+        .norm_stats
+        .as_deref()
+        .map(NormStats::load)
+        .transpose()?;
     let manifest = manifest_of(&plan, args.policy_version, args.batch.0, norm_stats, None);
     let spec = BundleSpec {
         manifest,
         vlm: WeightSource::Bytes(vlm),
         expert: WeightSource::Bytes(expert),
         graphs: GraphSource::Build,
-        tokenizer,
+        tokenizer: tokenizer_of(&plan)?,
     };
     let bundle = write_bundle(&args.out, spec)?;
     let bytes: u64 = bundle.manifest.files.iter().map(|file| file.bytes).sum();

@@ -54,6 +54,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         value_head: Some(ValueHeadDims {
             input: CriticInput::Vlm,
             hidden: vec![7],
+            state: false,
         }),
         sampling: Sampling {
             noise_method: NoiseMethod::FlowSde,

@@ -23,5 +23,6 @@ pub mod pretrain;
 pub mod publish;
 pub mod rollout;
 pub mod sft;
+mod stage;
 pub mod train;
 pub mod update;

@@ -4,7 +4,6 @@
 //! soft-argmax over the image tokens of the prefix output, learned queries on the KV cache of every layer but the first (what the
 //! action expert reads), and a linear map of the pooled output (what `V_vlm` reads). The read-outs are dropped afterwards.
 
-use indicatif::ProgressBar;
 use policy::{
     config::PretrainConfig,
     noise::{Purpose, below, fill_normal, stream},
@@ -15,9 +14,9 @@ use tch::{Kind, Reduction, Tensor};
 use crate::{
     dataset::Dataset,
     error::{LearnerError, Result},
-    metrics::{MetricsLog, progress_style},
+    metrics::MetricsLog,
     model::{Pi0, Prefix},
-    optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+    stage::Stage,
 };
 
 /// Weight of the pooled read-out in the loss.
@@ -152,29 +151,7 @@ pub fn pretrain(
         .map(|(n, t)| (n.to_owned(), t.shallow_clone()))
         .collect();
     params.extend(read_outs.params());
-    let settings = AdamWSettings {
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        clip_norm: Some(stage.clip_grad),
-    };
-    let group = ParamGroup {
-        name: "vlm".to_owned(),
-        lr: stage.lr,
-        weight_decay: stage.weight_decay,
-        params,
-    };
-    let mut optimizer = AdamW::new(settings, vec![group])?;
-    let schedule = Schedule::warmup(
-        u64::from(stage.lr_warmup_steps),
-        Decay::Cosine {
-            total_steps: u64::from(stage.steps),
-            min_factor: stage.min_lr_ratio,
-        },
-    );
-    let bar = ProgressBar::new(u64::from(stage.steps))
-        .with_style(progress_style())
-        .with_message("pre-training");
+    let mut training = Stage::new("pre-training", stage, params)?;
     let mut rng = stream(Purpose::Minibatch, seed, 1, 0, 0);
     let total = scenes.observations.len() as usize;
     let mut error = f64::NAN;
@@ -188,17 +165,16 @@ pub fn pretrain(
         let loss = located.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA)
             + probed.smooth_l1_loss(&probe_target, Reduction::Mean, SMOOTH_L1_BETA) * probed.size()[1] as f64
             + pooled.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA) * POOLED_WEIGHT;
-        optimizer.zero_grad();
-        loss.backward();
-        let report = optimizer.step(schedule.factor(step))?;
-        bar.inc(1);
+        let report = training.step(&loss)?;
         if step % 50 == 49 || step + 1 == u64::from(stage.steps) {
             let distance = |got: &Tensor| {
                 let d = (got - &target).square().sum_dim_intlist(-1, false, Kind::Float).sqrt();
                 d.mean(Kind::Float).double_value(&[]) / SCALE
             };
             error = distance(&probed.select(1, -1));
-            bar.set_message(format!("pre-training: error {error:.4} of the image"));
+            training
+                .bar
+                .set_message(format!("pre-training: error {error:.4} of the image"));
             log.write(
                 "pretrain",
                 step + 1,
@@ -212,7 +188,7 @@ pub fn pretrain(
             )?;
         }
     }
-    bar.finish();
+    training.bar.finish();
     policy.store().set_trainable(&[]);
     Ok(error)
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use export::{BundleSpec, GraphSource, WeightSource, manifest_of, next_version, write_bundle};
+use export::{BundleSpec, GraphSource, WeightSource, manifest_of, next_version, tokenizer_of, write_bundle};
 use policy::{
     bundle::{Bundle, SelfTest},
     norm::NormStats,
@@ -66,7 +66,7 @@ impl Publisher {
                 vlm: WeightSource::Bytes(policy.store().to_safetensors(&[Part::Vlm])?),
                 expert: WeightSource::Bytes(expert),
                 graphs: GraphSource::Build,
-                tokenizer: None,
+                tokenizer: tokenizer_of(&self.plan)?,
             };
             write_bundle(&target, spec)?
         };

@@ -1,6 +1,5 @@
 //! Supervised fine-tuning of the action expert by flow matching, on the KV cache of a frozen prefix.
 
-use indicatif::ProgressBar;
 use policy::{
     config::SftConfig,
     flow::training_time,
@@ -9,13 +8,7 @@ use policy::{
 };
 use tch::{Kind, Tensor};
 
-use crate::{
-    dataset::Dataset,
-    error::Result,
-    metrics::{MetricsLog, progress_style},
-    model::Pi0,
-    optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
-};
+use crate::{dataset::Dataset, error::Result, metrics::MetricsLog, model::Pi0, stage::Stage};
 
 /// Trains the expert on demonstrations; returns the mean loss of the last steps.
 ///
@@ -30,29 +23,7 @@ pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &m
         .part(Part::Expert)
         .map(|(n, t)| (n.to_owned(), t.shallow_clone()))
         .collect();
-    let settings = AdamWSettings {
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        clip_norm: Some(stage.clip_grad),
-    };
-    let group = ParamGroup {
-        name: "actor".to_owned(),
-        lr: stage.lr,
-        weight_decay: stage.weight_decay,
-        params,
-    };
-    let mut optimizer = AdamW::new(settings, vec![group])?;
-    let schedule = Schedule::warmup(
-        u64::from(stage.lr_warmup_steps),
-        Decay::Cosine {
-            total_steps: u64::from(stage.steps),
-            min_factor: stage.min_lr_ratio,
-        },
-    );
-    let bar = ProgressBar::new(u64::from(stage.steps))
-        .with_style(progress_style())
-        .with_message("SFT");
+    let mut training = Stage::new("SFT", stage, params)?;
     let mut rng = stream(Purpose::FlowMatching, seed, 0, 0, 0);
     let total = demos.observations.len() as usize;
     let (mut recent, mut counted) = (0.0, 0.0);
@@ -73,20 +44,17 @@ pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &m
             .flow_matching_loss(&cache.index_select(&rows)?, Some(&state), &actions, &noise, &time)?
             .loss
             .mean(Kind::Float);
-        optimizer.zero_grad();
-        loss.backward();
-        let report = optimizer.step(schedule.factor(step))?;
-        bar.inc(1);
+        let report = training.step(&loss)?;
         recent += loss.double_value(&[]);
         counted += 1.0;
         if step % 50 == 49 || step + 1 == u64::from(stage.steps) {
             last = recent / counted;
             (recent, counted) = (0.0, 0.0);
-            bar.set_message(format!("SFT: loss {last:.4}"));
+            training.bar.set_message(format!("SFT: loss {last:.4}"));
             log.write("sft", step + 1, &[("loss", last), ("grad_norm", report.grad_norm)])?;
         }
     }
-    bar.finish();
+    training.bar.finish();
     policy.store().set_trainable(&[]);
     Ok(last)
 }

@@ -33,7 +33,10 @@ pub struct Updater {
     /// The actor's optimizer, then the critic's: each clips its own gradient, so that a cold critic does not slow the actor.
     actor: AdamW,
     critic: Option<AdamW>,
-    schedule: Schedule,
+    /// Learning-rate factor over the actor's updates.
+    rise: Schedule,
+    /// Learning-rate factor over the iterations.
+    fall: Schedule,
 }
 
 /// Means over the minibatches of an iteration; every number is over valid records only.
@@ -126,18 +129,10 @@ impl Updater {
             }
             None => None,
         };
-        let records = plan.config.env.train.total_num_envs * plan.config.env.train.rollout_epoch;
-        // the number of records varies with the episodes' lengths; the cosine runs over the largest number of steps
-        let steps = u64::from(plan.config.runner.max_epochs)
-            * u64::from(algorithm.update_epoch)
-            * (records * 8 / plan.config.actor.global_batch_size).max(1) as u64;
-        let decay = if optim.min_lr_ratio < 1.0 {
-            Decay::Cosine {
-                total_steps: steps,
-                min_factor: optim.min_lr_ratio,
-            }
-        } else {
-            Decay::Constant
+        // an iteration's number of updates varies with the episodes' lengths, so the rise counts updates and the fall iterations
+        let decay = Decay::Cosine {
+            total_steps: u64::from(plan.config.runner.max_epochs),
+            min_factor: optim.min_lr_ratio,
         };
         let settings = PolicySettings {
             actor: ActorSettings {
@@ -166,7 +161,8 @@ impl Updater {
             settings,
             actor,
             critic,
-            schedule: Schedule::warmup(u64::from(optim.lr_warmup_steps), decay),
+            rise: Schedule::warmup(u64::from(optim.lr_warmup_steps), Decay::Constant),
+            fall: Schedule::warmup(0, decay),
             plan: plan.clone(),
         })
     }
@@ -251,7 +247,7 @@ impl Updater {
                         report.stopped_early = true;
                         break 'epochs;
                     }
-                    let factor = self.schedule.factor(self.actor.updates());
+                    let factor = self.rise.factor(self.actor.updates()) * self.fall.factor(u64::from(iteration));
                     let step = self.actor.step(factor)?;
                     report.lr = config.actor.optim.lr * factor;
                     report.grad_norm += step.grad_norm;
@@ -321,7 +317,7 @@ impl Updater {
             value = out.value;
         }
         if reads == Some(CriticReads::Vlm) {
-            value = Some(policy.value(&pick(pooled))?);
+            value = Some(policy.value_vlm(&pick(pooled), &pick(&batch.observations.state))?);
         }
         let gap = |a: &Tensor, b: &Tensor| (a.detach() - b).abs().max().double_value(&[]);
         let logprob_gap = logprob.as_ref().map_or(0.0, |l| gap(l, &old_logprob));

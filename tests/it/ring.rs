@@ -44,6 +44,50 @@ fn perturb(policy: &Pi0, version: u64) {
     }
 }
 
+/// A hub, an engine that serves version 0 of random weights, and a publisher for more.
+struct Ring {
+    dir: tempfile::TempDir,
+    plan: RunPlan,
+    policy: Pi0,
+    hub: Hub,
+    engine: Engine,
+    publisher: Publisher,
+}
+
+impl Ring {
+    fn start(overrides: &[&str], seed: u64) -> Self {
+        let dir = tempfile::tempdir().expect("folder");
+        let plan = plan(dir.path(), overrides);
+        let policy = network(&plan, seed);
+        let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+        let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+        let publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+        let mut ring = Self {
+            dir,
+            plan,
+            policy,
+            hub,
+            engine,
+            publisher,
+        };
+        ring.publish(0);
+        ring
+    }
+
+    /// Publishes the weights as they are and waits until the engine serves them.
+    fn publish(&mut self, version: u64) {
+        let bundle = self.publisher.publish(&self.policy, version).expect("bundle");
+        self.hub.announce(&bundle).expect("announce");
+        wait_live(&self.hub, version);
+    }
+}
+
+/// A port that was free a moment ago, for a program that must come back under the same address.
+fn fixed_endpoint() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    format!("tcp://{}", listener.local_addr().expect("address"))
+}
+
 fn wait_live(hub: &Hub, version: u64) {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_mins(1) {
@@ -83,10 +127,11 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 #[test]
 fn parity_ratio_is_one_at_zero_learning_rate() {
     for critic in ["vlm", "expert"] {
-        let dir = tempfile::tempdir().expect("folder");
         let input = format!("actor.model.value_head.input={critic:?}");
+        let state = format!("actor.model.value_head.state={}", critic == "vlm");
         let overrides = [
             input.as_str(),
+            state.as_str(),
             "actor.optim.lr=0.0",
             "actor.optim.value_lr=0.0",
             "actor.optim.critic_warmup_epochs=0",
@@ -94,20 +139,15 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
             "actor.global_batch_size=4096",
             "actor.micro_batch_size=256",
         ];
-        let plan = plan(dir.path(), &overrides);
-        let policy = network(&plan, 3);
-        let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
-        let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
-        let _worker = Worker::start(&engine.listen, 64);
-        let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-        hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
-            .expect("announce");
-        let got = collect(&hub, &mut Children::default(), 0, Mode::Train, resets(64, 1), "parity").expect("episodes");
-        let batch = RolloutBatch::new(&plan, &got.trajectories, 0).expect("records");
+        let ring = Ring::start(&overrides, 3);
+        let _worker = Worker::start(&ring.engine.listen, 64);
+        let mut none = Children::default();
+        let got = collect(&ring.hub, &mut none, 0, Mode::Train, resets(64, 1), "parity").expect("episodes");
+        let batch = RolloutBatch::new(&ring.plan, &got.trajectories, 0).expect("records");
         assert!(batch.len() >= 500, "{} records", batch.len());
-        let report = Updater::new(&plan, &policy)
+        let report = Updater::new(&ring.plan, &ring.policy)
             .expect("optimizer")
-            .update(&policy, &batch, 0)
+            .update(&ring.policy, &batch, 0)
             .expect("update");
         println!(
             "{critic} critic, {} records: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
@@ -129,15 +169,13 @@ fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {
 /// 1e-5 in another (matrix products sum in another order).
 #[test]
 fn replay_reproduces_a_recorded_chunk() {
-    let dir = tempfile::tempdir().expect("folder");
-    let plan = plan(dir.path(), &[]);
-    let policy = network(&plan, 4);
-    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
-    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
-    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
-        .expect("announce");
-    wait_live(&hub, 0);
+    let Ring {
+        plan,
+        engine,
+        hub: _hub,
+        dir: _dir,
+        ..
+    } = Ring::start(&[], 4);
     let elements = plan.dims.action_horizon * plan.dims.action_dim;
     block_on(async {
         let mut client = Client::connect(&engine.listen).await;
@@ -206,6 +244,7 @@ fn recompute(plan: &RunPlan, policy: &Pi0, record: &ChunkRecord) -> Vec<f32> {
     out
 }
 
+const EPISODES: u32 = 48;
 const REQUESTS_PER_CLIENT: u64 = 250;
 const CLIENTS: u64 = 4;
 const VERSIONS: u64 = 20;
@@ -214,15 +253,14 @@ const VERSIONS: u64 = 20;
 /// refused while the old version goes on serving.
 #[test]
 fn reload_under_load_loses_and_mixes_nothing() {
-    let dir = tempfile::tempdir().expect("folder");
-    let plan = plan(dir.path(), &[]);
-    let policy = network(&plan, 5);
-    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
-    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
-    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
-        .expect("announce");
-    wait_live(&hub, 0);
+    let Ring {
+        dir: _dir,
+        plan,
+        policy,
+        hub,
+        engine,
+        mut publisher,
+    } = Ring::start(&[], 5);
     let mut weights = BTreeMap::from([(0, policy.store().export(Part::Expert))]);
 
     let clients: Vec<_> = (0..CLIENTS)
@@ -310,15 +348,13 @@ fn reload_under_load_loses_and_mixes_nothing() {
 /// What the engine refuses it refuses in one clear line, and it serves on.
 #[test]
 fn refuses_what_it_cannot_serve() {
-    let dir = tempfile::tempdir().expect("folder");
-    let plan = plan(dir.path(), &[]);
-    let policy = network(&plan, 6);
-    let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
-    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
-    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
-    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
-        .expect("announce");
-    wait_live(&hub, 0);
+    let Ring {
+        plan,
+        engine,
+        hub: _hub,
+        dir: _dir,
+        ..
+    } = Ring::start(&[], 6);
     let refused = |message: FromEngine| match message {
         FromEngine::Refused(refusal) => refusal.reason,
         other => panic!("expected a refusal, got {other:?}"),
@@ -367,4 +403,105 @@ fn refuses_what_it_cannot_serve() {
         let reason = refused(wire::codec::decode(&frame).expect("a refusal"));
         assert!(reason.contains("shorter than the header"), "{reason}");
     });
+}
+
+/// The env worker waits for an engine that is gone and goes on with the next one under the same address; the learner gets every
+/// episode of its order, each once.
+#[test]
+fn episodes_outlive_the_engine() {
+    let listen = format!("rollout.listen={:?}", fixed_endpoint());
+    let mut ring = Ring::start(&[&listen], 7);
+    let _worker = Worker::start(&ring.engine.listen, 8);
+    ring.hub.order(0, Mode::Train, resets(EPISODES, 2)).expect("order");
+    let mut got = BTreeMap::new();
+    let mut killed = false;
+    let begin = Instant::now();
+    while got.len() < EPISODES as usize {
+        assert!(
+            begin.elapsed() < Duration::from_mins(2),
+            "{} of {EPISODES} episodes came",
+            got.len()
+        );
+        let Some(HubEvent::Trajectory(trajectory)) = ring.hub.next(Duration::from_millis(100)).expect("hub") else {
+            continue;
+        };
+        let steps: usize = trajectory.chunks.iter().map(|c| c.rewards.len()).sum();
+        assert!(
+            got.insert(trajectory.reset.env, steps).is_none(),
+            "an episode came twice"
+        );
+        if !killed {
+            // SIGKILL: no farewell; the next engine starts without a policy and gets it from the learner
+            ring.engine.kill();
+            ring.engine = Engine::start(&ring.plan, ring.dir.path(), &ring.hub.endpoint);
+            killed = true;
+        }
+    }
+    assert!(got.values().all(|steps| *steps > 0));
+}
+
+/// Without a learner the engine serves on; a learner that comes back under the same address is found, and its version goes live.
+#[test]
+fn serving_outlives_the_learner() {
+    let endpoint = fixed_endpoint();
+    let dir = tempfile::tempdir().expect("folder");
+    let plan = plan(dir.path(), &[]);
+    let policy = network(&plan, 8);
+    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+    let hub = Hub::start(&endpoint).expect("hub");
+    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+    hub.announce(&publisher.publish(&policy, 0).expect("bundle"))
+        .expect("announce");
+    wait_live(&hub, 0);
+    let version = || {
+        block_on(async {
+            let mut client = Client::connect(&engine.listen).await;
+            client.act(1, vec![row(&plan, 0, Mode::Eval)]).await.version
+        })
+    };
+    drop(hub);
+    assert_eq!(version(), 0, "served without a learner");
+    perturb(&policy, 1);
+    let begin = Instant::now();
+    let hub = loop {
+        match Hub::start(&endpoint) {
+            Ok(hub) => break hub,
+            Err(error) => assert!(begin.elapsed() < Duration::from_secs(30), "{error}"),
+        }
+    };
+    hub.announce(&publisher.publish(&policy, 1).expect("bundle"))
+        .expect("announce");
+    wait_live(&hub, 1);
+    assert_eq!(version(), 1);
+}
+
+/// SIGTERM: what was asked is answered, finished episodes reach the learner, the engine ends with success.
+#[test]
+fn sigterm_answers_and_flushes() {
+    let mut ring = Ring::start(&[], 9);
+    let _worker = Worker::start(&ring.engine.listen, 8);
+    ring.hub.order(0, Mode::Train, resets(8, 3)).expect("order");
+    let begin = Instant::now();
+    while !matches!(
+        ring.hub.next(Duration::from_millis(100)).expect("hub"),
+        Some(HubEvent::Trajectory(_))
+    ) {
+        assert!(begin.elapsed() < Duration::from_mins(1), "no episode came");
+    }
+    block_on(async {
+        let mut client = Client::connect(&ring.engine.listen).await;
+        for request in 0..20 {
+            let rows = vec![row(&ring.plan, request, Mode::Eval)];
+            client
+                .send(&ToEngine::Act(wire::messages::ActRequest { request, rows }))
+                .await;
+        }
+        // the first answer proves that the engine has read the socket
+        let first = client.receive().await;
+        assert!(matches!(first, FromEngine::Acted(_)), "{first:?}");
+        learner::native::terminate(ring.engine.pid());
+    });
+    assert!(ring.engine.wait(), "{}", Engine::log(ring.dir.path()));
+    let log = Engine::log(ring.dir.path());
+    assert!(log.contains("left") && !log.contains("not acknowledged"), "{log}");
 }

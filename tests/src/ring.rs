@@ -48,6 +48,9 @@ impl Engine {
         let config = dir.join("config.toml");
         std::fs::write(&config, plan.config.to_toml().expect("toml")).expect("writing the configuration");
         let endpoints = dir.join("endpoints.json");
+        if endpoints.exists() {
+            std::fs::remove_file(&endpoints).expect("removing the endpoints of an earlier engine");
+        }
         let log = std::fs::File::create(dir.join("engine.log")).expect("log");
         let child = Command::new(program("rollout-engine"))
             .arg("serve")
@@ -87,13 +90,20 @@ impl Engine {
         panic!("the engine opened no endpoint: {}", Self::log(dir));
     }
 
-    fn log(dir: &Path) -> String {
+    /// What the engine of this folder has logged.
+    pub fn log(dir: &Path) -> String {
         std::fs::read_to_string(dir.join("engine.log")).unwrap_or_default()
     }
 
     /// Process number.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Ends it without a chance to say farewell.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killing the engine");
+        self.child.wait().expect("waiting for the engine");
     }
 
     /// Waits for the end and returns whether it was a success.
@@ -105,8 +115,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
-            self.child.kill().expect("killing the engine");
-            self.child.wait().expect("waiting for the engine");
+            self.kill();
         }
     }
 }

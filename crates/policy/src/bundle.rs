@@ -483,7 +483,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
         .map(|n| n.to_string_lossy().into_owned())
         .unwrap_or_default();
     let beside = parent.join(format!(".{name}.writing.{}", std::process::id()));
-    write_synced(&beside, bytes)?;
-    fs::rename(&beside, path).map_err(io("renaming to", path))?;
+    let done = write_synced(&beside, bytes).and_then(|()| fs::rename(&beside, path).map_err(io("renaming to", path)));
+    if done.is_err() {
+        // the error at hand says more than one of the tidying-up would
+        drop(fs::remove_file(&beside));
+    }
+    done?;
     sync_dir(parent)
 }

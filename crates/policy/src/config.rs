@@ -198,6 +198,9 @@ pub struct ValueHeadConfig {
     pub hidden: Vec<usize>,
     /// Stop the value gradient at the head's input.
     pub detach_critic_input: bool,
+    /// `V_vlm` of pi0 only: also read the proprioceptive state, which pi0's prefix does not hold (pi0.5's prompt does).
+    #[serde(default)]
+    pub state: bool,
 }
 
 /// `[actor.model.openpi]`

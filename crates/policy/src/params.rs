@@ -55,15 +55,19 @@ pub struct ValueHeadDims {
     pub input: CriticInput,
     /// Hidden widths, e.g. `[512, 256, 128]`.
     pub hidden: Vec<usize>,
+    /// The state, padded to the action width, follows the features.
+    #[serde(default)]
+    pub state: bool,
 }
 
 impl ValueHeadDims {
     /// Width of the input features.
     pub fn input_width(&self, dims: &PolicyDims) -> usize {
-        match self.input {
+        let features = match self.input {
             CriticInput::Expert => dims.expert.width,
             CriticInput::Vlm => dims.vlm.width,
-        }
+        };
+        features + if self.state { dims.action_dim } else { 0 }
     }
 }
 

@@ -1,11 +1,13 @@
 //! The checked plan of a run: sizes derived once, contradictions refused before anything starts.
 
 use crate::{
-    config::{ConfigError, RunConfig},
+    config::{ConfigError, RunConfig, TokenizerConfig},
     dims::PolicyDims,
+    dims::Variant,
     flow::Schedule,
     norm::Normalization,
     params::{CriticInput, ValueHeadDims},
+    prompt::Tokenizer,
 };
 
 /// What the programs below `main` take instead of the raw configuration.
@@ -218,9 +220,31 @@ impl RunPlan {
                 "missing, `actor.model.normalization` needs the statistics",
             ));
         }
+        if model
+            .value_head
+            .as_ref()
+            .is_some_and(|head| head.state && (head.input != CriticInput::Vlm || model.variant != Variant::Pi0))
+        {
+            return Err(refuse(
+                "actor.model.value_head.state",
+                "true, but only `V_vlm` of pi0 can read the state apart: the expert and pi0.5's prompt hold it already",
+            ));
+        }
+        if let TokenizerConfig::Words { words } = &model.tokenizer {
+            let ids = Tokenizer::from_words(words)
+                .map_err(|e| refuse("actor.model.tokenizer.words", e.to_string()))?
+                .vocab_size();
+            if ids > dims.vocab {
+                return Err(refuse(
+                    "actor.model.vocab",
+                    format!("{}, but the tokenizer's words make {ids} ids", dims.vocab),
+                ));
+            }
+        }
         let value_head = model.value_head.as_ref().map(|head| ValueHeadDims {
             input: head.input,
             hidden: head.hidden.clone(),
+            state: head.state,
         });
         let config_digest = config.digest()?;
         Ok(Self {

@@ -147,6 +147,26 @@ pub fn pi05_prompt<T: Copy + Into<f64>>(prompt: &str, state: &[T]) -> String {
     format!("Task: {}, State: {};\nAction: ", clean(prompt), bins.join(" "))
 }
 
+/// The bytes of a `tokenizer.model`.
+///
+/// # Errors
+/// The file cannot be read or is above 64 MiB.
+pub fn read_model(path: &Path) -> Result<Vec<u8>, PromptError> {
+    let bad = |detail: String| PromptError::Model {
+        path: path.to_owned(),
+        detail,
+    };
+    let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_MODEL_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| bad(e.to_string()))?;
+    if bytes.len() as u64 > MAX_MODEL_BYTES {
+        return Err(bad(format!("longer than {MAX_MODEL_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
 impl Tokenizer {
     /// The tokenizer of a configuration; `model_dir` is the bundle that carries a tokenizer model.
     ///
@@ -200,14 +220,7 @@ impl Tokenizer {
             path: path.to_owned(),
             detail,
         };
-        let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
-        let mut bytes = Vec::new();
-        file.take(MAX_MODEL_BYTES + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|e| bad(e.to_string()))?;
-        if bytes.len() as u64 > MAX_MODEL_BYTES {
-            return Err(bad(format!("longer than {MAX_MODEL_BYTES} bytes")));
-        }
+        let bytes = read_model(path)?;
         let definition = Definition::from_sentencepiece_slice(&bytes).map_err(|e| bad(e.to_string()))?;
         let bos = begin_of_sequence(&definition).ok_or_else(|| bad("it has no begin-of-sequence piece".to_owned()))?;
         let ids = definition

@@ -96,6 +96,12 @@ pub fn denoise_graph(
             }
             CriticInput::Vlm => input(g, "pooled")?,
         };
+        let features = if head.state {
+            let state = input(g, "state")?;
+            g.concat(&[&features, &state], 1)?
+        } else {
+            features
+        };
         results.push(value(g, head, &features)?);
     }
     for (port, value) in signature.outputs.iter().zip(&results) {

@@ -11,6 +11,8 @@ pub(super) struct ValueHead {
     layers: Vec<Linear>,
     /// What the head reads.
     pub(super) input: CriticInput,
+    /// Whether the state follows the features.
+    pub(super) state: bool,
 }
 
 impl ValueHead {
@@ -21,6 +23,7 @@ impl ValueHead {
         Ok(Self {
             layers,
             input: dims.input,
+            state: dims.state,
         })
     }
 

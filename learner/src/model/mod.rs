@@ -371,22 +371,23 @@ impl Pi0 {
         self.expert.time_embedding(t)
     }
 
-    /// Value `[B]` of a feature `[B, width]`: the pooled prefix for `V_vlm`, the mean action feature for `V_expert`.
+    /// `V_vlm` `[B]` of the pooled prefix `[B, vlm width]`, followed by the state `[B, A]` when the head reads it.
     ///
     /// # Errors
-    /// There is no value head, or it reads another width.
-    pub fn value(&self, feature: &Tensor) -> Result<Tensor, ModelError> {
-        let head = self.value_head.as_ref().ok_or(ModelError::NoValueHead)?;
-        let width = match head.input {
-            CriticInput::Expert => self.dims.expert.width,
-            CriticInput::Vlm => self.dims.vlm.width,
-        };
-        check_shape(
-            "feature",
-            feature,
-            &[feature.size().first().copied().unwrap_or(0), width as i64],
-        )?;
-        Ok(head.forward(feature))
+    /// There is no value head on the prefix, or a shape does not fit.
+    pub fn value_vlm(&self, pooled: &Tensor, state: &Tensor) -> Result<Tensor, ModelError> {
+        let head = self
+            .value_head
+            .as_ref()
+            .filter(|head| head.input == CriticInput::Vlm)
+            .ok_or(ModelError::NoValueHead)?;
+        let batch = pooled.size().first().copied().unwrap_or(0);
+        check_shape("pooled", pooled, &[batch, self.dims.vlm.width as i64])?;
+        if !head.state {
+            return Ok(head.forward(pooled));
+        }
+        check_shape("state", state, &[batch, self.dims.action_dim as i64])?;
+        Ok(head.forward(&Tensor::cat(&[pooled, state], 1)))
     }
 
     /// `V_expert` `[B]` of the action features `[B, H, expert width]` (their mean); `None` without an expert value head.

@@ -92,6 +92,7 @@ fn policy_dims(file: &str) -> (PolicyDims, ValueHeadDims, Executed) {
         ValueHeadDims {
             input: CriticInput::Expert,
             hidden,
+            state: false,
         },
         executed,
     )
@@ -901,7 +902,12 @@ fn value_of_the_pooled_prefix() {
             &golden.get("prefix_pad_masks"),
             0.0,
         );
-        let ours = policy.value(&policy.pooled(&prefix)).expect("value");
+        let ours = policy
+            .value_vlm(
+                &policy.pooled(&prefix),
+                &Tensor::zeros([0], (Kind::Float, tch::Device::Cpu)),
+            )
+            .expect("value");
         let masked = Golden::open(&format!("{mode}_vlmvalue_rlsampler")).get("masked_mean.value");
         close(&format!("{mode} V_vlm"), &ours, &masked, OUTPUT);
         // On purpose different: the reference's main code path counts all text slots, padding included, whose rows are means over

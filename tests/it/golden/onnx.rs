@@ -104,7 +104,14 @@ fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueH
         .iter()
         .map(|n| n.as_u64().expect("vh") as usize)
         .collect();
-    (dims, ValueHeadDims { input: critic, hidden })
+    (
+        dims,
+        ValueHeadDims {
+            input: critic,
+            hidden,
+            state: false,
+        },
+    )
 }
 
 /// Camera names; their alphabetical order is the order of the observation.
