@@ -8,10 +8,11 @@ use std::{
 use policy::{
     bundle::{
         BUNDLE_VERSION, Bundle, BundleError, BundleFile, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, Manifest,
-        PREFIX_GRAPH, Sampling, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
+        PREFIX_GRAPH, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
     },
     config::{TokenizerConfig, WeightMode},
     dims::DimsError,
+    flow::Sampling,
     norm::NormStats,
     params::ParamSpec,
     plan::RunPlan,
@@ -137,13 +138,8 @@ pub fn manifest_of(
         policy_version,
         flow_time: FLOW_TIME.to_owned(),
         dims: plan.dims.clone(),
-        value_head: plan.value_head.clone(),
-        sampling: Sampling {
-            noise_method: model.openpi.noise_method,
-            noise_level: model.openpi.noise_level,
-            ignore_last: model.openpi.ignore_last,
-            num_steps: model.num_steps,
-        },
+        heads: plan.heads.clone(),
+        sampling: plan.sampling(policy_version),
         action_chunk: model.num_action_chunks,
         env_action_dim: model.env_action_dim,
         cameras: model.cameras.clone(),
@@ -223,7 +219,7 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
     manifest.format_version = BUNDLE_VERSION;
     FLOW_TIME.clone_into(&mut manifest.flow_time);
     let vlm_params = vlm_params(&manifest.dims);
-    let expert_params = expert_params(&manifest.dims, manifest.value_head.as_ref());
+    let expert_params = expert_params(&manifest.dims, &manifest.heads);
     let (vlm, vlm_locations) = weight_file(VLM_WEIGHTS, vlm, &vlm_params)?;
     let (expert, expert_locations) = weight_file(EXPERT_WEIGHTS, expert, &expert_params)?;
     let (prefix, denoise) = match graphs {
@@ -232,9 +228,14 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
                 batch: manifest.batch,
                 debug: false,
             };
-            let head = manifest.value_head.as_ref();
+            let head = &manifest.heads;
             (
-                Source::Bytes(prefix_graph(&manifest.dims, &vlm_locations, options)?),
+                Source::Bytes(prefix_graph(
+                    &manifest.dims,
+                    manifest.heads.pooling(),
+                    &vlm_locations,
+                    options,
+                )?),
                 Source::Bytes(denoise_graph(
                     &manifest.dims,
                     head,
@@ -280,20 +281,28 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
     Ok(publish(dir, files, manifest)?)
 }
 
-/// Writes the next policy version: new expert weights, everything else is linked from the bundle before it.
+/// What differs between a policy version and the one before.
+#[derive(Debug)]
+pub struct NextVersion {
+    /// Its number.
+    pub policy_version: u64,
+    /// How it samples: the noise level may move.
+    pub sampling: Sampling,
+    /// Bytes of the weights of action expert and heads.
+    pub expert: Vec<u8>,
+    /// Its reference output.
+    pub self_test: Option<SelfTest>,
+}
+
+/// Writes the next policy version; everything that does not differ is linked from the bundle before it.
 ///
 /// # Errors
 /// See [`write_bundle`].
-pub fn next_version(
-    earlier: &Bundle,
-    dir: &Path,
-    policy_version: u64,
-    expert: Vec<u8>,
-    self_test: Option<SelfTest>,
-) -> Result<Bundle, ExportError> {
+pub fn next_version(earlier: &Bundle, dir: &Path, next: NextVersion) -> Result<Bundle, ExportError> {
     let mut manifest = earlier.manifest.clone();
-    manifest.policy_version = policy_version;
-    manifest.self_test = self_test;
+    manifest.policy_version = next.policy_version;
+    manifest.sampling = next.sampling;
+    manifest.self_test = next.self_test;
     let entry = entry_of(earlier, VLM_WEIGHTS)?;
     let tokenizer = match earlier.manifest.file(TOKENIZER_MODEL) {
         Some(_) => Some(same_file(earlier, TOKENIZER_MODEL)?),
@@ -302,7 +311,7 @@ pub fn next_version(
     let spec = BundleSpec {
         manifest,
         vlm: WeightSource::Same(earlier.path(VLM_WEIGHTS), entry),
-        expert: WeightSource::Bytes(expert),
+        expert: WeightSource::Bytes(next.expert),
         graphs: GraphSource::Reuse(earlier),
         tokenizer,
     };
@@ -392,7 +401,7 @@ fn reusable(earlier: &Bundle, manifest: &Manifest) -> Result<(), ExportError> {
     let old = &earlier.manifest;
     let same = [
         ("dims", old.dims == manifest.dims),
-        ("value_head", old.value_head == manifest.value_head),
+        ("heads", old.heads == manifest.heads),
         ("weights", old.weights == manifest.weights),
         ("batch", old.batch == manifest.batch),
     ];

@@ -64,7 +64,7 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     let bundle = Bundle::open(dir)?;
     bundle.verify()?;
     let manifest = &bundle.manifest;
-    let (dims, head) = (&manifest.dims, manifest.value_head.as_ref());
+    let (dims, head) = (&manifest.dims, &manifest.heads);
     let prefix = Expected {
         file: PREFIX_GRAPH,
         signature: prefix_signature(dims, manifest.batch),

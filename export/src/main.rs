@@ -63,8 +63,8 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     let path = args.checkpoint.display();
     let checkpoint = WeightFile::open(&args.checkpoint).with_context(|| format!("checkpoint `{path}`"))?;
     if args.without_value_head {
-        plan.value_head = None;
-    } else if plan.value_head.is_some() {
+        plan.heads.value = None;
+    } else if plan.heads.value.is_some() {
         let names = checkpoint.names().with_context(|| format!("checkpoint `{path}`"))?;
         if !names.iter().any(|name| name.starts_with("value_head.")) {
             bail!(
@@ -73,13 +73,13 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
             );
         }
     }
-    let all = params(&plan.dims, plan.value_head.as_ref());
+    let all = params(&plan.dims, &plan.heads);
     let wanted: Vec<&ParamSpec> = all.iter().collect();
     let weights = checkpoint
         .read_all(&wanted)
         .with_context(|| format!("checkpoint `{path}`"))?;
     let vlm = weight_bytes(&vlm_params(&plan.dims), &weights)?;
-    let expert = weight_bytes(&expert_params(&plan.dims, plan.value_head.as_ref()), &weights)?;
+    let expert = weight_bytes(&expert_params(&plan.dims, &plan.heads), &weights)?;
     drop(weights);
 
     let norm_stats = plan

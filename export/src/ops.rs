@@ -111,6 +111,22 @@ impl GraphBuilder<'_> {
         self.unary("Sqrt", x)
     }
 
+    /// Element by element.
+    ///
+    /// # Errors
+    /// The input is no float.
+    pub fn tanh(&mut self, x: &Value) -> Built {
+        self.unary("Tanh", x)
+    }
+
+    /// Element by element.
+    ///
+    /// # Errors
+    /// The input is no float.
+    pub fn exp(&mut self, x: &Value) -> Built {
+        self.unary("Exp", x)
+    }
+
     /// `max(x, 0)`.
     ///
     /// # Errors

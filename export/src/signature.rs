@@ -3,7 +3,7 @@
 use policy::{
     config::WeightMode,
     dims::{PolicyDims, Variant},
-    params::{CriticInput, ParamSpec, Part, ValueHeadDims, params},
+    params::{CriticInput, Heads, ParamSpec, Part, params},
 };
 
 use crate::shape::{Dim, Elem, Port, fixed};
@@ -34,7 +34,7 @@ fn port(name: &str, elem: Elem, batch: Option<usize>, axes: &[usize]) -> Port {
 }
 
 /// The prefix graph: `images` f32 in [-1, 1], `image_mask`, `prompt`, `prompt_mask` to `k`, `v` (keys after RoPE),
-/// `prefix_mask`, `pooled` (mean of the prefix output over its valid tokens). `batch` absent: symbolic.
+/// `prefix_mask`, `pooled` (what `V_vlm` reads of the prefix output: the mean over its valid tokens unless configured otherwise). `batch` absent: symbolic.
 pub fn prefix_signature(dims: &PolicyDims, batch: Option<usize>) -> Signature {
     let side = dims.vision.image_size;
     let cache = [dims.depth, dims.kv_heads, dims.prefix_len(), dims.head_dim];
@@ -54,14 +54,10 @@ pub fn prefix_signature(dims: &PolicyDims, batch: Option<usize>) -> Signature {
     }
 }
 
-/// The denoise graph: one step `x_next = c_x x_t + c_v v_t + std z`, the velocity, and the value when there is a head.
+/// The denoise graph: one step `x_next = c_x x_t + c_v v_t + std z`, the velocity, and the value when there is a head. With a noise
+/// head `std` is the factor of its own standard deviation, and `step_std` is the product.
 /// `time_emb` is [`policy::flow::time_embedding`] of the step's flow time. `batch` absent: symbolic.
-pub fn denoise_signature(
-    dims: &PolicyDims,
-    value_head: Option<&ValueHeadDims>,
-    weights: WeightMode,
-    batch: Option<usize>,
-) -> Signature {
+pub fn denoise_signature(dims: &PolicyDims, heads: &Heads, weights: WeightMode, batch: Option<usize>) -> Signature {
     let actions = [dims.action_horizon, dims.action_dim];
     let cache = [dims.depth, dims.kv_heads, dims.prefix_len(), dims.head_dim];
     let f32_port = |name: &str, axes: &[usize]| port(name, Elem::F32, batch, axes);
@@ -74,7 +70,7 @@ pub fn denoise_signature(
         f32_port("v", &cache),
         port("prefix_mask", Elem::Bool, batch, &[dims.prefix_len()]),
     ]);
-    if value_head.is_some_and(|head| head.input == CriticInput::Vlm) {
+    if heads.value.as_ref().is_some_and(|head| head.input == CriticInput::Vlm) {
         inputs.push(f32_port("pooled", &[dims.vlm.width]));
     }
     inputs.extend([
@@ -84,7 +80,7 @@ pub fn denoise_signature(
         f32_port("z", &actions),
     ]);
     if weights == WeightMode::Inputs {
-        inputs.extend(expert_params(dims, value_head).into_iter().map(|spec| Port {
+        inputs.extend(expert_params(dims, heads).into_iter().map(|spec| Port {
             shape: fixed(&spec.shape),
             name: spec.name,
             elem: Elem::F32,
@@ -95,7 +91,10 @@ pub fn denoise_signature(
         f32_port("mean", &actions),
         f32_port("v_t", &actions),
     ];
-    if value_head.is_some() {
+    if heads.noise.is_some() {
+        outputs.push(f32_port("step_std", &actions));
+    }
+    if heads.value.is_some() {
         outputs.push(f32_port("value", &[]));
     }
     Signature { inputs, outputs }
@@ -103,12 +102,15 @@ pub fn denoise_signature(
 
 /// Weights of the prefix graph, in the order of the parameter table.
 pub fn vlm_params(dims: &PolicyDims) -> Vec<ParamSpec> {
-    params(dims, None).into_iter().filter(|p| p.part == Part::Vlm).collect()
+    params(dims, &Heads::default())
+        .into_iter()
+        .filter(|p| p.part == Part::Vlm)
+        .collect()
 }
 
 /// Weights of the denoise graph, in the order of the parameter table.
-pub fn expert_params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<ParamSpec> {
-    params(dims, value_head)
+pub fn expert_params(dims: &PolicyDims, heads: &Heads) -> Vec<ParamSpec> {
+    params(dims, heads)
         .into_iter()
         .filter(|p| p.part != Part::Vlm)
         .collect()

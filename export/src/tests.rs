@@ -3,19 +3,17 @@
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
 
 use policy::{
-    bundle::{
-        Bundle, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, Sampling, VLM_WEIGHTS,
-    },
+    bundle::{Bundle, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS},
     config::{TokenizerConfig, WeightMode},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
-    flow::NoiseMethod,
+    flow::{Mdp, NoiseMethod, Sampling},
     norm::Normalization,
-    params::{CriticInput, ValueHeadDims, params},
+    params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps, params},
     weights::{Weight, WeightsError},
 };
 
 use crate::{
-    BundleSpec, ExportError, GraphSource, WeightSource, check_bundle, next_version,
+    BundleSpec, ExportError, GraphSource, NextVersion, WeightSource, check_bundle, next_version,
     signature::{denoise_signature, expert_params, vlm_params},
     weight_bytes, write_bundle,
 };
@@ -51,16 +49,21 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         policy_version: 0,
         flow_time: FLOW_TIME.to_owned(),
         dims: dims(variant),
-        value_head: Some(ValueHeadDims {
+        heads: Heads::value(ValueHeadDims {
             input: CriticInput::Vlm,
             hidden: vec![7],
             state: false,
+            pooling: Pooling::Mean,
+            tokens: None,
+            steps: ValueSteps::Stochastic,
         }),
         sampling: Sampling {
             noise_method: NoiseMethod::FlowSde,
             noise_level: 0.5,
             ignore_last: false,
             num_steps: 4,
+            mdp: Mdp::Hybrid,
+            safe_logprob: false,
         },
         action_chunk: 5,
         env_action_dim: 2,
@@ -79,7 +82,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
 }
 
 fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
-    params(&manifest.dims, manifest.value_head.as_ref())
+    params(&manifest.dims, &manifest.heads)
         .into_iter()
         .map(|spec| {
             let data = vec![value; spec.shape.iter().product()];
@@ -97,11 +100,21 @@ fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
 fn parts(manifest: &Manifest, value: f32) -> (Vec<u8>, Vec<u8>) {
     let weights = weights(manifest, value);
     let vlm = weight_bytes(&vlm_params(&manifest.dims), &weights).expect("vlm");
-    let head = manifest.value_head.as_ref();
+    let heads = &manifest.heads;
     (
         vlm,
-        weight_bytes(&expert_params(&manifest.dims, head), &weights).expect("expert"),
+        weight_bytes(&expert_params(&manifest.dims, heads), &weights).expect("expert"),
     )
+}
+
+/// Version 1 with these weights, sampled as the one before.
+fn next(earlier: &Bundle, expert: Vec<u8>) -> NextVersion {
+    NextVersion {
+        policy_version: 1,
+        sampling: earlier.manifest.sampling.clone(),
+        expert,
+        self_test: None,
+    }
 }
 
 fn first(dir: &Path, manifest: Manifest) -> Result<Bundle, ExportError> {
@@ -144,7 +157,7 @@ fn the_next_version_writes_only_the_expert() {
     )
     .expect("first");
     let (_, expert) = parts(&zero.manifest, -1.5);
-    let one = next_version(&zero, &folder.path().join("1"), 1, expert, None).expect("second");
+    let one = next_version(&zero, &folder.path().join("1"), next(&zero, expert)).expect("second");
     check_bundle(one.dir()).expect("sound");
     let inode = |bundle: &Bundle, name: &str| fs::metadata(bundle.path(name)).expect("file").ino();
     for name in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS] {
@@ -163,14 +176,14 @@ fn weights_that_are_not_the_policys_leave_nothing_behind() {
     )
     .expect("first");
     let dir = folder.path().join("1");
-    let specs = expert_params(&zero.manifest.dims, zero.manifest.value_head.as_ref());
+    let specs = expert_params(&zero.manifest.dims, &zero.manifest.heads);
     let good = weights(&zero.manifest, 1.0);
     let name = specs.first().expect("a weight").name.clone();
 
     let mut diverged = good.clone();
     diverged.get_mut(&name).expect("weight").data[1] = f32::NAN;
     let bytes = weight_bytes(&specs, &diverged).expect("bytes");
-    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("NaN");
+    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("NaN");
     assert!(
         matches!(
             &error,
@@ -183,7 +196,7 @@ fn weights_that_are_not_the_policys_leave_nothing_behind() {
     );
 
     let bytes = weight_bytes(&specs[1..], &good).expect("bytes");
-    let error = next_version(&zero, &dir, 1, bytes, None)
+    let error = next_version(&zero, &dir, next(&zero, bytes))
         .expect_err("missing")
         .to_string();
     assert_eq!(
@@ -191,8 +204,8 @@ fn weights_that_are_not_the_policys_leave_nothing_behind() {
         format!("weights for `expert.safetensors`: tensor `{name}` is missing")
     );
 
-    let bytes = weight_bytes(&params(&zero.manifest.dims, zero.manifest.value_head.as_ref()), &good).expect("bytes");
-    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("extra");
+    let bytes = weight_bytes(&params(&zero.manifest.dims, &zero.manifest.heads), &good).expect("bytes");
+    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("extra");
     assert!(
         matches!(
             &error,
@@ -206,7 +219,7 @@ fn weights_that_are_not_the_policys_leave_nothing_behind() {
 
     let mut bytes = weight_bytes(&specs, &good).expect("bytes");
     bytes.truncate(bytes.len() - 1);
-    let error = next_version(&zero, &dir, 1, bytes, None).expect_err("truncated");
+    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("truncated");
     assert!(
         matches!(
             &error,
@@ -329,10 +342,10 @@ fn wrong_graphs_are_refused_with_the_reason() {
 #[test]
 fn weights_as_inputs_come_last_in_table_order() {
     let dims = dims(Variant::Pi05);
-    let plain = denoise_signature(&dims, None, WeightMode::Constants, None).inputs;
-    let with = denoise_signature(&dims, None, WeightMode::Inputs, None).inputs;
+    let plain = denoise_signature(&dims, &Heads::default(), WeightMode::Constants, None).inputs;
+    let with = denoise_signature(&dims, &Heads::default(), WeightMode::Inputs, None).inputs;
     assert_eq!(with[..plain.len()], plain[..]);
     let names: Vec<&str> = with[plain.len()..].iter().map(|p| p.name.as_str()).collect();
-    let specs = expert_params(&dims, None);
+    let specs = expert_params(&dims, &Heads::default());
     assert_eq!(names, specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>());
 }

@@ -43,7 +43,7 @@ pub fn write(dir: &Path, policy: &Pi0, optimizers: (&AdamW, Option<&AdamW>), cou
     fs::create_dir_all(&beside).map_err(io("creating the folder", &beside))?;
     let model = policy
         .store()
-        .to_safetensors(&[Part::Vlm, Part::Expert, Part::ValueHead])?;
+        .to_safetensors(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead])?;
     write_atomic(&beside.join("model.safetensors"), &model)?;
     let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
     for (prefix, optimizer) in [("actor", Some(optimizers.0)), ("critic", optimizers.1)] {

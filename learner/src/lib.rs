@@ -25,4 +25,5 @@ pub mod rollout;
 pub mod sft;
 mod stage;
 pub mod train;
+pub mod two_layer;
 pub mod update;

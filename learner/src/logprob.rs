@@ -1,7 +1,7 @@
 //! Log-probability and value of recorded denoise transitions, with gradient: the learner's side of the PPO ratio.
 
 use policy::{
-    flow::{Schedule, time_embedding},
+    flow::{Sampling, Schedule, time_embedding},
     logprob::LN_SQRT_TWO_PI,
 };
 use tch::{Device, Kind, Tensor};
@@ -20,6 +20,8 @@ pub struct StepTable {
     /// Time embedding, f32 `[K, expert width]`.
     time_emb: Tensor,
     drawable: usize,
+    /// Use the reference's safe log-probability.
+    safe: bool,
 }
 
 impl StepTable {
@@ -34,7 +36,21 @@ impl StepTable {
             std: column(rows.iter().map(|r| r.std as f32).collect()),
             time_emb: column(embeddings).view([rows.len() as i64, expert_width as i64]),
             drawable: schedule.drawable,
+            safe: false,
         }
+    }
+
+    /// The table of a policy version.
+    pub fn of(sampling: &Sampling, expert_width: usize, device: Device) -> Self {
+        Self {
+            safe: sampling.safe_logprob,
+            ..Self::new(&Schedule::of(sampling), expert_width, device)
+        }
+    }
+
+    /// Number of denoise steps.
+    pub fn num_steps(&self) -> i64 {
+        self.time_emb.size().first().copied().unwrap_or(0)
     }
 }
 
@@ -65,6 +81,8 @@ pub struct Executed {
 pub struct Transition {
     /// Log-probability per executed element, f32 `[B, action_chunk, env_action_dim]`.
     pub logprob: Tensor,
+    /// Entropy per executed element, f32 `[B, action_chunk, env_action_dim]`; `None` where it does not depend on the weights.
+    pub entropy: Option<Tensor>,
     /// `V_expert` at the stochastic step, f32 `[B]`; `None` without an expert value head.
     pub value: Option<Tensor>,
     /// Velocity `[B, H, A]`.
@@ -114,15 +132,57 @@ pub fn transition(
     let velocity = policy.velocity_embedded(cache, state, x, &table.time_emb.index_select(0, step))?;
     let cut = |y: &Tensor| y.narrow(1, 0, chunk as i64).narrow(2, 0, width as i64);
     let mean = cut(x) * column(&table.c_x) + cut(&velocity.v_t) * column(&table.c_v);
-    let logprob = gaussian(&cut(x_next), &mean, &column(&table.std)).to_kind(Kind::Float);
+    let learnt = policy.noise_std(&velocity.hidden).map(|std| cut(&std));
+    let std = match &learnt {
+        Some(learnt) => learnt * column(&table.std),
+        None => column(&table.std),
+    };
+    let logprob = if table.safe {
+        (cut(x_next) - &mean).square().neg()
+    } else {
+        gaussian(&cut(x_next), &mean, &std)
+    };
+    // of N(., std^2): ln(std sqrt(2 pi e))
+    let entropy = learnt.map(|_| std.log() + (0.5 + f64::from(LN_SQRT_TWO_PI)));
     let value = if detach_critic_input {
         policy.value_expert(&velocity.hidden.detach())
     } else {
         policy.value_expert(&velocity.hidden)
     };
     Ok(Transition {
-        logprob,
+        logprob: logprob.to_kind(Kind::Float),
+        entropy,
         value,
         v_t: velocity.v_t,
     })
+}
+
+/// `V_expert` as the mean over all denoise steps of the recorded paths `chain` `[B, K + 1, H, A]`, f32 `[B]`; `None` without an expert value
+/// head. With `detach_critic_input` the gradient stops at the head.
+///
+/// # Errors
+/// A shape that does not fit.
+pub fn path_value(
+    policy: &Pi0,
+    table: &StepTable,
+    cache: &PrefixCache,
+    state: Option<&Tensor>,
+    chain: &Tensor,
+    detach_critic_input: bool,
+) -> Result<Option<Tensor>, ModelError> {
+    let (batch, steps) = (cache.batch(), table.num_steps());
+    let (horizon, width) = (policy.dims().action_horizon as i64, policy.dims().action_dim as i64);
+    check_shape("chain", chain, &[batch, steps + 1, horizon, width])?;
+    let mut values = Vec::with_capacity(steps as usize);
+    for k in 0..steps {
+        let time = table.time_emb.narrow(0, k, 1).expand([batch, -1], false);
+        let pass = || policy.velocity_embedded(cache, state, &chain.select(1, k), &time);
+        let hidden = if detach_critic_input {
+            tch::no_grad(pass)?.hidden
+        } else {
+            pass()?.hidden
+        };
+        values.extend(policy.value_expert(&hidden));
+    }
+    Ok((!values.is_empty()).then(|| Tensor::stack(&values, 1).mean_dim(1, false, Kind::Float)))
 }

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use export::{BundleSpec, GraphSource, WeightSource, manifest_of, next_version, tokenizer_of, write_bundle};
+use export::{
+    BundleSpec, GraphSource, NextVersion, WeightSource, manifest_of, next_version, tokenizer_of, write_bundle,
+};
 use policy::{
     bundle::{Bundle, SelfTest},
+    flow::Schedule,
     norm::NormStats,
     params::Part,
     plan::RunPlan,
@@ -56,10 +59,21 @@ impl Publisher {
     /// A file cannot be written, or the version exists.
     pub fn publish(&mut self, policy: &Pi0, version: u64) -> Result<Bundle> {
         let self_test = Some(self_test(policy, &self.plan)?);
-        let expert = policy.store().to_safetensors(&[Part::Expert, Part::ValueHead])?;
+        let expert = policy
+            .store()
+            .to_safetensors(&[Part::Expert, Part::NoiseHead, Part::ValueHead])?;
         let target = self.path(version);
         let bundle = if let Some(first) = &self.first {
-            next_version(first, &target, version, expert, self_test)?
+            next_version(
+                first,
+                &target,
+                NextVersion {
+                    policy_version: version,
+                    sampling: self.plan.sampling(version),
+                    expert,
+                    self_test,
+                },
+            )?
         } else {
             let spec = BundleSpec {
                 manifest: manifest_of(&self.plan, version, None, self.norm_stats.clone(), self_test),
@@ -99,7 +113,13 @@ fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
     };
     let (cache, _) = batch.frozen_prefix(policy, 1)?;
     let noise = Tensor::from_slice(&input.noise).view([1, dims.action_horizon as i64, dims.action_dim as i64]);
-    let sample = policy.sample(&cache, Some(&batch.state), &noise, &plan.schedule(), &[None], None)?;
+    let sample = policy.sample(
+        &cache,
+        Some(&batch.state),
+        &noise,
+        &Schedule::of(&plan.sampling(0)),
+        &[],
+    )?;
     let mut actions = vec![0.0f32; input.noise.len()];
     let len = actions.len();
     sample.actions.contiguous().copy_data(&mut actions, len);

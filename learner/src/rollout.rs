@@ -3,8 +3,14 @@
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
-use policy::plan::RunPlan;
-use tch::{Kind, Tensor};
+use policy::{
+    config::JointLogprob,
+    flow::{Mdp, Schedule},
+    logprob,
+    params::{CriticInput, ValueSteps},
+    plan::RunPlan,
+};
+use tch::Tensor;
 use wire::{
     array::ArrayError,
     messages::{ChunkRecord, Mode, Reset, Trajectory},
@@ -17,6 +23,7 @@ use crate::{
     launch::Children,
     metrics::progress_style,
     observation::ObservationBatch,
+    two_layer,
 };
 
 /// How long the ring may be silent before the run ends with an error.
@@ -113,24 +120,26 @@ pub fn failure_rate(trajectories: &[Trajectory]) -> f64 {
     trajectories.iter().filter(|t| t.terminated && !t.success).count() as f64 / trajectories.len().max(1) as f64
 }
 
-/// All chunk records of an iteration, one row each.
+/// All chunk records of an iteration, and the decisions to train on: `M` samples, each of one record.
+///
+/// A sample is a whole chunk, or a single denoise step of one when every step is a transition of its own (`mdp = "two_layer"`).
 #[derive(Debug)]
 pub struct RolloutBatch {
-    /// What was seen.
+    /// What was seen, `N` records.
     pub observations: ObservationBatch,
-    /// `x` before the stochastic step, f32 `[N, H, A]`.
-    pub x: Tensor,
-    /// `x` after it, f32 `[N, H, A]`.
-    pub x_next: Tensor,
-    /// Which step, i64 `[N]`.
+    /// `x` before each denoise step and after the last, f32 `[N, K + 1, H, A]`.
+    pub chain: Tensor,
+    /// Which record, i64 `[M]`.
+    pub record: Tensor,
+    /// Which stochastic denoise steps, i64 `[M, S]`; `S` is above 1 for joint likelihoods only.
     pub step: Tensor,
-    /// Log-probability at rollout, summed over the executed chunk, f32 `[N]`.
+    /// Log-probability at rollout per executed element (joined over the `S` steps), f32 `[M, action_chunk, env_action_dim]`.
     pub old_logprob: Tensor,
-    /// Value at rollout, f32 `[N]`; zeros without a critic.
+    /// Value at rollout, f32 `[M]`; zeros without a critic.
     pub old_value: Tensor,
-    /// Advantages, normalised when configured, f32 `[N]`.
+    /// Advantages, normalised when configured, f32 `[M]`.
     pub advantage: Tensor,
-    /// Value targets, f32 `[N]`.
+    /// Value targets, f32 `[M]`.
     pub returns: Tensor,
     /// Mean magnitude of the executed actions.
     pub action_magnitude: f64,
@@ -155,10 +164,12 @@ struct Rows {
     prompt: Vec<i64>,
     prompt_mask: Vec<bool>,
     state: Vec<f32>,
-    x: Vec<f32>,
-    x_next: Vec<f32>,
+    chain: Vec<f32>,
+    records: i64,
+    record: Vec<i64>,
     step: Vec<i64>,
     logprob: Vec<f32>,
+    /// Values of the samples.
     value: Vec<f32>,
     magnitude: f64,
 }
@@ -199,10 +210,16 @@ impl RolloutBatch {
         }
         let algorithm = &plan.config.algorithm;
         let estimate = estimator(&algorithm.adv_type).ok_or_else(|| unknown_estimator(&algorithm.adv_type))?;
-        let critic = plan.value_head.is_some();
+        let critic = plan.heads.value.is_some();
+        // samples per chunk: its denoise steps, where each is a transition of its own
+        let inner = rows.record.len() / (rows.records as usize).max(1);
+        let first_values: Vec<Vec<f32>> = values
+            .iter()
+            .map(|v| v.iter().copied().step_by(inner.max(1)).collect())
+            .collect();
         let episodes: Vec<Episode<'_>> = trajectories
             .iter()
-            .zip(rewards.iter().zip(&values))
+            .zip(rewards.iter().zip(&first_values))
             .map(|(trajectory, (rewards, values))| Episode {
                 rewards,
                 values: if critic { values } else { &[] },
@@ -214,7 +231,15 @@ impl RolloutBatch {
             gamma: algorithm.gamma,
             gae_lambda: algorithm.gae_lambda,
         };
-        let estimated: Vec<Advantages> = estimate(&episodes, settings)?;
+        let estimated: Vec<Advantages> = if inner > 1 && algorithm.adv_type == "gae" {
+            let pairs = episodes.iter().zip(&values);
+            pairs
+                .map(|(e, values)| two_layer::gae(e.rewards, values, inner, e.final_value, settings))
+                .collect()
+        } else {
+            let per_chunk = estimate(&episodes, settings)?;
+            per_chunk.into_iter().map(|a| repeated(a, inner)).collect()
+        };
         let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
         let returns: Vec<f32> = estimated.iter().flat_map(|a| a.returns.iter().copied()).collect();
         if algorithm.normalize_advantages {
@@ -223,14 +248,23 @@ impl RolloutBatch {
         Ok(rows.into_batch(plan, &advantage, &returns))
     }
 
-    /// Number of records.
+    /// Number of samples.
     pub fn len(&self) -> usize {
-        self.step.numel()
+        self.record.numel()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// The advantage of a chunk for each of its samples.
+fn repeated(chunks: Advantages, samples: usize) -> Advantages {
+    let each = |v: Vec<f32>| v.into_iter().flat_map(|x| std::iter::repeat_n(x, samples)).collect();
+    Advantages {
+        advantages: each(chunks.advantages),
+        returns: each(chunks.returns),
     }
 }
 
@@ -257,29 +291,60 @@ impl Rows {
         if lengths != (dims.cameras, dims.prompt_len, dims.prompt_len) {
             return Err(RecordError::Field("masks and prompt", format!("lengths {lengths:?}")));
         }
+        let elements = horizon * width;
+        let at = |k: usize| chain.get(k * elements..(k + 1) * elements).unwrap_or_default();
+        let schedule = Schedule::of(&plan.sampling(record.version));
+        let steps: Vec<i64> = record.denoise_steps.iter().map(|s| i64::from(*s)).collect();
+        if steps.len() != schedule.stochastic_steps() || steps.iter().any(|s| *s >= schedule.drawable as i64) {
+            return Err(RecordError::Field("denoise_steps", format!("{steps:?}")));
+        }
         let logprob = record
             .logprob
             .as_ref()
             .ok_or(RecordError::Field("logprob", "none".to_owned()))?;
-        let logprob = logprob.to_f32("logprob", Some(&[rows, cols]))?;
-        let elements = horizon * width;
-        let at = |k: usize| chain.get(k * elements..(k + 1) * elements);
-        let step = record.denoise_step.map(|s| s as usize).filter(|s| *s < model.num_steps);
-        let step = step.ok_or_else(|| RecordError::Field("denoise_step", format!("{:?}", record.denoise_step)))?;
-        let (x, x_next) = at(step)
-            .zip(at(step + 1))
-            .ok_or(RecordError::Field("chain", "too short".to_owned()))?;
+        let logprob = logprob.to_f32("logprob", Some(&[steps.len(), rows, cols]))?;
+        let values = match &plan.heads.value {
+            None => vec![0.0],
+            Some(head) => {
+                let one = head.input == CriticInput::Vlm || head.steps == ValueSteps::Path;
+                let expected = if one { 1 } else { steps.len() };
+                if record.values.len() != expected {
+                    return Err(RecordError::Field(
+                        "values",
+                        format!("{} of {expected}", record.values.len()),
+                    ));
+                }
+                record.values.clone()
+            }
+        };
+        match model.openpi.mdp {
+            Mdp::TwoLayer => {
+                for (s, step) in steps.iter().enumerate() {
+                    self.record.push(self.records);
+                    self.step.push(*step);
+                    self.value.extend(values.get(s).or(values.first()));
+                }
+                self.logprob.extend(&logprob);
+            }
+            Mdp::Hybrid | Mdp::Joint => {
+                self.record.push(self.records);
+                self.value.push(values.iter().sum::<f32>() / values.len().max(1) as f32);
+                let initial = logprob::executed(at(0), at(0), width, rows, cols, |_, x, _| {
+                    logprob::gaussian(x, 0.0, 1.0)
+                });
+                let joined = joint(model.openpi.joint_logprob, &logprob, steps.len(), &initial);
+                self.step.extend(steps);
+                self.logprob.extend(joined);
+            }
+        }
+        self.records += 1;
         self.images.extend_from_slice(images);
         self.image_mask.extend(&record.image_mask);
         self.prompt.extend(&record.prompt);
         self.prompt_mask.extend(&record.prompt_mask);
         self.state.extend(state);
-        self.x.extend_from_slice(x);
-        self.x_next.extend_from_slice(x_next);
-        self.step.push(step as i64);
-        self.logprob.push(logprob.iter().sum());
-        self.value.push(record.value.unwrap_or(0.0));
-        let executed = at(model.num_steps).unwrap_or_default();
+        self.chain.extend_from_slice(&chain);
+        let executed = at(model.num_steps);
         let sum: f32 = executed
             .chunks(width)
             .take(rows)
@@ -292,26 +357,44 @@ impl Rows {
 
     fn into_batch(self, plan: &RunPlan, advantage: &[f32], returns: &[f32]) -> RolloutBatch {
         let dims = &plan.dims;
-        let n = self.step.len() as i64;
+        let model = &plan.config.actor.model;
+        let (n, m) = (self.records, self.record.len() as i64);
         let (side, cameras) = (dims.vision.image_size as i64, dims.cameras as i64);
-        let chunk = [n, dims.action_horizon as i64, dims.action_dim as i64];
+        let (horizon, width) = (dims.action_horizon as i64, dims.action_dim as i64);
+        let (rows, cols) = (model.num_action_chunks as i64, model.env_action_dim as i64);
         let observations = ObservationBatch {
             images: Tensor::from_slice(&self.images).view([n, cameras, side, side, 3]),
             image_mask: Tensor::from_slice(&self.image_mask).view([n, cameras]),
             prompt: Tensor::from_slice(&self.prompt).view([n, dims.prompt_len as i64]),
             prompt_mask: Tensor::from_slice(&self.prompt_mask).view([n, dims.prompt_len as i64]),
-            state: Tensor::from_slice(&self.state).view([n, dims.action_dim as i64]),
+            state: Tensor::from_slice(&self.state).view([n, width]),
         };
+        let steps = if m == 0 { 1 } else { self.step.len() as i64 / m };
         RolloutBatch {
             observations,
-            x: Tensor::from_slice(&self.x).view(chunk),
-            x_next: Tensor::from_slice(&self.x_next).view(chunk),
-            step: Tensor::from_slice(&self.step).to_kind(Kind::Int64),
-            old_logprob: Tensor::from_slice(&self.logprob),
+            chain: Tensor::from_slice(&self.chain).view([n, model.num_steps as i64 + 1, horizon, width]),
+            record: Tensor::from_slice(&self.record),
+            step: Tensor::from_slice(&self.step).view([m, steps]),
+            old_logprob: Tensor::from_slice(&self.logprob).view([m, rows, cols]),
             old_value: Tensor::from_slice(&self.value),
             advantage: Tensor::from_slice(advantage),
             returns: Tensor::from_slice(returns),
             action_magnitude: self.magnitude / (n.max(1)) as f64,
         }
     }
+}
+
+/// The log-probability per element of one decision from its `steps` stochastic steps, `logprob` `[steps, elements]`, and the initial
+/// noise's `[elements]`. Without a rule there is one step.
+fn joint(rule: Option<JointLogprob>, logprob: &[f32], steps: usize, initial: &[f32]) -> Vec<f32> {
+    let elements = initial.len();
+    (0..elements)
+        .map(|e| {
+            let sum: f32 = logprob.iter().skip(e).step_by(elements.max(1)).sum();
+            match rule {
+                Some(JointLogprob::Mean) => (sum + initial.get(e).copied().unwrap_or(0.0)) / (steps + 1) as f32,
+                Some(JointLogprob::Sum) | None => sum,
+            }
+        })
+        .collect()
 }

@@ -7,7 +7,7 @@ use policy::{
     bundle::{Bundle, write_atomic},
     config::Launch,
     norm::NormStats,
-    params::Part,
+    params::{Heads, Part},
     plan::RunPlan,
     weights::WeightFile,
 };
@@ -85,8 +85,13 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
     let mut log = MetricsLog::open(&dir)?;
     let stats = norm_stats(plan)?;
     let mut children = Children::default();
-    let store = ParamStore::random(&plan.dims, None, config.runner.seed, Device::cuda_if_available())?;
-    let policy = Pi0::new(plan.dims.clone(), None, store)?;
+    let store = ParamStore::random(
+        &plan.dims,
+        &Heads::default(),
+        config.runner.seed,
+        Device::cuda_if_available(),
+    )?;
+    let policy = Pi0::new(plan.dims.clone(), &Heads::default(), store)?;
     let data = |children: &mut Children, what: &str, args: &[String]| -> Result<PathBuf> {
         let path = dir.join(format!("data/{what}.safetensors"));
         if !path.exists() {
@@ -192,13 +197,8 @@ pub fn train(plan: &RunPlan) -> Result<()> {
             start.display()
         )));
     }
-    let store = ParamStore::random(
-        &plan.dims,
-        plan.value_head.as_ref(),
-        config.runner.seed,
-        Device::cuda_if_available(),
-    )?;
-    let policy = Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store)?;
+    let store = ParamStore::random(&plan.dims, &plan.heads, config.runner.seed, Device::cuda_if_available())?;
+    let policy = Pi0::new(plan.dims.clone(), &plan.heads, store)?;
     load(&policy, &start, &[Part::Vlm, Part::Expert])?;
     let versions = dir.join("policy");
     if versions.exists() {

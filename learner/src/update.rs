@@ -1,14 +1,15 @@
 //! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
 
 use policy::{
-    params::{CriticInput as CriticReads, Part},
+    config::JointLogprob,
+    params::{CriticInput as CriticReads, Part, ValueSteps},
     plan::RunPlan,
 };
 use tch::{Kind, Tensor};
 
 use crate::{
     error::{LearnerError, Result},
-    logprob::{Executed, StepTable, TransitionBatch, transition},
+    logprob::{Executed, StepTable, TransitionBatch, gaussian, path_value, transition},
     loss::{
         ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput,
         PolicyLossFn, PolicySettings, policy_loss,
@@ -26,7 +27,6 @@ const PREFIX_ROWS: i64 = 256;
 #[derive(Debug)]
 pub struct Updater {
     plan: RunPlan,
-    table: StepTable,
     executed: Executed,
     loss: PolicyLossFn,
     settings: PolicySettings,
@@ -112,11 +112,12 @@ impl Updater {
             eps: optim.eps,
             clip_norm: Some(optim.clip_grad),
         };
-        let actor = AdamW::new(
-            adam,
-            vec![group(policy, Part::Expert, "actor", optim.lr, optim.weight_decay)],
-        )?;
-        let critic = match &plan.value_head {
+        let mut actor = group(policy, Part::Expert, "actor", optim.lr, optim.weight_decay);
+        actor
+            .params
+            .extend(group(policy, Part::NoiseHead, "actor", optim.lr, optim.weight_decay).params);
+        let actor = AdamW::new(adam, vec![actor])?;
+        let critic = match &plan.heads.value {
             Some(_) => {
                 let head = group(
                     policy,
@@ -152,7 +153,6 @@ impl Updater {
             entropy_coef: 0.0,
         };
         Ok(Self {
-            table: StepTable::new(&plan.schedule(), plan.dims.expert.width, policy.device()),
             executed: Executed {
                 action_chunk: model.num_action_chunks,
                 env_action_dim: model.env_action_dim,
@@ -177,14 +177,22 @@ impl Updater {
     /// # Errors
     /// Shapes that do not fit the policy.
     pub fn update(&mut self, policy: &Pi0, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
+        let version = u64::from(iteration);
         let begin = std::time::Instant::now();
         let (cache, pooled) = batch.observations.frozen_prefix(policy, PREFIX_ROWS)?;
         let mut report = UpdateReport {
-            records: batch.len(),
+            records: batch.observations.len() as usize,
             prefix_seconds: begin.elapsed().as_secs_f64(),
             ..UpdateReport::default()
         };
-        policy.store().set_trainable(&[Part::Expert, Part::ValueHead]);
+        policy
+            .store()
+            .set_trainable(&[Part::Expert, Part::NoiseHead, Part::ValueHead]);
+        let table = StepTable::of(
+            &self.plan.sampling(version),
+            self.plan.dims.expert.width,
+            policy.device(),
+        );
         let begin = std::time::Instant::now();
         let config = &self.plan.config;
         let warming = iteration < config.actor.optim.critic_warmup_epochs && self.critic.is_some();
@@ -218,7 +226,7 @@ impl Updater {
                 for part in micro_batches(minibatch, micro) {
                     let rows: Vec<i64> = part.rows.iter().map(|r| *r as i64).collect();
                     let rows = Tensor::from_slice(&rows).to_device(policy.device());
-                    let out = self.forward(policy, batch, &cache, &pooled, &rows, loss, warming)?;
+                    let out = self.forward(policy, &table, batch, &cache, &pooled, &rows, loss, warming)?;
                     (&out.loss * part.weight).backward();
                     if first {
                         report.logprob_gap = report.logprob_gap.max(out.logprob_gap);
@@ -268,9 +276,11 @@ impl Updater {
         Ok(report)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the state of one pass, used here only")]
     fn forward(
         &self,
         policy: &Pi0,
+        table: &StepTable,
         batch: &RolloutBatch,
         cache: &PrefixCache,
         pooled: &Tensor,
@@ -279,25 +289,14 @@ impl Updater {
         warming: bool,
     ) -> Result<Pass> {
         let pick = |t: &Tensor| t.index_select(0, rows);
-        let reads = policy.critic_input();
-        let (old_logprob, old_value, returns) =
-            (pick(&batch.old_logprob), pick(&batch.old_value), pick(&batch.returns));
-        let advantage = pick(&batch.advantage);
-        let (mut logprob, mut value) = (None, None);
-        if !warming || reads == Some(CriticReads::Expert) {
-            let (state, x, x_next, step) = (
-                pick(&batch.observations.state),
-                pick(&batch.x),
-                pick(&batch.x_next),
-                pick(&batch.step),
-            );
-            let inputs = TransitionBatch {
-                state: Some(&state),
-                x: &x,
-                x_next: &x_next,
-                step: &step,
-            };
-            let detach = self
+        let record = pick(&batch.record);
+        let seen = |t: &Tensor| t.index_select(0, &record);
+        let (old_value, returns, advantage) = (pick(&batch.old_value), pick(&batch.returns), pick(&batch.advantage));
+        let summed = |l: Tensor| l.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float);
+        let old_logprob = summed(pick(&batch.old_logprob));
+        let head = policy.value_head();
+        let detach = warming
+            || self
                 .plan
                 .config
                 .actor
@@ -305,19 +304,65 @@ impl Updater {
                 .value_head
                 .as_ref()
                 .is_none_or(|head| head.detach_critic_input);
+        let path = head.is_some_and(|h| h.input == CriticReads::Expert && h.steps == ValueSteps::Path);
+        let at_steps = head.is_some_and(|h| h.input == CriticReads::Expert && h.steps == ValueSteps::Stochastic);
+        let (mut logprob, mut value) = (None, None);
+        if !warming || at_steps {
+            // each sample's S stochastic steps as rows of their own
+            let step = pick(&batch.step);
+            let (samples, steps) = (step.size()[0], step.size()[1]);
+            let each = |t: Tensor| t.repeat_interleave_self_int(steps, 0, None);
+            let record = each(record.shallow_clone());
+            let step = step.view(-1);
+            let (x, x_next) = (
+                batch.chain.index(&[Some(&record), Some(&step)]),
+                batch.chain.index(&[Some(&record), Some(&(&step + 1))]),
+            );
+            let state = batch.observations.state.index_select(0, &record);
+            let inputs = TransitionBatch {
+                state: Some(&state),
+                x: &x,
+                x_next: &x_next,
+                step: &step,
+            };
             let out = transition(
                 policy,
-                &self.table,
-                &cache.index_select(rows)?,
+                table,
+                &cache.index_select(&record)?,
                 inputs,
                 self.executed,
-                detach || warming,
+                detach,
             )?;
-            logprob = Some(out.logprob.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float));
-            value = out.value;
+            let (chunk, width) = (self.executed.action_chunk as i64, self.executed.env_action_dim as i64);
+            let per_step = out.logprob.view([samples, steps, chunk, width]);
+            let joined = per_step.sum_dim_intlist(1, false, Kind::Float);
+            let joined = match self.plan.config.actor.model.openpi.joint_logprob {
+                Some(JointLogprob::Mean) => {
+                    let initial = seen(&batch.chain.select(1, 0)).narrow(1, 0, chunk).narrow(2, 0, width);
+                    (joined + gaussian(&initial, &Tensor::zeros_like(&initial), &Tensor::ones_like(&initial)))
+                        / (steps + 1) as f64
+                }
+                Some(JointLogprob::Sum) | None => joined,
+            };
+            logprob = Some(summed(joined));
+            value = out
+                .value
+                .filter(|_| at_steps)
+                .map(|v| v.view([samples, steps]).mean_dim(1, false, Kind::Float));
         }
-        if reads == Some(CriticReads::Vlm) {
-            value = Some(policy.value_vlm(&pick(pooled), &pick(&batch.observations.state))?);
+        if path {
+            let (state, chain) = (seen(&batch.observations.state), seen(&batch.chain));
+            value = path_value(
+                policy,
+                table,
+                &cache.index_select(&record)?,
+                Some(&state),
+                &chain,
+                detach,
+            )?;
+        }
+        if head.is_some_and(|h| h.input == CriticReads::Vlm) {
+            value = Some(policy.value_vlm(&seen(pooled), &seen(&batch.observations.state))?);
         }
         let gap = |a: &Tensor, b: &Tensor| (a.detach() - b).abs().max().double_value(&[]);
         let logprob_gap = logprob.as_ref().map_or(0.0, |l| gap(l, &old_logprob));

@@ -238,7 +238,7 @@ pub struct StepBatch<'a> {
     pub c_x: Vec<f32>,
     /// `[B]`.
     pub c_v: Vec<f32>,
-    /// `[B]`: standard deviation of the added noise.
+    /// `[B]`: standard deviation of the added noise; with a noise head the factor of its own.
     pub std: Vec<f32>,
     /// `[B, action_horizon, action_dim]`.
     pub z: Vec<f32>,
@@ -251,6 +251,8 @@ pub struct StepOutput {
     pub x_next: Vec<f32>,
     /// `[B, action_horizon, action_dim]`.
     pub mean: Vec<f32>,
+    /// Standard deviation of the added noise, `[B, action_horizon, action_dim]`; `None` without a noise head.
+    pub step_std: Option<Vec<f32>>,
     /// `[B]`; `None` without a value head.
     pub value: Option<Vec<f32>>,
 }
@@ -263,6 +265,7 @@ pub struct PolicySessions {
     weights: Vec<(String, DynValue)>,
     dims: PolicyDims,
     has_value: bool,
+    has_noise: bool,
     value_reads_prefix: bool,
 }
 
@@ -344,7 +347,8 @@ impl PolicySessions {
         let manifest = &bundle.manifest;
         let dims = manifest.dims.clone();
         let value_reads_prefix = manifest
-            .value_head
+            .heads
+            .value
             .as_ref()
             .is_some_and(|h| h.input == CriticInput::Vlm);
         let prefix = if let Some(prefix) = shared {
@@ -371,8 +375,12 @@ impl PolicySessions {
             inputs.push("pooled");
         }
         let mut outputs = vec!["x_next", "mean"];
-        if manifest.value_head.is_some() {
+        let (has_value, has_noise) = (manifest.heads.value.is_some(), manifest.heads.noise.is_some());
+        if has_value {
             outputs.push("value");
+        }
+        if has_noise {
+            outputs.push("step_std");
         }
         let weights = match manifest.weights {
             WeightMode::Constants => Vec::new(),
@@ -380,13 +388,13 @@ impl PolicySessions {
         };
         inputs.extend(weights.iter().map(|(name, _)| name.as_str()));
         require(&path, &denoise, &inputs, &outputs)?;
-        let has_value = manifest.value_head.is_some();
         Ok(Self {
             prefix,
             denoise,
             weights,
             dims,
             has_value,
+            has_noise,
             value_reads_prefix,
         })
     }
@@ -489,6 +497,10 @@ impl PolicySessions {
         Ok(StepOutput {
             x_next: floats(DENOISE, "x_next", outputs.get("x_next"), count)?,
             mean: floats(DENOISE, "mean", outputs.get("mean"), count)?,
+            step_std: self
+                .has_noise
+                .then(|| floats(DENOISE, "step_std", outputs.get("step_std"), count))
+                .transpose()?,
             value: self
                 .has_value
                 .then(|| floats(DENOISE, "value", outputs.get("value"), rows))

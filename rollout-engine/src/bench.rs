@@ -7,7 +7,7 @@ use serde::Serialize;
 use wire::messages::Mode;
 
 use crate::{
-    infer::{Draw, InferError, sample},
+    infer::{InferError, draw, sample},
     policy_slot::LoadedPolicy,
     preprocess::ModelInput,
 };
@@ -64,7 +64,7 @@ pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Resu
                     episode: 0,
                     chunk: round as u32,
                 };
-                (input.clone(), Draw::new(policy, key, Mode::Train), key)
+                (input.clone(), draw(policy, key, Mode::Train), key)
             })
             .collect();
         let begun = Instant::now();

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use policy::{
-    flow::{DenoiseStep, time_embedding},
+    flow::{DenoiseStep, Mdp, StepDraw, time_embedding},
     logprob,
-    noise::{ChunkNoise, NoiseKey},
-    params::CriticInput,
+    noise::{ChunkNoise, NoiseKey, StepNoise},
+    params::{CriticInput, ValueSteps},
 };
 use wire::messages::Mode;
 
@@ -36,38 +36,14 @@ pub enum InferError {
     Empty,
 }
 
-/// The stochastic denoise step of one row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Stochastic {
-    /// Which step.
-    pub step: usize,
-    /// Its noise, `[action_horizon, action_dim]`.
-    pub z: Vec<f32>,
-}
-
-/// The random numbers of one row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Draw {
-    /// Initial noise, `[action_horizon, action_dim]`.
-    pub initial: Vec<f32>,
-    /// The stochastic step; `None`: all ODE.
-    pub stochastic: Option<Stochastic>,
-}
-
-impl Draw {
-    /// The numbers of the chunk named by `key`.
-    pub fn new(policy: &LoadedPolicy, key: NoiseKey, mode: Mode) -> Self {
-        let dims = &policy.manifest.dims;
-        let noise = ChunkNoise::draw(key, dims.action_horizon * dims.action_dim, policy.schedule.drawable);
-        let stochastic = match mode {
-            Mode::Train => noise.stochastic_step.map(|step| Stochastic { step, z: noise.step }),
-            Mode::Eval => None,
-        };
-        Self {
-            initial: noise.initial,
-            stochastic,
-        }
-    }
+/// The numbers of the chunk named by `key`; evaluation takes the initial noise alone.
+pub fn draw(policy: &LoadedPolicy, key: NoiseKey, mode: Mode) -> ChunkNoise {
+    let dims = &policy.manifest.dims;
+    let steps = match mode {
+        Mode::Train => policy.schedule.draw(),
+        Mode::Eval => StepDraw::Every { of: 0 },
+    };
+    ChunkNoise::draw(key, dims.action_horizon * dims.action_dim, steps)
 }
 
 /// One sampled action chunk in model units.
@@ -81,12 +57,12 @@ pub struct Sample {
     pub chain: Vec<f32>,
     /// Elements of one `x`.
     pub elements: usize,
-    /// The stochastic step.
-    pub denoise_step: Option<usize>,
-    /// Log-probability per element of the stochastic step, `[action_chunk, env_action_dim]`.
-    pub logprob: Option<Vec<f32>>,
-    /// Value: of the stochastic step with `V_expert`, of the prefix with `V_vlm`.
-    pub value: Option<f32>,
+    /// The stochastic steps in order, `S` of them.
+    pub denoise_steps: Vec<usize>,
+    /// Log-probability per element of each stochastic step, `[S, action_chunk, env_action_dim]`.
+    pub logprob: Vec<f32>,
+    /// Values: one per stochastic step with `V_expert` read there, one with `V_vlm` or over the path; none without a critic.
+    pub values: Vec<f32>,
 }
 
 impl Sample {
@@ -96,6 +72,19 @@ impl Sample {
             .get(self.chain.len().saturating_sub(self.elements)..)
             .unwrap_or_default()
     }
+
+    /// The value of the observation: where every denoise step is a transition of its own that of the first, else the mean.
+    pub fn value(&self, mdp: Mdp) -> Option<f32> {
+        let first = self.values.first().copied()?;
+        Some(match mdp {
+            Mdp::TwoLayer => first,
+            Mdp::Hybrid | Mdp::Joint => mean(&self.values),
+        })
+    }
+}
+
+fn mean(values: &[f32]) -> f32 {
+    values.iter().sum::<f32>() / values.len().max(1) as f32
 }
 
 /// Samples of a batch and how long they took.
@@ -114,7 +103,7 @@ pub struct Sampled {
 ///
 /// # Errors
 /// ONNX Runtime fails.
-pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, Draw, NoiseKey)>) -> Result<Sampled, InferError> {
+pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>) -> Result<Sampled, InferError> {
     let Some(fixed) = policy.manifest.batch else {
         return sample_batch(policy, rows, None);
     };
@@ -138,7 +127,7 @@ pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, Draw, NoiseKey)>) ->
 
 fn sample_batch(
     policy: &LoadedPolicy,
-    rows: Vec<(ModelInput, Draw, NoiseKey)>,
+    rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>,
     fixed: Option<usize>,
 ) -> Result<Sampled, InferError> {
     let first = rows.first().ok_or(InferError::Empty)?;
@@ -149,7 +138,7 @@ fn sample_batch(
         .map(|(input, ..)| input)
         .chain(std::iter::repeat_n(&first.0, padding))
         .collect();
-    let draws: Vec<&Draw> = rows
+    let draws: Vec<&ChunkNoise> = rows
         .iter()
         .map(|(_, draw, _)| draw)
         .chain(std::iter::repeat_n(&first.1, padding))
@@ -172,9 +161,9 @@ fn sample_batch(
             key,
             chain: trace.chain,
             elements,
-            denoise_step: draw.stochastic.map(|s| s.step),
+            denoise_steps: draw.steps.into_iter().map(|s| s.step).collect(),
             logprob: trace.logprob,
-            value: trace.value,
+            values: trace.values,
         })
         .collect();
     Ok(Sampled {
@@ -188,19 +177,36 @@ fn sample_batch(
 #[derive(Default)]
 struct Trace {
     chain: Vec<f32>,
-    logprob: Option<Vec<f32>>,
-    value: Option<f32>,
+    logprob: Vec<f32>,
+    values: Vec<f32>,
 }
 
-fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Result<Vec<Trace>, InferError> {
+/// At which denoise steps a value is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    None,
+    First,
+    Stochastic,
+    /// At every step; the mean is what remains.
+    Path,
+}
+
+/// The noise of step `k`, when it is stochastic.
+fn noise_at(draw: &ChunkNoise, k: usize) -> Option<&StepNoise> {
+    draw.steps.iter().find(|s| s.step == k)
+}
+
+fn denoise(policy: &LoadedPolicy, draws: &[&ChunkNoise], cache: &PrefixCache) -> Result<Vec<Trace>, InferError> {
     let manifest = &policy.manifest;
-    let dims = &manifest.dims;
+    let (dims, sampling) = (&manifest.dims, &manifest.sampling);
     let elements = dims.action_horizon * dims.action_dim;
     let steps = policy.schedule.num_steps();
-    let value_of_prefix = manifest
-        .value_head
-        .as_ref()
-        .is_some_and(|h| h.input == CriticInput::Vlm);
+    let keep = match &manifest.heads.value {
+        None => Keep::None,
+        Some(head) if head.input == CriticInput::Vlm => Keep::First,
+        Some(head) if head.steps == ValueSteps::Path => Keep::Path,
+        Some(_) => Keep::Stochastic,
+    };
 
     let mut x: Vec<f32> = draws.iter().flat_map(|d| d.initial.iter().copied()).collect();
     let mut traces: Vec<Trace> = draws
@@ -214,10 +220,9 @@ fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Resul
         let missing = InferError::Step { step: k, steps };
         let table: Vec<&DenoiseStep> = draws
             .iter()
-            .map(|d| policy.schedule.row(k, d.stochastic.as_ref().map(|s| s.step)))
+            .map(|d| policy.schedule.row(k, noise_at(d, k).is_some()))
             .collect::<Option<_>>()
             .ok_or(missing)?;
-        let here = |d: &Draw| d.stochastic.as_ref().filter(|s| s.step == k).map(|s| s.z.clone());
         let step = StepBatch {
             x_t: &x,
             time_embedding: table
@@ -229,7 +234,7 @@ fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Resul
             std: table.iter().map(|row| row.std as f32).collect(),
             z: draws
                 .iter()
-                .flat_map(|d| here(d).unwrap_or_else(|| vec![0.0; elements]))
+                .flat_map(|d| noise_at(d, k).map_or_else(|| vec![0.0; elements], |s| s.z.clone()))
                 .collect(),
         };
         let out = policy.with_sessions(|sessions| sessions.denoise(step, cache))?;
@@ -238,22 +243,44 @@ fn denoise(policy: &LoadedPolicy, draws: &[&Draw], cache: &PrefixCache) -> Resul
             traces.iter_mut().zip(draws).zip(&table).zip(moved).enumerate()
         {
             trace.chain.extend_from_slice(x_next);
-            let stochastic = draw.stochastic.as_ref().is_some_and(|s| s.step == k);
+            let stochastic = noise_at(draw, k).is_some();
             if stochastic {
-                trace.logprob = Some(logprob::executed(
+                // the noise head's standard deviation of each element, else the table's
+                let std = |at: usize| match &out.step_std {
+                    Some(all) => all.get(i * elements + at).copied().unwrap_or(f32::NAN),
+                    None => row.std as f32,
+                };
+                trace.logprob.extend(logprob::executed(
                     x_next,
                     mean,
-                    row.std as f32,
                     dims.action_dim,
                     manifest.action_chunk,
                     manifest.env_action_dim,
+                    |at, x, mean| {
+                        if sampling.safe_logprob {
+                            logprob::negative_square(x, mean)
+                        } else {
+                            logprob::gaussian(x, mean, std(at))
+                        }
+                    },
                 ));
             }
-            if stochastic || (value_of_prefix && k == 0) {
-                trace.value = out.value.as_ref().and_then(|v| v.get(i).copied());
+            let wanted = match keep {
+                Keep::None => false,
+                Keep::First => k == 0,
+                Keep::Stochastic => stochastic,
+                Keep::Path => true,
+            };
+            if wanted {
+                trace.values.extend(out.value.as_ref().and_then(|v| v.get(i).copied()));
             }
         }
         x = out.x_next;
+    }
+    if keep == Keep::Path {
+        for trace in &mut traces {
+            trace.values = vec![mean(&trace.values)];
+        }
     }
     Ok(traces)
 }

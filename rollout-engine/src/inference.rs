@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use wire::messages::{ActedRow, Mode};
 
 use crate::{
-    infer::{Draw, Sample, sample},
+    infer::{Sample, draw, sample},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
     queue::{Job, Queue, Row, Target},
@@ -93,7 +93,7 @@ pub fn answer(policy: &LoadedPolicy, jobs: Vec<Job>, max_batch: usize, metrics: 
         match inputs {
             Ok(inputs) => {
                 for (input, row) in inputs.into_iter().zip(&job.rows) {
-                    prepared.push((input, Draw::new(policy, row.key, row.mode), row.key));
+                    prepared.push((input, draw(policy, row.key, row.mode), row.key));
                 }
                 waiting.push((job, None));
             }
@@ -164,7 +164,7 @@ fn finish(
                 "the policy gave {value} at element {index} of the denoise chain"
             ));
         }
-        answer.values.push(sample.value);
+        answer.values.push(sample.value(policy.manifest.sampling.mdp));
         answer
             .rows
             .push(record::acted(policy, sample, row.record).map_err(|e| e.to_string())?);

@@ -9,14 +9,14 @@ use std::{
 use policy::{
     bundle::{Bundle, BundleError, MANIFEST, Manifest, describe_file},
     flow::Schedule,
-    noise::NoiseKey,
+    noise::{ChunkNoise, NoiseKey},
     prompt::PromptError,
     selftest::SelfTestInput,
 };
 
 use crate::{
     backend::{Backend, BackendError, PolicySessions, prefix_identity},
-    infer::{Draw, InferError, Sample, sample},
+    infer::{InferError, Sample, sample},
     preprocess::{ModelInput, Preprocessor},
 };
 
@@ -118,13 +118,7 @@ impl LoadedPolicy {
             .map(|f| (f.name.clone(), f.sha256.clone()))
             .collect();
         digests.insert(MANIFEST.to_owned(), describe_file(&bundle.path(MANIFEST))?.sha256);
-        let sampling = &manifest.sampling;
-        let schedule = Schedule::new(
-            sampling.noise_method,
-            sampling.num_steps,
-            sampling.noise_level,
-            sampling.ignore_last,
-        );
+        let schedule = Schedule::of(&manifest.sampling);
         let preprocessor = Preprocessor::new(&manifest, dir)?;
         let mut policy = Self {
             manifest,
@@ -162,9 +156,9 @@ impl LoadedPolicy {
             prompt_mask: drawn.prompt_mask,
             state: drawn.state,
         };
-        let draw = Draw {
+        let draw = ChunkNoise {
             initial: drawn.noise,
-            stochastic: None,
+            steps: Vec::new(),
         };
         let key = NoiseKey {
             seed: 0,

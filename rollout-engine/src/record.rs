@@ -43,15 +43,20 @@ pub fn chunk_record(policy: &LoadedPolicy, sample: Sample) -> ChunkRecord {
         prompt: sample.input.prompt,
         prompt_mask: sample.input.prompt_mask,
         state: Array::f32(&[dims.action_dim], &sample.input.state),
-        denoise_step: sample.denoise_step.map(|k| k as u32),
+        denoise_steps: sample.denoise_steps.iter().map(|k| *k as u32).collect(),
         chain: Array::f32(
             &[manifest.sampling.num_steps + 1, dims.action_horizon, dims.action_dim],
             &sample.chain,
         ),
-        logprob: sample
-            .logprob
-            .map(|l| Array::f32(&[manifest.action_chunk, manifest.env_action_dim], &l)),
-        value: sample.value,
+        logprob: (!sample.logprob.is_empty()).then(|| {
+            let shape = [
+                sample.denoise_steps.len(),
+                manifest.action_chunk,
+                manifest.env_action_dim,
+            ];
+            Array::f32(&shape, &sample.logprob)
+        }),
+        values: sample.values,
     }
 }
 

@@ -321,7 +321,7 @@ impl Server {
         let shape = Shape {
             action_chunk: manifest.action_chunk,
             env_action_dim: manifest.env_action_dim,
-            critic: manifest.value_head.is_some(),
+            critic: manifest.heads.value.is_some(),
         };
         self.assign.went_live(policy.version(), shape);
         for (peer, hello) in std::mem::take(&mut self.early) {

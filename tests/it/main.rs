@@ -7,6 +7,7 @@ mod golden {
     mod network;
     mod onnx;
     mod preproc;
+    mod rl;
 }
 mod refuse;
 mod ring;

@@ -11,7 +11,7 @@ use learner::{
     publish::Publisher,
 };
 use policy::{
-    bundle::{Bundle, EXPERT_WEIGHTS, MANIFEST},
+    bundle::{BUNDLE_VERSION, Bundle, EXPERT_WEIGHTS, MANIFEST},
     params::Part,
     weights::{WeightFile, to_safetensors},
 };
@@ -120,8 +120,8 @@ fn missing_accelerator_is_no_silent_fallback() {
 
 fn bundle(dir: &Path) -> Bundle {
     let plan = plan(dir, &[]);
-    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), 1, Device::Cpu).expect("weights");
-    let policy = Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store).expect("network");
+    let store = ParamStore::random(&plan.dims, &plan.heads, 1, Device::Cpu).expect("weights");
+    let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network");
     Publisher::new(&dir.join("policy"), &plan, None)
         .publish(&policy, 0)
         .expect("bundle")
@@ -150,10 +150,14 @@ fn other_bundle_version_says_both() {
     let text = std::fs::read_to_string(&path).expect("manifest");
     std::fs::write(
         &path,
-        text.replacen("\"format_version\": 1", "\"format_version\": 77", 1),
+        text.replacen(
+            &format!("\"format_version\": {BUNDLE_VERSION}"),
+            "\"format_version\": 77",
+            1,
+        ),
     )
     .expect("manifest");
-    assert_check_refuses(&bundle, &["format version 77", "reads 1"]);
+    assert_check_refuses(&bundle, &["format version 77", &format!("reads {BUNDLE_VERSION}")]);
 }
 
 #[test]
@@ -173,7 +177,7 @@ type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 fn assert_export_refuses(change: impl FnOnce(&mut Tensors), wanted: &[&str]) {
     let dir = tempfile::tempdir().expect("folder");
     let plan = plan(dir.path(), &[]);
-    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), 1, Device::Cpu).expect("weights");
+    let store = ParamStore::random(&plan.dims, &plan.heads, 1, Device::Cpu).expect("weights");
     let mut tensors: Tensors = [Part::Vlm, Part::Expert, Part::ValueHead]
         .iter()
         .flat_map(|p| store.export(*p))

@@ -16,6 +16,7 @@ use learner::{
     update::Updater,
 };
 use policy::{
+    flow::Schedule,
     noise::{Purpose, fill_normal, stream},
     params::Part,
     plan::RunPlan,
@@ -25,8 +26,8 @@ use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
 
 fn network(plan: &RunPlan, seed: u64) -> Pi0 {
     tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, plan.value_head.as_ref(), seed, Device::Cpu).expect("weights");
-    Pi0::new(plan.dims.clone(), plan.value_head.as_ref(), store).expect("network")
+    let store = ParamStore::random(&plan.dims, &plan.heads, seed, Device::Cpu).expect("weights");
+    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
 }
 
 /// Moves the trained weights, so that versions differ visibly.
@@ -193,7 +194,7 @@ fn replay_reproduces_a_recorded_chunk() {
             noise(record(&crowd, last)),
             "noise in another batch: every bit"
         );
-        assert_eq!(record(&alone, 0).denoise_step, record(&crowd, last).denoise_step);
+        assert_eq!(record(&alone, 0).denoise_steps, record(&crowd, last).denoise_steps);
         let actions =
             |r: &wire::messages::ActReply, i: usize| r.rows[i].actions.to_f32("actions", None).expect("actions");
         let gap = actions(&alone, 0)
@@ -229,9 +230,8 @@ fn recompute(plan: &RunPlan, policy: &Pi0, record: &ChunkRecord) -> Vec<f32> {
             &cache,
             Some(&observation.state),
             &noise,
-            &plan.schedule(),
-            &[None],
-            None,
+            &Schedule::of(&plan.sampling(0)),
+            &[],
         )
         .expect("sample");
     let mut out = vec![0.0f32; dims.action_horizon * dims.action_dim];

@@ -15,13 +15,13 @@ use sha2::{Digest, Sha256};
 use crate::{
     config::{TokenizerConfig, WeightMode, hex},
     dims::PolicyDims,
-    flow::NoiseMethod,
+    flow::Sampling,
     norm::{NormStats, Normalization},
-    params::{ParamSpec, Part, ValueHeadDims, params},
+    params::{Heads, ParamSpec, Part, params},
 };
 
 /// Version of the manifest and of the graphs' inputs and outputs.
-pub const BUNDLE_VERSION: u32 = 1;
+pub const BUNDLE_VERSION: u32 = 2;
 /// The manifest's file name.
 pub const MANIFEST: &str = "manifest.json";
 /// The prefix graph's file name.
@@ -51,20 +51,6 @@ pub struct BundleFile {
     pub sha256: String,
 }
 
-/// How the policy samples.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Sampling {
-    /// Method of the stochastic step.
-    pub noise_method: NoiseMethod,
-    /// Scale of the noise.
-    pub noise_level: f64,
-    /// Keep the last step deterministic.
-    pub ignore_last: bool,
-    /// Denoise steps.
-    pub num_steps: usize,
-}
-
 /// A reference output of the publisher: the actions of an ODE pass on inputs that both sides draw from `seed`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,8 +75,8 @@ pub struct Manifest {
     pub flow_time: String,
     /// Sizes.
     pub dims: PolicyDims,
-    /// Value head, when the bundle has one.
-    pub value_head: Option<ValueHeadDims>,
+    /// Heads beside the velocity.
+    pub heads: Heads,
     /// Sampling.
     pub sampling: Sampling,
     /// Rows executed per query.
@@ -194,7 +180,7 @@ pub enum Source {
 impl Manifest {
     /// The weights that the bundle's two files must hold, by part.
     pub fn params(&self) -> Vec<ParamSpec> {
-        params(&self.dims, self.value_head.as_ref())
+        params(&self.dims, &self.heads)
     }
 
     /// The entry of a file.

@@ -9,9 +9,9 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     dims::{StackDims, Variant, VisionDims},
-    flow::NoiseMethod,
+    flow::{Mdp, NoiseAnneal, NoiseMethod},
     norm::Normalization,
-    params::CriticInput,
+    params::{CriticInput, NoiseHeadDims, Pooling, ValueSteps},
 };
 
 /// One run: every process of the ring reads the same file.
@@ -201,6 +201,26 @@ pub struct ValueHeadConfig {
     /// `V_vlm` of pi0 only: also read the proprioceptive state, which pi0's prefix does not hold (pi0.5's prompt does).
     #[serde(default)]
     pub state: bool,
+    /// `V_vlm`: which tokens; absent: the mean over the valid ones.
+    pub pooling: Option<Pooling>,
+    /// `V_expert`: the mean over the executed action tokens only, not over the whole horizon.
+    #[serde(default)]
+    pub chunk_critic_input: bool,
+    /// `V_expert`: over which denoise steps; absent: the stochastic ones.
+    pub steps: Option<ValueSteps>,
+}
+
+/// `[actor.model.openpi.noise_head]`
+pub type NoiseHeadConfig = NoiseHeadDims;
+
+/// How the log-probabilities of a chunk's denoise steps become one (`mdp = "joint"`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JointLogprob {
+    /// Their sum: the likelihood of the whole path (piRL, Eq. 5).
+    Sum,
+    /// Their mean together with the initial noise's, over `K + 1` terms, as the reference does: the ratio is the `K + 1`-th root.
+    Mean,
 }
 
 /// `[actor.model.openpi]`
@@ -211,6 +231,17 @@ pub struct OpenPiConfig {
     pub noise_method: NoiseMethod,
     /// Scale `a` of the noise.
     pub noise_level: f64,
+    /// `noise_level` moves with the policy version; absent: constant.
+    pub noise_anneal: Option<NoiseAnneal>,
+    /// Sizes and range of the noise head; with `flow_noise` and only there.
+    pub noise_head: Option<NoiseHeadConfig>,
+    /// Which denoise steps are stochastic, and what one decision is.
+    pub mdp: Mdp,
+    /// With `mdp = "joint"` and only there.
+    pub joint_logprob: Option<JointLogprob>,
+    /// Use `-(x_next - mean)^2` as the log-probability: no scale, no constant (the reference's `safe_get_logprob`).
+    #[serde(default)]
+    pub safe_get_logprob: bool,
     /// Keep the last denoise step deterministic.
     pub ignore_last: bool,
     /// Train the action expert only; the vision-language model stays frozen.

@@ -15,6 +15,8 @@ pub enum NoiseMethod {
     FlowSde,
     /// Coefficient-preserving sampling (arXiv 2509.05952).
     FlowCps,
+    /// ODE mean with a standard deviation that a noise head learns (piRL, Flow-Noise).
+    FlowNoise,
 }
 
 impl NoiseMethod {
@@ -24,7 +26,58 @@ impl NoiseMethod {
             Self::FlowOde => "flow_ode",
             Self::FlowSde => "flow_sde",
             Self::FlowCps => "flow_cps",
+            Self::FlowNoise => "flow_noise",
         }
+    }
+}
+
+/// Which denoise steps of a chunk are stochastic, and what one decision of the policy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mdp {
+    /// One stochastic step per chunk, drawn for each environment; the rest is ODE (piRL, hybrid ODE-SDE).
+    Hybrid,
+    /// All steps stochastic; a chunk is one decision with the joint likelihood of its steps.
+    Joint,
+    /// All steps stochastic; every denoise step is a transition of its own (piRL, two-layer MDP, Eq. 10-12).
+    TwoLayer,
+}
+
+/// Everything that decides how chunks are sampled; travels with each policy version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sampling {
+    /// Method of the stochastic steps.
+    pub noise_method: NoiseMethod,
+    /// Scale of the noise.
+    pub noise_level: f64,
+    /// Keep the last step deterministic.
+    pub ignore_last: bool,
+    /// Denoise steps.
+    pub num_steps: usize,
+    /// Which steps are stochastic.
+    pub mdp: Mdp,
+    /// The log-probability is `-(x_next - mean)^2` instead of the Gaussian one.
+    pub safe_logprob: bool,
+}
+
+/// The noise level that falls or rises linearly with the policy version: `start + (end - start) min(version, steps) / steps`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoiseAnneal {
+    /// Level of version 0.
+    pub start: f64,
+    /// Level from version `steps` on.
+    pub end: f64,
+    /// Versions until the end.
+    pub steps: u64,
+}
+
+impl NoiseAnneal {
+    /// The level of a policy version.
+    pub fn level(&self, version: u64) -> f64 {
+        let progress = version.min(self.steps) as f64 / self.steps.max(1) as f64;
+        self.start + (self.end - self.start) * progress
     }
 }
 
@@ -40,7 +93,7 @@ pub struct DenoiseStep {
     pub action_weight: f64,
     /// Weight of the noise estimate.
     pub noise_weight: f64,
-    /// Standard deviation of the added noise; a step with 0 has no density.
+    /// Standard deviation of the added noise; a step with 0 has no density. With Flow-Noise the factor of the noise head's.
     pub std: f64,
 }
 
@@ -77,6 +130,7 @@ pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Ve
             let action_weight = 1.0 - t_next;
             let (noise_weight, std) = match method {
                 NoiseMethod::FlowOde => (t_next, 0.0),
+                NoiseMethod::FlowNoise => (t_next, 1.0),
                 NoiseMethod::FlowSde => {
                     let below_one = if index == 0 { times[1] } else { t };
                     let sigma = noise_level * (t / (1.0 - below_one)).sqrt();
@@ -99,7 +153,22 @@ pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Ve
         .collect()
 }
 
-/// The two tables of hybrid ODE-SDE sampling and the draw of the stochastic step.
+/// How the stochastic steps of a chunk are chosen from the steps that have a density.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepDraw {
+    /// One of the first `of`.
+    One {
+        /// Number of steps to choose from; 0: none.
+        of: usize,
+    },
+    /// All of the first `of`.
+    Every {
+        /// Number of stochastic steps.
+        of: usize,
+    },
+}
+
+/// The two tables of sampling and the choice of the stochastic steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
     /// The deterministic rows.
@@ -108,10 +177,12 @@ pub struct Schedule {
     pub stochastic: Vec<DenoiseStep>,
     /// Number of steps from which the stochastic one is drawn: the last is left out when it has no density or is ignored.
     pub drawable: usize,
+    /// All drawable steps are stochastic, not one of them.
+    pub every: bool,
 }
 
 impl Schedule {
-    /// Builds both tables. `ignore_last` keeps the last denoise step deterministic.
+    /// The tables of hybrid sampling. `ignore_last` keeps the last denoise step deterministic.
     pub fn new(method: NoiseMethod, num_steps: usize, noise_level: f64, ignore_last: bool) -> Self {
         let stochastic = step_table(method, num_steps, noise_level);
         let usable = stochastic.iter().take_while(|row| row.std > 0.0).count();
@@ -124,6 +195,20 @@ impl Schedule {
             ode: step_table(NoiseMethod::FlowOde, num_steps, 0.0),
             stochastic,
             drawable,
+            every: false,
+        }
+    }
+
+    /// The tables of a policy version.
+    pub fn of(sampling: &Sampling) -> Self {
+        Self {
+            every: sampling.mdp != Mdp::Hybrid,
+            ..Self::new(
+                sampling.noise_method,
+                sampling.num_steps,
+                sampling.noise_level,
+                sampling.ignore_last,
+            )
         }
     }
 
@@ -132,9 +217,27 @@ impl Schedule {
         self.ode.len()
     }
 
-    /// The row of step `k` for an environment whose stochastic step is `stochastic_step` (`None`: evaluation, all ODE).
-    pub fn row(&self, k: usize, stochastic_step: Option<usize>) -> Option<&DenoiseStep> {
-        if stochastic_step == Some(k) {
+    /// Stochastic steps of one chunk in training.
+    pub fn stochastic_steps(&self) -> usize {
+        if self.every {
+            self.drawable
+        } else {
+            self.drawable.min(1)
+        }
+    }
+
+    /// How a chunk's stochastic steps are chosen.
+    pub fn draw(&self) -> StepDraw {
+        if self.every {
+            StepDraw::Every { of: self.drawable }
+        } else {
+            StepDraw::One { of: self.drawable }
+        }
+    }
+
+    /// The row of step `k`, stochastic or not.
+    pub fn row(&self, k: usize, stochastic: bool) -> Option<&DenoiseStep> {
+        if stochastic {
             self.stochastic.get(k)
         } else {
             self.ode.get(k)
@@ -209,5 +312,17 @@ mod tests {
         assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, false).drawable, 5);
         assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, true).drawable, 4);
         assert_eq!(Schedule::new(NoiseMethod::FlowOde, 5, 0.5, true).drawable, 0);
+    }
+
+    #[test]
+    fn the_level_anneals_with_the_version() {
+        let anneal = NoiseAnneal {
+            start: 0.7,
+            end: 0.3,
+            steps: 400,
+        };
+        for (version, level) in [(0, 0.7), (100, 0.6), (400, 0.3), (1000, 0.3)] {
+            assert!((anneal.level(version) - level).abs() < 1e-12, "version {version}");
+        }
     }
 }

@@ -9,27 +9,24 @@ pub fn gaussian(x_next: f32, mean: f32, std: f32) -> f32 {
     -0.5 * z * z - std.ln() - LN_SQRT_TWO_PI
 }
 
-/// Per-element log-probabilities sliced to the executed part: `x_next` and `mean` are `[action_horizon, action_dim]` row-major,
-/// the result is `[action_chunk, env_action_dim]`.
+/// The reference's safe log-probability: `-(x_next - mean)^2`, without scale and constant.
+pub fn negative_square(x_next: f32, mean: f32) -> f32 {
+    -(x_next - mean) * (x_next - mean)
+}
+
+/// Per-element log-probabilities sliced to the executed part: `x_next` and `mean` are `[action_horizon, action_dim]` row-major, the
+/// result is `[action_chunk, env_action_dim]`. `density` gives the number of one element from its place, `x_next` and `mean`.
 pub fn executed(
     x_next: &[f32],
     mean: &[f32],
-    std: f32,
     action_dim: usize,
     action_chunk: usize,
     env_action_dim: usize,
+    density: impl Fn(usize, f32, f32) -> f32,
 ) -> Vec<f32> {
-    x_next
-        .chunks(action_dim)
-        .zip(mean.chunks(action_dim))
-        .take(action_chunk)
-        .flat_map(|(x_row, mean_row)| {
-            x_row
-                .iter()
-                .zip(mean_row)
-                .take(env_action_dim)
-                .map(move |(x, m)| gaussian(*x, *m, std))
-        })
+    (0..action_chunk)
+        .flat_map(|row| (0..env_action_dim).map(move |column| row * action_dim + column))
+        .filter_map(|at| Some(density(at, *x_next.get(at)?, *mean.get(at)?)))
         .collect()
 }
 
@@ -50,7 +47,7 @@ mod tests {
     #[test]
     fn slices_to_the_executed_part() {
         let x: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        let got = executed(&x, &x, 1.0, 4, 2, 3);
+        let got = executed(&x, &x, 4, 2, 3, |_, x, m| gaussian(x, m, 1.0));
         assert_eq!(got.len(), 6);
         assert!(got.iter().all(|v| (*v + LN_SQRT_TWO_PI).abs() < 1e-7));
     }

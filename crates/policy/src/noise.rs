@@ -7,6 +7,8 @@ use chacha20::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::flow::StepDraw;
+
 /// Names the noise of one action chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,30 +77,43 @@ pub fn fill_normal(rng: &mut impl Rng, out: &mut [f32]) {
     }
 }
 
+/// The noise of one stochastic denoise step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepNoise {
+    /// Which denoise step.
+    pub step: usize,
+    /// `z` of that step, `[action_horizon, action_dim]`.
+    pub z: Vec<f32>,
+}
+
 /// All random numbers of one action chunk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChunkNoise {
     /// Initial noise `x` at `t = 1`, `[action_horizon, action_dim]`.
     pub initial: Vec<f32>,
-    /// Which denoise step is stochastic, in `0..drawable`; `None` when there is none to draw.
-    pub stochastic_step: Option<usize>,
-    /// `z` of that step, `[action_horizon, action_dim]`.
-    pub step: Vec<f32>,
+    /// The stochastic steps in order.
+    pub steps: Vec<StepNoise>,
 }
 
 impl ChunkNoise {
-    /// Draws the numbers of the chunk named by `key`; `elements = action_horizon * action_dim`, `drawable` from the schedule.
-    pub fn draw(key: NoiseKey, elements: usize, drawable: usize) -> Self {
+    /// Draws the numbers of the chunk named by `key`; `elements = action_horizon * action_dim`, `draw` from the schedule.
+    pub fn draw(key: NoiseKey, elements: usize, draw: StepDraw) -> Self {
         let mut rng = stream(Purpose::Sampling, key.seed, u64::from(key.env), key.episode, key.chunk);
         let mut initial = vec![0.0; elements];
         fill_normal(&mut rng, &mut initial);
-        let stochastic_step = (drawable > 0).then(|| below(&mut rng, drawable));
-        let mut step = vec![0.0; elements];
-        fill_normal(&mut rng, &mut step);
+        let steps = match draw {
+            StepDraw::One { of: 0 } => Vec::new(),
+            StepDraw::One { of } => vec![below(&mut rng, of)],
+            StepDraw::Every { of } => (0..of).collect(),
+        };
+        let steps = steps.into_iter().map(|step| {
+            let mut z = vec![0.0; elements];
+            fill_normal(&mut rng, &mut z);
+            StepNoise { step, z }
+        });
         Self {
             initial,
-            stochastic_step,
-            step,
+            steps: steps.collect(),
         }
     }
 }
@@ -133,9 +148,14 @@ mod tests {
                 chunk: 4,
             },
             3,
-            4,
+            StepDraw::One { of: 4 },
         );
-        let bits: Vec<u32> = noise.initial.iter().chain(&noise.step).map(|v| v.to_bits()).collect();
+        let bits: Vec<u32> = noise
+            .initial
+            .iter()
+            .chain(&noise.steps[0].z)
+            .map(|v| v.to_bits())
+            .collect();
         let pinned = [
             1_061_512_408,
             3_189_976_765,
@@ -145,7 +165,7 @@ mod tests {
             3_202_542_534,
         ];
         assert_eq!(bits, pinned);
-        assert_eq!(noise.stochastic_step, Some(2));
+        assert_eq!(noise.steps[0].step, 2);
     }
 
     #[test]
@@ -160,9 +180,9 @@ mod tests {
                     chunk: 0,
                 },
                 1,
-                4,
+                StepDraw::One { of: 4 },
             );
-            counts[noise.stochastic_step.expect("drawable")] += 1;
+            counts[noise.steps[0].step] += 1;
         }
         // five standard errors: 5 sqrt(8000 * 1/4 * 3/4)
         assert!(counts.iter().all(|c| c.abs_diff(2000) < 194), "{counts:?}");

@@ -11,6 +11,8 @@ pub enum Part {
     Vlm,
     /// Action expert, projections, time MLP: what SFT and RL train.
     Expert,
+    /// Noise head of Flow-Noise: trained with the expert.
+    NoiseHead,
     /// Value head: an optimizer group of its own.
     ValueHead,
 }
@@ -47,6 +49,72 @@ pub enum CriticInput {
     Vlm,
 }
 
+/// Which tokens of the prefix output `V_vlm` reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// Mean over the valid tokens.
+    Mean,
+    /// The first token.
+    First,
+    /// The last slot, usually padding.
+    Last,
+    /// Mean over all slots, padding counted, as the reference does.
+    MeanPadded,
+}
+
+/// Over which denoise steps `V_expert` is taken; the same in rollout and update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ValueSteps {
+    /// The stochastic steps (their mean when a chunk is one decision).
+    Stochastic,
+    /// The mean over all denoise steps of the path.
+    Path,
+}
+
+/// The noise head of Flow-Noise: hidden widths (tanh between) on the expert's output of each action token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoiseHeadDims {
+    /// Hidden widths, `[128, 64]` in the reference.
+    pub hidden: Vec<usize>,
+    /// Smallest and largest standard deviation, in action units.
+    pub std_range: [f64; 2],
+}
+
+impl NoiseHeadDims {
+    /// `(log std_min^2, log std_max^2)`: the range of the log-variance.
+    pub fn logvar_range(&self) -> (f64, f64) {
+        (2.0 * self.std_range[0].ln(), 2.0 * self.std_range[1].ln())
+    }
+}
+
+/// What a policy has beside velocity: a value head, a noise head.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Heads {
+    /// For algorithms with a critic.
+    pub value: Option<ValueHeadDims>,
+    /// For Flow-Noise.
+    pub noise: Option<NoiseHeadDims>,
+}
+
+impl Heads {
+    /// What the prefix graph's `pooled` is.
+    pub fn pooling(&self) -> Pooling {
+        self.value.as_ref().map_or(Pooling::Mean, |head| head.pooling)
+    }
+
+    /// A value head and nothing else.
+    pub fn value(head: ValueHeadDims) -> Self {
+        Self {
+            value: Some(head),
+            noise: None,
+        }
+    }
+}
+
 /// The value head: what it reads and its hidden widths (ReLU between, one number out).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,9 +123,14 @@ pub struct ValueHeadDims {
     pub input: CriticInput,
     /// Hidden widths, e.g. `[512, 256, 128]`.
     pub hidden: Vec<usize>,
-    /// The state, padded to the action width, follows the features.
-    #[serde(default)]
+    /// The state, padded to the action width, follows the features (`V_vlm` only).
     pub state: bool,
+    /// Tokens that `V_vlm` reads.
+    pub pooling: Pooling,
+    /// Action tokens that `V_expert` takes the mean of: all, or the first executed ones.
+    pub tokens: Option<usize>,
+    /// Denoise steps of `V_expert`.
+    pub steps: ValueSteps,
 }
 
 impl ValueHeadDims {
@@ -111,8 +184,13 @@ impl Table {
     }
 }
 
-/// All weights of a policy in the order of the data's way; with a value head when `value_head` is given.
-pub fn params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<ParamSpec> {
+/// Name of a layer of the noise head, as the reference names it.
+pub fn noise_layer(index: usize) -> String {
+    format!("noise_head.mlp_logvar.moduleList.{index}.linear_1")
+}
+
+/// All weights of a policy in the order of the data's way.
+pub fn params(dims: &PolicyDims, heads: &Heads) -> Vec<ParamSpec> {
     let mut table = Table(Vec::new(), Part::Vlm);
     let vision = &dims.vision;
     let tower = format!("{VLM}vision_tower.vision_model");
@@ -173,7 +251,15 @@ pub fn params(dims: &PolicyDims, value_head: Option<&ValueHeadDims>) -> Vec<Para
             table.linear("time_mlp_out", width, width);
         }
     }
-    if let Some(head) = value_head {
+    if let Some(head) = &heads.noise {
+        table.1 = Part::NoiseHead;
+        let mut input = dims.expert.width;
+        for (i, out) in head.hidden.iter().copied().chain([dims.action_dim]).enumerate() {
+            table.linear(&noise_layer(i), out, input);
+            input = out;
+        }
+    }
+    if let Some(head) = &heads.value {
         table.1 = Part::ValueHead;
         let mut input = head.input_width(dims);
         for (i, out) in head.hidden.iter().copied().chain([1]).enumerate() {

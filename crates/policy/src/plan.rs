@@ -1,12 +1,11 @@
 //! The checked plan of a run: sizes derived once, contradictions refused before anything starts.
 
 use crate::{
-    config::{ConfigError, RunConfig, TokenizerConfig},
-    dims::PolicyDims,
-    dims::Variant,
-    flow::Schedule,
+    config::{ConfigError, ModelConfig, RunConfig, TokenizerConfig, ValueHeadConfig},
+    dims::{PolicyDims, Variant},
+    flow::{Mdp, NoiseMethod, Sampling, Schedule},
     norm::Normalization,
-    params::{CriticInput, ValueHeadDims},
+    params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps},
     prompt::Tokenizer,
 };
 
@@ -19,8 +18,8 @@ pub struct RunPlan {
     pub config_digest: String,
     /// Sizes of the policy.
     pub dims: PolicyDims,
-    /// Sizes of the value head.
-    pub value_head: Option<ValueHeadDims>,
+    /// Heads beside the velocity.
+    pub heads: Heads,
 }
 
 fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
@@ -135,13 +134,7 @@ impl RunPlan {
                 ),
             ));
         }
-        let level = model.openpi.noise_level;
-        if !(level.is_finite() && level > 0.0 && level <= 2.0) {
-            return Err(refuse(
-                "actor.model.openpi.noise_level",
-                format!("{level}, expected above 0, at most 2"),
-            ));
-        }
+        check_sampling(model)?;
         let a = &config.algorithm;
         for (key, value) in [("algorithm.gamma", a.gamma), ("algorithm.gae_lambda", a.gae_lambda)] {
             if !(0.0..=1.0).contains(&value) {
@@ -173,26 +166,6 @@ impl RunPlan {
                 return Err(refuse(key, format!("{value}, expected a number of at least 0")));
             }
         }
-        if model.openpi.noise_level > 0.0
-            && Schedule::new(
-                model.openpi.noise_method,
-                model.num_steps,
-                level,
-                model.openpi.ignore_last,
-            )
-            .drawable
-                == 0
-        {
-            return Err(refuse(
-                "actor.model.openpi.noise_method",
-                format!(
-                    "`{}` with `num_steps` = {} and `ignore_last` = {} leaves no stochastic step, so nothing can be learnt",
-                    model.openpi.noise_method.name(),
-                    model.num_steps,
-                    model.openpi.ignore_last
-                ),
-            ));
-        }
         match (a.loss_type.as_str(), &model.value_head) {
             ("actor_critic", None) => {
                 return Err(refuse(
@@ -220,16 +193,6 @@ impl RunPlan {
                 "missing, `actor.model.normalization` needs the statistics",
             ));
         }
-        if model
-            .value_head
-            .as_ref()
-            .is_some_and(|head| head.state && (head.input != CriticInput::Vlm || model.variant != Variant::Pi0))
-        {
-            return Err(refuse(
-                "actor.model.value_head.state",
-                "true, but only `V_vlm` of pi0 can read the state apart: the expert and pi0.5's prompt hold it already",
-            ));
-        }
         if let TokenizerConfig::Words { words } = &model.tokenizer {
             let ids = Tokenizer::from_words(words)
                 .map_err(|e| refuse("actor.model.tokenizer.words", e.to_string()))?
@@ -241,35 +204,164 @@ impl RunPlan {
                 ));
             }
         }
-        let value_head = model.value_head.as_ref().map(|head| ValueHeadDims {
-            input: head.input,
-            hidden: head.hidden.clone(),
-            state: head.state,
-        });
+        let heads = Heads {
+            value: model
+                .value_head
+                .as_ref()
+                .map(|head| value_head(head, model))
+                .transpose()?,
+            noise: model.openpi.noise_head.clone(),
+        };
         let config_digest = config.digest()?;
         Ok(Self {
             config,
             config_digest,
             dims,
-            value_head,
+            heads,
         })
     }
 
-    /// The step tables of this run.
-    pub fn schedule(&self) -> Schedule {
+    /// How a policy version samples.
+    pub fn sampling(&self, version: u64) -> Sampling {
         let model = &self.config.actor.model;
-        Schedule::new(
-            model.openpi.noise_method,
-            model.num_steps,
-            model.openpi.noise_level,
-            model.openpi.ignore_last,
-        )
+        Sampling {
+            noise_method: model.openpi.noise_method,
+            noise_level: model
+                .openpi
+                .noise_anneal
+                .map_or(model.openpi.noise_level, |anneal| anneal.level(version)),
+            ignore_last: model.openpi.ignore_last,
+            num_steps: model.num_steps,
+            mdp: model.openpi.mdp,
+            safe_logprob: model.openpi.safe_get_logprob,
+        }
     }
+}
 
-    /// Whether the critic reads the prefix.
-    pub fn critic_reads_prefix(&self) -> bool {
-        self.value_head
-            .as_ref()
-            .is_some_and(|head| head.input == CriticInput::Vlm)
+fn check_sampling(model: &ModelConfig) -> Result<(), ConfigError> {
+    let openpi = &model.openpi;
+    let mut levels = vec![("actor.model.openpi.noise_level", openpi.noise_level)];
+    if let Some(anneal) = &openpi.noise_anneal {
+        levels.push(("actor.model.openpi.noise_anneal.start", anneal.start));
+        levels.push(("actor.model.openpi.noise_anneal.end", anneal.end));
+        if anneal.steps == 0 {
+            return Err(refuse(
+                "actor.model.openpi.noise_anneal.steps",
+                "0, expected at least 1",
+            ));
+        }
+        if openpi.noise_method == NoiseMethod::FlowNoise {
+            return Err(refuse(
+                "actor.model.openpi.noise_anneal",
+                "given, but the noise of `flow_noise` is learnt: remove the section",
+            ));
+        }
     }
+    for (key, level) in levels {
+        if !(level.is_finite() && level > 0.0 && level <= 2.0) {
+            return Err(refuse(key, format!("{level}, expected above 0, at most 2")));
+        }
+    }
+    match (&openpi.noise_head, openpi.noise_method) {
+        (None, NoiseMethod::FlowNoise) => {
+            return Err(refuse(
+                "actor.model.openpi.noise_head",
+                "missing, `flow_noise` needs `{ hidden = [128, 64], std_range = [0.08, 0.16] }`",
+            ));
+        }
+        (Some(_), method) if method != NoiseMethod::FlowNoise => {
+            return Err(refuse(
+                "actor.model.openpi.noise_head",
+                format!("given, but `{}` learns no noise: remove the section", method.name()),
+            ));
+        }
+        (Some(head), _) => {
+            let [low, high] = head.std_range;
+            if !(low > 0.0 && low < high && high <= 2.0) {
+                return Err(refuse(
+                    "actor.model.openpi.noise_head.std_range",
+                    format!("[{low}, {high}], expected 0 < smallest < largest <= 2"),
+                ));
+            }
+            if head.hidden.len() > 16 || head.hidden.iter().any(|w| *w == 0 || *w > 65_536) {
+                return Err(refuse(
+                    "actor.model.openpi.noise_head.hidden",
+                    format!("{:?}, expected at most 16 widths of 1 to 65536", head.hidden),
+                ));
+            }
+        }
+        (None, _) => {}
+    }
+    match (openpi.mdp, openpi.joint_logprob) {
+        (Mdp::Joint, None) => {
+            return Err(refuse(
+                "actor.model.openpi.joint_logprob",
+                "missing, `mdp = \"joint\"` needs `sum` (the paper) or `mean` (the reference)",
+            ));
+        }
+        (Mdp::Hybrid | Mdp::TwoLayer, Some(_)) => {
+            return Err(refuse(
+                "actor.model.openpi.joint_logprob",
+                "given, but only `mdp = \"joint\"` joins log-probabilities: remove the key",
+            ));
+        }
+        _ => {}
+    }
+    let schedule = Schedule::new(
+        openpi.noise_method,
+        model.num_steps,
+        openpi.noise_level,
+        openpi.ignore_last,
+    );
+    if schedule.drawable == 0 {
+        return Err(refuse(
+            "actor.model.openpi.noise_method",
+            format!(
+                "`{}` with `num_steps` = {} and `ignore_last` = {} leaves no stochastic step, so nothing can be learnt",
+                openpi.noise_method.name(),
+                model.num_steps,
+                openpi.ignore_last
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn value_head(head: &ValueHeadConfig, model: &ModelConfig) -> Result<ValueHeadDims, ConfigError> {
+    let vlm = head.input == CriticInput::Vlm;
+    if head.state && !(vlm && model.variant == Variant::Pi0) {
+        return Err(refuse(
+            "actor.model.value_head.state",
+            "true, but only `V_vlm` of pi0 can read the state apart: the expert and pi0.5's prompt hold it already",
+        ));
+    }
+    let only = |key: &str, name: &str| {
+        refuse(
+            &format!("actor.model.value_head.{key}"),
+            format!("given, but it belongs to `input = \"{name}\"`: remove the key"),
+        )
+    };
+    if head.pooling.is_some() && !vlm {
+        return Err(only("pooling", "vlm"));
+    }
+    if head.chunk_critic_input && vlm {
+        return Err(only("chunk_critic_input", "expert"));
+    }
+    if head.steps.is_some() && vlm {
+        return Err(only("steps", "expert"));
+    }
+    if head.steps == Some(ValueSteps::Path) && model.openpi.mdp == Mdp::TwoLayer {
+        return Err(refuse(
+            "actor.model.value_head.steps",
+            "`path`, but with `mdp = \"two_layer\"` every denoise step has a value of its own: set `stochastic`",
+        ));
+    }
+    Ok(ValueHeadDims {
+        input: head.input,
+        hidden: head.hidden.clone(),
+        state: head.state,
+        pooling: head.pooling.unwrap_or(Pooling::Mean),
+        tokens: head.chunk_critic_input.then_some(model.num_action_chunks),
+        steps: head.steps.unwrap_or(ValueSteps::Stochastic),
+    })
 }

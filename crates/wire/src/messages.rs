@@ -71,7 +71,7 @@ pub struct Hello {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// One stochastic denoise step, recorded.
+    /// With the stochastic denoise steps of the policy's sampling, recorded.
     Train,
     /// All ODE.
     Eval,
@@ -185,14 +185,14 @@ pub struct ChunkRecord {
     pub prompt_mask: Vec<bool>,
     /// Normalised, padded state, f32 `[action_dim]`.
     pub state: Array,
-    /// The stochastic denoise step; `None` in evaluation.
-    pub denoise_step: Option<u32>,
+    /// The stochastic denoise steps in order, `S` of them; none in evaluation.
+    pub denoise_steps: Vec<u32>,
     /// `x` before each step and after the last, f32 `[num_steps + 1, action_horizon, action_dim]`.
     pub chain: Array,
-    /// Log-probability per element of the stochastic step, f32 `[action_chunk, env_action_dim]`; `None` in evaluation.
+    /// Log-probability per element of each stochastic step, f32 `[S, action_chunk, env_action_dim]`; `None` in evaluation.
     pub logprob: Option<Array>,
-    /// Value estimate; `None` without a critic.
-    pub value: Option<f32>,
+    /// Value estimates: one per stochastic step where `V_expert` is read there, else one; none without a critic.
+    pub values: Vec<f32>,
 }
 
 /// One row of the answer to a client.

@@ -6,7 +6,7 @@ use policy::{
     bundle::EXPERT_WEIGHTS,
     config::WeightMode,
     dims::PolicyDims,
-    params::{CriticInput, ValueHeadDims},
+    params::{CriticInput, Heads, NoiseHeadDims, ValueHeadDims, noise_layer},
     weights::Location,
 };
 
@@ -32,7 +32,7 @@ use crate::{
 /// A location is missing or has another shape; see [`GraphError`].
 pub fn denoise_graph(
     dims: &PolicyDims,
-    value_head: Option<&ValueHeadDims>,
+    heads: &Heads,
     locations: &BTreeMap<String, Location>,
     mode: WeightMode,
     options: GraphOptions,
@@ -44,11 +44,11 @@ pub fn denoise_graph(
         },
         WeightMode::Inputs => WeightsAs::Inputs,
     };
-    let mut builder = GraphBuilder::new("denoise", options.batch, expert_params(dims, value_head), weights);
+    let mut builder = GraphBuilder::new("denoise", options.batch, expert_params(dims, heads), weights);
     let g = &mut builder;
-    let signature = denoise_signature(dims, value_head, mode, options.batch);
+    let signature = denoise_signature(dims, heads, mode, options.batch);
     // the weights' ports are added by the builder
-    let plain = denoise_signature(dims, value_head, WeightMode::Constants, options.batch).inputs;
+    let plain = denoise_signature(dims, heads, WeightMode::Constants, options.batch).inputs;
     let inputs: BTreeMap<String, Value> = plain.iter().map(|port| (port.name.clone(), g.input(port))).collect();
     let input = |g: &GraphBuilder<'_>, name: &str| {
         inputs
@@ -76,22 +76,34 @@ pub fn denoise_graph(
 
     g.scope("step");
     let z = input(g, "z")?;
-    let mut scaled = |coefficient: &str, x: &Value| {
+    let scaled = |g: &mut GraphBuilder<'_>, coefficient: &str, x: &Value| {
         let c = input(g, coefficient)?;
         let c = g.reshape(&c, &[batch, Dim::fixed(1), Dim::fixed(1)])?;
         g.mul(x, &c)
     };
-    let from_x = scaled("c_x", &x_t)?;
-    let from_v = scaled("c_v", &velocity)?;
-    let noise = scaled("std", &z)?;
+    let from_x = scaled(g, "c_x", &x_t)?;
+    let from_v = scaled(g, "c_v", &velocity)?;
+    let (noise, step_std) = match &heads.noise {
+        Some(head) => {
+            let learnt = noise_std(g, dims, head, &flat)?;
+            let std = scaled(g, "std", &learnt)?;
+            (g.mul(&z, &std)?, Some(std))
+        }
+        None => (scaled(g, "std", &z)?, None),
+    };
     let mean = g.add(&from_x, &from_v)?;
     let next = g.add(&mean, &noise)?;
 
     let mut results = vec![next, mean, velocity];
-    if let Some(head) = value_head {
+    results.extend(step_std);
+    if let Some(head) = &heads.value {
         let features = match head.input {
             CriticInput::Expert => {
-                let mean = g.mean(&actions, 1)?;
+                let read = match head.tokens {
+                    Some(tokens) => g.slice(&actions, 1, 0, tokens)?,
+                    None => actions.clone(),
+                };
+                let mean = g.mean(&read, 1)?;
                 g.reshape(&mean, &[batch, width])?
             }
             CriticInput::Vlm => input(g, "pooled")?,
@@ -123,6 +135,36 @@ pub fn denoise_graph(
         }
     }
     builder.finish()
+}
+
+/// Standard deviation of the noise head, `[batch, horizon, action_dim]`, on the flat action tokens `[batch * horizon, width]`:
+/// `exp(logvar / 2)`, `logvar` between the ends of the range by `(tanh + 1) / 2` (piRL, Flow-Noise).
+fn noise_std(
+    g: &mut GraphBuilder<'_>,
+    dims: &PolicyDims,
+    head: &NoiseHeadDims,
+    flat: &Value,
+) -> Result<Value, GraphError> {
+    g.scope("noise");
+    let mut x = flat.clone();
+    for layer in 0..=head.hidden.len() {
+        x = g.linear_named(&x, &noise_layer(layer), true)?;
+        x = g.tanh(&x)?;
+    }
+    let (low, high) = head.logvar_range();
+    // half the log-variance: low / 2 + (high - low) / 4 (tanh + 1)
+    let slope = g.scalar(((high - low) / 4.0) as f32)?;
+    let offset = g.scalar((low / 2.0 + (high - low) / 4.0) as f32)?;
+    let x = g.mul(&x, &slope)?;
+    let x = g.add(&x, &offset)?;
+    let x = g.exp(&x)?;
+    let batch = g.rows(1);
+    let std = g.reshape(
+        &x,
+        &[batch, Dim::fixed(dims.action_horizon), Dim::fixed(dims.action_dim)],
+    )?;
+    g.scope("step");
+    Ok(std)
 }
 
 /// The value head on `[batch, width]` features: ReLU between, one number out; `[batch]`.

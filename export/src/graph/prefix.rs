@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use policy::{
     bundle::VLM_WEIGHTS,
     dims::PolicyDims,
-    params::{EMBEDDING, VLM},
+    params::{EMBEDDING, Pooling, VLM},
     weights::Location,
 };
 
@@ -22,13 +22,14 @@ use crate::{
 
 /// The prefix graph as the bytes of an `.onnx` file; its weights lie at `locations` of `vlm.safetensors` beside it.
 ///
-/// Inputs and outputs are those of [`prefix_signature`]; debug outputs are `patch_pos_emb.N`, `vision_hidden.N` and
+/// `pooling` says what `pooled` is. Inputs and outputs are those of [`prefix_signature`]; debug outputs are `patch_pos_emb.N`, `vision_hidden.N` and
 /// `vision_projected.N` per camera `N`, `prefix_embs`, `prefix_out`, `position_ids`.
 ///
 /// # Errors
 /// A location is missing or has another shape; see [`GraphError`].
 pub fn prefix_graph(
     dims: &PolicyDims,
+    pooling: Pooling,
     locations: &BTreeMap<String, Location>,
     options: GraphOptions,
 ) -> Result<Vec<u8>, GraphError> {
@@ -107,12 +108,26 @@ pub fn prefix_graph(
     let v = g.concat(&values.iter().collect::<Vec<_>>(), 1)?;
     let out = stack.final_norm(g, &x, &format!("{VLM}language_model.norm"))?;
     let out = g.reshape(&out, &[batch, prefix, width])?;
-    let weights = g.reshape(&valid, &[batch, Dim::fixed(1), prefix])?;
-    let total = g.matmul(&weights, &out)?;
-    let total = g.reshape(&total, &[batch, width])?;
-    let count = g.sum(&valid, 1)?;
-    let count = g.max(&count, &one)?;
-    let pooled = g.div(&total, &count)?;
+    let slot = |g: &mut GraphBuilder<'_>, index: usize| {
+        let one = g.slice(&out, 1, index, 1)?;
+        g.reshape(&one, &[batch, width])
+    };
+    let pooled = match pooling {
+        Pooling::Mean => {
+            let weights = g.reshape(&valid, &[batch, Dim::fixed(1), prefix])?;
+            let total = g.matmul(&weights, &out)?;
+            let total = g.reshape(&total, &[batch, width])?;
+            let count = g.sum(&valid, 1)?;
+            let count = g.max(&count, &one)?;
+            g.div(&total, &count)?
+        }
+        Pooling::First => slot(g, 0)?,
+        Pooling::Last => slot(g, dims.prefix_len() - 1)?,
+        Pooling::MeanPadded => {
+            let mean = g.mean(&out, 1)?;
+            g.reshape(&mean, &[batch, width])?
+        }
+    };
 
     for (port, value) in signature.outputs.iter().zip([&k, &v, &mask, &pooled]) {
         g.output(port, value)?;

@@ -1,6 +1,6 @@
-//! The value head: linear layers with ReLU between, one number out.
+//! The value head (linear layers with ReLU between, one number out) and the noise head of Flow-Noise (tanh, a standard deviation out).
 
-use policy::params::{CriticInput, ValueHeadDims};
+use policy::params::{NoiseHeadDims, ValueHeadDims, noise_layer};
 use tch::Tensor;
 
 use super::{ModelError, gemma::Linear, store::ParamStore};
@@ -10,9 +10,7 @@ use super::{ModelError, gemma::Linear, store::ParamStore};
 pub(super) struct ValueHead {
     layers: Vec<Linear>,
     /// What the head reads.
-    pub(super) input: CriticInput,
-    /// Whether the state follows the features.
-    pub(super) state: bool,
+    pub(super) dims: ValueHeadDims,
 }
 
 impl ValueHead {
@@ -22,8 +20,7 @@ impl ValueHead {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             layers,
-            input: dims.input,
-            state: dims.state,
+            dims: dims.clone(),
         })
     }
 
@@ -37,5 +34,35 @@ impl ValueHead {
             }
         }
         x.squeeze_dim(-1)
+    }
+}
+
+/// Noise head: the standard deviation of every action element from the expert's output of its token.
+#[derive(Debug)]
+pub(super) struct NoiseHead {
+    layers: Vec<Linear>,
+    /// Ends of the log-variance.
+    logvar: (f64, f64),
+}
+
+impl NoiseHead {
+    pub(super) fn new(store: &ParamStore, dims: &NoiseHeadDims) -> Result<Self, ModelError> {
+        let layers = (0..=dims.hidden.len())
+            .map(|i| Linear::new(store, &noise_layer(i)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            layers,
+            logvar: dims.logvar_range(),
+        })
+    }
+
+    /// `[B, H, width]` to `[B, H, A]`: `exp(logvar / 2)`, `logvar = low + (high - low) (tanh(z) + 1) / 2` (piRL, Flow-Noise).
+    pub(super) fn forward(&self, hidden: &Tensor) -> Tensor {
+        let mut x = hidden.shallow_clone();
+        for layer in &self.layers {
+            x = layer.forward(&x).tanh();
+        }
+        let (low, high) = self.logvar;
+        ((x + 1.0) * ((high - low) / 4.0) + low / 2.0).exp()
     }
 }

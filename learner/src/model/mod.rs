@@ -13,7 +13,7 @@ mod store;
 
 use policy::{
     dims::{DimsError, PolicyDims},
-    params::{CriticInput, EMBEDDING, VLM, ValueHeadDims},
+    params::{CriticInput, EMBEDDING, Heads, Pooling, VLM, ValueHeadDims},
     weights::WeightsError,
 };
 use tch::{Device, Kind, Tensor};
@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use self::{
     expert::Expert,
     gemma::{Layer, Norm, Rope, attention_bias},
-    heads::ValueHead,
+    heads::{NoiseHead, ValueHead},
     siglip::Siglip,
 };
 pub use self::{
@@ -71,9 +71,6 @@ pub enum ModelError {
     /// A value was asked of a policy without a value head.
     #[error("this policy has no value head, configure `actor.model.value_head`")]
     NoValueHead,
-    /// A stochastic step without its noise.
-    #[error("a stochastic step needs its noise `z` and none was given")]
-    NoNoise,
     /// A denoise step that the table has not, or that has no density.
     #[error("denoise step {found} has no log-probability, expected 0 to {limit} (exclusive)")]
     Step {
@@ -199,6 +196,7 @@ pub struct Pi0 {
     norm: Norm,
     expert: Expert,
     value_head: Option<ValueHead>,
+    noise_head: Option<NoiseHead>,
 }
 
 impl Pi0 {
@@ -206,7 +204,7 @@ impl Pi0 {
     ///
     /// # Errors
     /// The sizes do not fit together, or the store was made for others.
-    pub fn new(dims: PolicyDims, value_head: Option<&ValueHeadDims>, store: ParamStore) -> Result<Self, ModelError> {
+    pub fn new(dims: PolicyDims, heads: &Heads, store: ParamStore) -> Result<Self, ModelError> {
         dims.check()?;
         let layers = (0..dims.depth)
             .map(|l| Layer::new(&store, &format!("{VLM}language_model.layers.{l}"), &dims, false))
@@ -217,7 +215,16 @@ impl Pi0 {
             layers,
             norm: Norm::new(&store, &format!("{VLM}language_model.norm"), false)?,
             expert: Expert::new(&store, &dims)?,
-            value_head: value_head.map(|head| ValueHead::new(&store, head)).transpose()?,
+            value_head: heads
+                .value
+                .as_ref()
+                .map(|head| ValueHead::new(&store, head))
+                .transpose()?,
+            noise_head: heads
+                .noise
+                .as_ref()
+                .map(|head| NoiseHead::new(&store, head))
+                .transpose()?,
             dims,
             store,
         })
@@ -238,9 +245,9 @@ impl Pi0 {
         self.store.device()
     }
 
-    /// What the value head reads, when there is one.
-    pub fn critic_input(&self) -> Option<CriticInput> {
-        self.value_head.as_ref().map(|head| head.input)
+    /// The value head, when there is one.
+    pub fn value_head(&self) -> Option<&ValueHeadDims> {
+        self.value_head.as_ref().map(|head| &head.dims)
     }
 
     /// `[B, H, A]`.
@@ -317,11 +324,24 @@ impl Pi0 {
         })
     }
 
-    /// Mean of the prefix output over its valid tokens, `[B, vlm width]`: the input of `V_vlm`.
+    /// What `V_vlm` reads of the prefix output, `[B, vlm width]`: the mean over its valid tokens unless the head says otherwise.
     pub fn pooled(&self, prefix: &Prefix) -> Tensor {
-        let mask = prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
-        let count = mask.sum_dim_intlist(1, false, Kind::Float).clamp_min(1.0);
-        (&prefix.out * mask).sum_dim_intlist(1, false, Kind::Float) / count
+        match self.value_head().map_or(Pooling::Mean, |head| head.pooling) {
+            Pooling::Mean => {
+                let mask = prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
+                let count = mask.sum_dim_intlist(1, false, Kind::Float).clamp_min(1.0);
+                (&prefix.out * mask).sum_dim_intlist(1, false, Kind::Float) / count
+            }
+            Pooling::First => prefix.out.select(1, 0),
+            Pooling::Last => prefix.out.select(1, -1),
+            Pooling::MeanPadded => prefix.out.mean_dim(1, false, Kind::Float),
+        }
+    }
+
+    /// Standard deviation of the noise head, `[B, H, A]`, from the expert's output `[B, H, expert width]` of the same step; `None`
+    /// without a noise head. The gradient reaches the expert.
+    pub fn noise_std(&self, hidden: &Tensor) -> Option<Tensor> {
+        self.noise_head.as_ref().map(|head| head.forward(hidden))
     }
 
     /// Velocity at `x_t` `[B, H, A]` and flow times `t` `[B]` (f32 or f64; any value per row). The state `[B, A]` is read by pi0
@@ -379,23 +399,28 @@ impl Pi0 {
         let head = self
             .value_head
             .as_ref()
-            .filter(|head| head.input == CriticInput::Vlm)
+            .filter(|head| head.dims.input == CriticInput::Vlm)
             .ok_or(ModelError::NoValueHead)?;
         let batch = pooled.size().first().copied().unwrap_or(0);
         check_shape("pooled", pooled, &[batch, self.dims.vlm.width as i64])?;
-        if !head.state {
+        if !head.dims.state {
             return Ok(head.forward(pooled));
         }
         check_shape("state", state, &[batch, self.dims.action_dim as i64])?;
         Ok(head.forward(&Tensor::cat(&[pooled, state], 1)))
     }
 
-    /// `V_expert` `[B]` of the action features `[B, H, expert width]` (their mean); `None` without an expert value head.
+    /// `V_expert` `[B]` of the action features `[B, H, expert width]`: their mean over the horizon, or over the executed tokens when the
+    /// head says so; `None` without an expert value head.
     pub fn value_expert(&self, hidden: &Tensor) -> Option<Tensor> {
         let head = self
             .value_head
             .as_ref()
-            .filter(|head| head.input == CriticInput::Expert)?;
-        Some(head.forward(&hidden.mean_dim(1, false, Kind::Float)))
+            .filter(|head| head.dims.input == CriticInput::Expert)?;
+        let read = match head.dims.tokens {
+            Some(tokens) => hidden.narrow(1, 0, tokens as i64),
+            None => hidden.shallow_clone(),
+        };
+        Some(head.forward(&read.mean_dim(1, false, Kind::Float)))
     }
 }

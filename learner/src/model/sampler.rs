@@ -1,6 +1,6 @@
 //! The reference sampler: hybrid ODE-SDE denoising in libtorch, which the exported graphs are checked against.
 
-use policy::flow::Schedule;
+use policy::{flow::Schedule, noise::StepNoise};
 use tch::{Kind, Tensor};
 
 use super::{ModelError, Pi0, PrefixCache, check_shape};
@@ -21,62 +21,76 @@ pub struct Sample {
 }
 
 impl Pi0 {
-    /// Denoises `noise` `[B, H, A]` (`x` at `t = 1`). Row `b` takes the stochastic row of the schedule at step
-    /// `stochastic_step[b]`, with `z` `[B, H, A]`, and ODE rows elsewhere; `None` is all ODE. `z` may be left out when no row is
-    /// stochastic. Gradients are not recorded.
+    /// Denoises `noise` `[B, H, A]` (`x` at `t = 1`). Row `b` takes the stochastic row of the schedule at the steps that `stochastic[b]`
+    /// names, with their `z` `[H, A]`, and ODE rows elsewhere; no entry is all ODE. Gradients are not recorded.
     ///
     /// # Errors
-    /// A shape that does not fit, a stochastic step outside the schedule, or one without `z`.
+    /// A shape that does not fit, or a stochastic step outside the schedule.
     pub fn sample(
         &self,
         cache: &PrefixCache,
         state: Option<&Tensor>,
         noise: &Tensor,
         schedule: &Schedule,
-        stochastic_step: &[Option<usize>],
-        z: Option<&Tensor>,
+        stochastic: &[Vec<StepNoise>],
     ) -> Result<Sample, ModelError> {
         let _guard = tch::no_grad_guard();
         let batch = cache.batch();
         let chunk = self.chunk_shape(batch);
+        let elements = (chunk[1] * chunk[2]) as usize;
         check_shape("noise", noise, &chunk)?;
-        if stochastic_step.len() as i64 != batch {
+        if !stochastic.is_empty() && stochastic.len() as i64 != batch {
             return Err(ModelError::Elements {
-                name: "stochastic_step".to_owned(),
+                name: "stochastic".to_owned(),
                 expected: batch as usize,
-                found: stochastic_step.len(),
+                found: stochastic.len(),
             });
         }
-        if let Some(step) = stochastic_step.iter().flatten().find(|k| **k >= schedule.num_steps()) {
-            return Err(ModelError::Step {
-                found: *step as i64,
-                limit: schedule.num_steps(),
-            });
-        }
-        match z {
-            Some(z) => check_shape("z", z, &chunk)?,
-            None if stochastic_step.iter().any(Option::is_some) => return Err(ModelError::NoNoise),
-            None => {}
+        for drawn in stochastic.iter().flatten() {
+            if drawn.step >= schedule.num_steps() {
+                return Err(ModelError::Step {
+                    found: drawn.step as i64,
+                    limit: schedule.num_steps(),
+                });
+            }
+            if drawn.z.len() != elements {
+                return Err(ModelError::Elements {
+                    name: "z".to_owned(),
+                    expected: elements,
+                    found: drawn.z.len(),
+                });
+            }
         }
         let column = |values: &[f32]| Tensor::from_slice(values).to_device(noise.device()).view([-1, 1, 1]);
         let mut x = noise.shallow_clone();
         let (mut chain, mut velocities, mut means, mut values) = (vec![x.shallow_clone()], vec![], vec![], vec![]);
         for (k, ode) in schedule.ode.iter().enumerate() {
-            let rows: Vec<_> = stochastic_step
+            let drawn: Vec<Option<&StepNoise>> = (0..batch as usize)
+                .map(|b| stochastic.get(b)?.iter().find(|s| s.step == k))
+                .collect();
+            let rows: Vec<_> = drawn
                 .iter()
-                .map(|s| schedule.row(k, *s).copied().unwrap_or(*ode))
+                .map(|s| schedule.row(k, s.is_some()).copied().unwrap_or(*ode))
                 .collect();
             let t = Tensor::full([batch], ode.t, (Kind::Double, noise.device()));
             let velocity = self.velocity(cache, state, &x, &t)?;
             let c_x: Vec<f32> = rows.iter().map(|r| r.mean_coefficients().0 as f32).collect();
             let c_v: Vec<f32> = rows.iter().map(|r| r.mean_coefficients().1 as f32).collect();
             let mean = &x * column(&c_x) + &velocity.v_t * column(&c_v);
-            x = match z {
-                Some(z) => {
-                    let std: Vec<f32> = rows.iter().map(|r| r.std as f32).collect();
-                    &mean + z * column(&std)
-                }
-                None => mean.shallow_clone(),
+            x = if drawn.iter().any(Option::is_some) {
+                let z: Vec<f32> = drawn
+                    .iter()
+                    .flat_map(|s| s.map_or_else(|| vec![0.0; elements], |s| s.z.clone()))
+                    .collect();
+                let z = Tensor::from_slice(&z).to_device(noise.device()).view(chunk);
+                let std: Vec<f32> = rows.iter().map(|r| r.std as f32).collect();
+                let std = match self.noise_std(&velocity.hidden) {
+                    Some(learnt) => learnt * column(&std),
+                    None => column(&std),
+                };
+                &mean + z * std
+            } else {
+                mean.shallow_clone()
             };
             values.extend(self.value_expert(&velocity.hidden));
             chain.push(x.shallow_clone());

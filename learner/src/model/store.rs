@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use policy::{
     dims::PolicyDims,
     noise::{Purpose, fill_normal, stream, uniform},
-    params::{EMBEDDING, ParamSpec, Part, ValueHeadDims, params},
+    params::{EMBEDDING, Heads, ParamSpec, Part, params},
     weights::{WeightFile, WeightsError, to_safetensors},
 };
 use tch::{Device, Kind, Tensor, no_grad};
@@ -31,9 +31,9 @@ impl ParamStore {
     ///
     /// # Errors
     /// The sizes do not fit together.
-    pub fn zeros(dims: &PolicyDims, value_head: Option<&ValueHeadDims>, device: Device) -> Result<Self, ModelError> {
+    pub fn zeros(dims: &PolicyDims, heads: &Heads, device: Device) -> Result<Self, ModelError> {
         dims.check()?;
-        let specs = params(dims, value_head);
+        let specs = params(dims, heads);
         let tensors = specs
             .iter()
             .map(|spec| {
@@ -50,14 +50,9 @@ impl ParamStore {
     ///
     /// # Errors
     /// The sizes do not fit together.
-    pub fn random(
-        dims: &PolicyDims,
-        value_head: Option<&ValueHeadDims>,
-        seed: u64,
-        device: Device,
-    ) -> Result<Self, ModelError> {
-        let store = Self::zeros(dims, value_head, device)?;
-        store.init(&[Part::Vlm, Part::Expert, Part::ValueHead], seed)?;
+    pub fn random(dims: &PolicyDims, heads: &Heads, seed: u64, device: Device) -> Result<Self, ModelError> {
+        let store = Self::zeros(dims, heads, device)?;
+        store.init(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead], seed)?;
         Ok(store)
     }
 

@@ -23,7 +23,7 @@ use policy::{
     config::WeightMode,
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{DenoiseStep, NoiseMethod, step_table, time_embedding},
-    params::{CriticInput, ParamSpec, ValueHeadDims, params},
+    params::{CriticInput, Heads, ParamSpec, Pooling, ValueHeadDims, ValueSteps, params},
     weights::{Weight, WeightFile, locations},
 };
 
@@ -110,6 +110,9 @@ fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueH
             input: critic,
             hidden,
             state: false,
+            pooling: Pooling::Mean,
+            tokens: None,
+            steps: ValueSteps::Stochastic,
         },
     )
 }
@@ -138,7 +141,7 @@ fn weights(file: &str, heads: &str, dims: &PolicyDims, head: &ValueHeadDims) -> 
         };
         (spec.name.clone(), file.read(spec).expect("golden weight"))
     };
-    params(dims, Some(head)).iter().map(read).collect()
+    params(dims, &Heads::value(head.clone())).iter().map(read).collect()
 }
 
 /// What one run of a graph gave, as f64.
@@ -199,12 +202,14 @@ impl Graphs {
     ) -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let options = GraphOptions { batch, debug: true };
-        let expert_specs = expert_params(dims, Some(head));
+        let heads = Heads::value(head.clone());
+        let expert_specs = expert_params(dims, &Heads::value(head.clone()));
         let vlm = weight_bytes(&vlm_params(dims), weights).expect("weights");
         let expert = weight_bytes(&expert_specs, weights).expect("weights");
-        let prefix = prefix_graph(dims, &locations(&vlm).expect("header"), options).expect("prefix graph");
-        let denoise = denoise_graph(dims, Some(head), &locations(&expert).expect("header"), mode, options)
-            .expect("denoise graph");
+        let prefix =
+            prefix_graph(dims, heads.pooling(), &locations(&vlm).expect("header"), options).expect("prefix graph");
+        let denoise =
+            denoise_graph(dims, &heads, &locations(&expert).expect("header"), mode, options).expect("denoise graph");
         let files = [
             (VLM_WEIGHTS, vlm),
             (EXPERT_WEIGHTS, expert),

@@ -1,0 +1,669 @@
+//! Sampling and its recomputation against the golden tensors, for pi0 and pi0.5: step grids, rollouts, log-probabilities, entropies and
+//! values, their gradients, the reference's variants. All sizes are read from the files.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and shows both numbers where we differ from the reference"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use integration_tests::{Array, Golden, assert_close, assert_close_relative, golden_dir, max_abs_diff};
+use learner::{
+    logprob::{StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
+    model::{ModelError, ParamStore, Pi0, PrefixCache, Sample},
+};
+use policy::{
+    flow::{DenoiseStep, Mdp, NoiseMethod, Sampling, Schedule, step_table},
+    logprob::LN_SQRT_TWO_PI,
+    noise::StepNoise,
+    params::{CriticInput, Heads, Part, Pooling},
+    weights::WeightFile,
+};
+use tch::{Device, Kind, Tensor};
+
+use super::network::{
+    CAMERAS, GRADIENT, MODES, OUTPUT, Setup, at, check_gradients, close, encode, float, noise_head, policy_dims, setup,
+    values,
+};
+
+/// Log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
+const LOGPROB: f64 = 4e-4;
+/// `noise_level` of the golden runs that do not say otherwise.
+const NOISE_LEVEL: f64 = 0.5;
+
+fn method(name: &str) -> NoiseMethod {
+    match name {
+        "flow_ode" => NoiseMethod::FlowOde,
+        "flow_sde" => NoiseMethod::FlowSde,
+        "flow_cps" => NoiseMethod::FlowCps,
+        "flow_noise" => NoiseMethod::FlowNoise,
+        other => panic!("no noise method {other}"),
+    }
+}
+
+/// The first part of every tensor name, before the first dot.
+fn groups(golden: &Golden) -> BTreeSet<String> {
+    golden
+        .names()
+        .iter()
+        .filter_map(|n| n.split('.').next().map(str::to_owned))
+        .collect()
+}
+
+/// The heads that a method needs: the golden value head, and the noise head for Flow-Noise.
+fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
+    let (_, value, _) = policy_dims(&format!("{mode}_model"));
+    Heads {
+        value: Some(value),
+        noise: (method == NoiseMethod::FlowNoise).then(|| noise_head(mode)),
+    }
+}
+
+fn sampling(noise_method: NoiseMethod, num_steps: usize, noise_level: f64, joint: bool) -> Sampling {
+    Sampling {
+        noise_method,
+        noise_level,
+        ignore_last: false,
+        num_steps,
+        mdp: if joint { Mdp::Joint } else { Mdp::Hybrid },
+        safe_logprob: false,
+    }
+}
+
+#[test]
+fn every_step_of_the_grids() {
+    for mode in MODES {
+        for name in ["flow_sde", "flow_cps", "flow_ode", "flow_noise"] {
+            let s = setup(mode, &heads_of(mode, method(name)));
+            let golden = Golden::open(&format!("{mode}_rl_{name}"));
+            for grid in groups(&golden).iter().filter(|g| g.starts_with("grid")) {
+                let steps: usize = grid.trim_start_matches("grid").parse().expect("grid{K}");
+                for (k, row) in step_table(method(name), steps, NOISE_LEVEL).iter().enumerate() {
+                    check_grid_step(&s, &golden, &format!("{grid}."), k, row, &format!("{mode} {name}"));
+                }
+            }
+        }
+    }
+}
+
+fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &DenoiseStep, what: &str) {
+    let want = |part: &str| at(&golden.get(&format!("{grid}{part}")), k);
+    let what = |part: &str| format!("{what} {grid}{part} step {k}");
+    let x = float(&want("x"));
+    let t = Tensor::full([s.prefix.cache.batch()], row.t, (Kind::Double, Device::Cpu));
+    let velocity = s
+        .policy
+        .velocity(&s.prefix.cache, Some(&s.state), &x, &t)
+        .expect("velocity");
+    close(&what("v"), &velocity.v_t, &want("v"), OUTPUT);
+    let (c_x, c_v) = row.mean_coefficients();
+    let mean = x * c_x + &velocity.v_t * c_v;
+    close(&what("mean"), &mean, &want("mean"), OUTPUT);
+    let std = match s.policy.noise_std(&velocity.hidden) {
+        Some(learnt) => {
+            let entropy = learnt.log() + (0.5 + f64::from(LN_SQRT_TWO_PI));
+            close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
+            learnt * row.std
+        }
+        None => Tensor::full(mean.size(), row.std, (Kind::Float, Device::Cpu)),
+    };
+    // of the head: an f32 network's output near 0.1; of the table: a number
+    close(&what("std"), &std, &want("std"), 1e-5);
+    let next = &mean + &std * float(&want("noise"));
+    close(&what("next"), &next, &want("next"), OUTPUT);
+    close(
+        &what("value"),
+        &s.policy.value_expert(&velocity.hidden).expect("head"),
+        &want("value"),
+        OUTPUT,
+    );
+    if row.std > 0.0 {
+        close(
+            &what("logprob"),
+            &gaussian(&next, &mean, &std),
+            &want("logprob"),
+            LOGPROB,
+        );
+    } else {
+        // no density: the reference writes zeros, here such a step makes no record
+        assert!(want("logprob").data.iter().all(|v| *v == 0.0), "{}", what("logprob"));
+    }
+}
+
+/// The stochastic steps of each row as `{case}.denoise_inds` names them: one, all, or none.
+fn steps_of(golden: &Golden, case: &str) -> Vec<Vec<usize>> {
+    let inds = golden.get(&format!("{case}.denoise_inds"));
+    (0..inds.shape[0])
+        .map(|b| {
+            let mut row: Vec<usize> = at(&inds, b)
+                .data
+                .iter()
+                .filter(|k| **k >= 0.0)
+                .map(|k| *k as usize)
+                .collect();
+            row.dedup();
+            row
+        })
+        .collect()
+}
+
+/// The recorded steps that have a density.
+fn with_density(golden: &Golden, case: &str, schedule: &Schedule) -> Vec<Vec<usize>> {
+    let mut steps = steps_of(golden, case);
+    for row in &mut steps {
+        row.retain(|k| *k < schedule.drawable);
+    }
+    steps
+}
+
+/// What our policy says of the recorded transitions of a case, each row with its `S` stochastic steps one after the other.
+struct Recomputed {
+    rows: i64,
+    steps: i64,
+    out: Transition,
+}
+
+impl Recomputed {
+    fn new(
+        s: &Setup,
+        cache: &PrefixCache,
+        sampling: &Sampling,
+        golden: &Golden,
+        case: &str,
+        detach: bool,
+    ) -> Result<Self, ModelError> {
+        let chains = float(&golden.get(&format!("{case}.chains")));
+        let schedule = Schedule::of(sampling);
+        let mut steps = with_density(golden, case, &schedule);
+        if steps.iter().all(Vec::is_empty) {
+            // nothing with a density: hand the recorded steps over, to be refused
+            steps = steps_of(golden, case);
+        }
+        let count = steps[0].len();
+        assert!(
+            steps.iter().all(|row| row.len() == count && count > 0),
+            "{case}: {steps:?}"
+        );
+        let flat: Vec<i64> = steps.iter().flatten().map(|k| *k as i64).collect();
+        let rows: Vec<i64> = (0..steps.len())
+            .flat_map(|b| std::iter::repeat_n(b as i64, count))
+            .collect();
+        let (step, row) = (Tensor::from_slice(&flat), Tensor::from_slice(&rows));
+        let (x, x_next) = (
+            chains.index(&[Some(&row), Some(&step)]),
+            chains.index(&[Some(&row), Some(&(&step + 1))]),
+        );
+        let state = s.state.index_select(0, &row);
+        let table = StepTable::of(sampling, s.policy.dims().expert.width, Device::Cpu);
+        let batch = TransitionBatch {
+            state: Some(&state),
+            x: &x,
+            x_next: &x_next,
+            step: &step,
+        };
+        let out = transition(
+            &s.policy,
+            &table,
+            &cache.index_select(&row).expect("cache"),
+            batch,
+            s.executed,
+            detach,
+        )?;
+        Ok(Self {
+            rows: steps.len() as i64,
+            steps: count as i64,
+            out,
+        })
+    }
+
+    /// `[B, S, ...]`.
+    fn per_step(&self, t: &Tensor) -> Tensor {
+        let mut shape = t.size();
+        shape.splice(0..1, [self.rows, self.steps]);
+        t.view(shape.as_slice())
+    }
+
+    /// The reference's joining: the mean over the steps, in the joint case also over the initial noise's term.
+    fn joined(&self, s: &Setup, golden: &Golden, case: &str) -> Tensor {
+        let logprob = self.per_step(&self.out.logprob);
+        if !is_joint(golden, case) {
+            return logprob.mean_dim(1, false, Kind::Float);
+        }
+        let (chunk, width) = (s.executed.action_chunk as i64, s.executed.env_action_dim as i64);
+        let initial = float(&golden.get(&format!("{case}.chains"))).select(1, 0);
+        let initial = initial.narrow(1, 0, chunk).narrow(2, 0, width);
+        let initial = gaussian(&initial, &initial.zeros_like(), &initial.ones_like());
+        // the reference counts a step without density as a term of zero
+        let terms = golden.get(&format!("{case}.chains")).shape[1] as f64;
+        (logprob.sum_dim_intlist(1, false, Kind::Float) + initial) / terms
+    }
+
+    /// Mean over the steps, `[B]`.
+    fn value(&self) -> Tensor {
+        self.per_step(self.out.value.as_ref().expect("head"))
+            .mean_dim(1, false, Kind::Float)
+    }
+
+    /// The reference's entropy `[B, 1]`: the mean over steps and executed elements, in the joint case also over the initial noise's.
+    fn entropy(&self, joint: bool) -> Option<Tensor> {
+        let per_step = self
+            .per_step(self.out.entropy.as_ref()?)
+            .mean_dim([2i64, 3].as_slice(), false, Kind::Float);
+        let initial = if joint { 0.5 + f64::from(LN_SQRT_TWO_PI) } else { 0.0 };
+        let terms = self.steps as f64 + if joint { 1.0 } else { 0.0 };
+        Some((per_step.sum_dim_intlist(1, true, Kind::Float) + initial) / terms)
+    }
+}
+
+/// Whether all steps of a case are stochastic (with one denoise step the two are told apart by the number of recorded terms).
+fn is_joint(golden: &Golden, case: &str) -> bool {
+    let name = format!("{case}.re.raw_logprobs");
+    golden.has(&name) && golden.get(&name).shape[1] > 1
+}
+
+/// Our sampler on a case's noise.
+fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sample {
+    let noise = golden.get(&format!("{case}.noise"));
+    let drawn: Vec<Vec<StepNoise>> = steps_of(golden, case)
+        .iter()
+        .enumerate()
+        .map(|(b, steps)| {
+            let row = at(&noise, b);
+            let z = |k: usize| at(&row, k + 1).f32();
+            steps.iter().map(|k| StepNoise { step: *k, z: z(*k) }).collect()
+        })
+        .collect();
+    s.policy
+        .sample(
+            &s.prefix.cache,
+            Some(&s.state),
+            &float(&noise).select(1, 0),
+            schedule,
+            &drawn,
+        )
+        .expect("sample")
+}
+
+/// Sampler against a recorded rollout, and the values that we record.
+fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, what: &str) {
+    let name = |part: &str| format!("{case}.{part}");
+    let what = |part: &str| format!("{what} {case} {part}");
+    let sample = sampled(s, schedule, golden, case);
+    let check = |part: &str, got: &Tensor| close(&what(part), got, &golden.get(&name(part)), OUTPUT);
+    check("actions", &sample.actions);
+    check("chains", &sample.chain);
+    check("step_mean", &sample.mean);
+    check("step_v", &sample.velocity);
+    let recorded = golden.get(&name("prev_values"));
+    if !golden.has(&name("step_value")) || golden.get(&name("step_value")).data.iter().all(|v| *v == 0.0) {
+        return;
+    }
+    let per_step = sample.values.expect("value head");
+    check("step_value", &per_step);
+    // over the path (`steps = "path"`), as the reference records it
+    close(
+        &what("mean of step values"),
+        &per_step.mean_dim(1, true, Kind::Float),
+        &recorded,
+        OUTPUT,
+    );
+    let table = StepTable::new(schedule, s.policy.dims().expert.width, Device::Cpu);
+    let path = path_value(&s.policy, &table, &s.prefix.cache, Some(&s.state), &sample.chain, true)
+        .expect("path")
+        .expect("head");
+    close(&what("path value recomputed"), &path.unsqueeze(1), &recorded, OUTPUT);
+    let steps = steps_of(golden, case);
+    if golden.has(&name("re.values")) && steps[0].len() == 1 {
+        // On purpose different: the reference records the mean over all denoise steps but trains the value of the stochastic step
+        // alone, two functions of the same observation. Here both are the value at the stochastic step, or both the mean.
+        let ours: Vec<f32> = steps
+            .iter()
+            .enumerate()
+            .map(|(b, k)| per_step.double_value(&[b as i64, k[0] as i64]) as f32)
+            .collect();
+        let trained = golden.get(&name("re.values"));
+        println!(
+            "{}: ours {ours:?}, reference {:?}, trained value of both {:?}",
+            what("recorded value"),
+            recorded.f32(),
+            trained.f32()
+        );
+        assert_close(&what("recorded value"), &ours, &trained, OUTPUT);
+    }
+}
+
+/// Log-probabilities, values and entropies of one recorded case against `{case}.{policy}.*`.
+fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
+    let schedule = Schedule::of(sampling);
+    let want = |part: &str| golden.get(&format!("{case}.{policy}.{part}"));
+    let recorded = steps_of(golden, case);
+    let ours = Recomputed::new(s, &s.prefix.cache, sampling, golden, case, false);
+    if recorded.iter().all(|row| row.iter().all(|k| *k >= schedule.drawable)) {
+        // the last step of Flow-CPS has no noise: the reference records zeros, here it is never drawn and is refused
+        assert!(want("logprobs").data.iter().all(|v| *v == 0.0), "{what} {case}");
+        assert!(ours.is_err(), "{what} {case}: a step without density was accepted");
+        return;
+    }
+    if recorded.iter().any(|row| row.len() == 1 && row[0] >= schedule.drawable) {
+        // mixed rows, some without density: those with one are checked by the other cases
+        return;
+    }
+    let ours = ours.expect("transition");
+    let joint = is_joint(golden, case);
+    let what = |part: &str| format!("{what} {case}.{policy}.{part}");
+    close(
+        &what("logprobs"),
+        &ours.joined(s, golden, case),
+        &want("logprobs"),
+        LOGPROB,
+    );
+    let all_steps = ours.steps as usize == recorded[0].len();
+    if all_steps {
+        close(&what("values"), &ours.value(), &want("values"), OUTPUT);
+    } else {
+        println!(
+            "{}: ours {:?} over the steps with a density, reference {:?} over all",
+            what("values"),
+            values(&ours.value()),
+            want("values").f32()
+        );
+    }
+    if let Some(entropy) = ours.entropy(joint) {
+        close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
+    }
+}
+
+/// Takes over the perturbed weights, so that the PPO ratio is not one.
+fn perturb(s: &Setup, golden: &Golden) {
+    for name in golden.names().iter().filter_map(|n| n.strip_prefix("newpol.")) {
+        s.policy
+            .store()
+            .assign(name, &golden.get(&format!("newpol.{name}")).f32())
+            .expect("perturbed weight");
+    }
+}
+
+#[test]
+fn rollouts_and_their_recomputation() {
+    for mode in MODES {
+        for name in ["flow_sde", "flow_cps", "flow_noise"] {
+            let golden = Golden::open(&format!("{mode}_rl_{name}"));
+            let s = setup(mode, &heads_of(mode, method(name)));
+            let what = format!("{mode} {name}");
+            let mut cases = Vec::new();
+            for case in groups(&golden) {
+                if !golden.has(&format!("{case}.chains")) {
+                    assert!(
+                        case == "newpol" || case.starts_with("grid"),
+                        "{what}: unknown group {case}"
+                    );
+                    continue;
+                }
+                let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
+                let sampling = sampling(method(name), steps, NOISE_LEVEL, case == "joint");
+                match case.as_str() {
+                    "mixed" => {}
+                    other => {
+                        assert!(
+                            ["eval", "joint"].contains(&other) || other.starts_with("single"),
+                            "{what}: unknown group {other}"
+                        );
+                        check_rollout(&s, &Schedule::of(&sampling), &golden, &case, &what);
+                    }
+                }
+                if case != "eval" {
+                    check_recompute(&s, &sampling, &golden, &case, "re", &what);
+                }
+                cases.push((case, sampling));
+            }
+            assert!(
+                cases.len() >= 3 && cases.iter().any(|(c, _)| c == "joint"),
+                "{what}: {cases:?}"
+            );
+            perturb(&s, &golden);
+            for (case, sampling) in &cases {
+                if golden.has(&format!("{case}.new.logprobs")) {
+                    check_recompute(&s, sampling, &golden, case, "new", &what);
+                }
+            }
+        }
+        // a pure ODE has no density: the reference records zeros, we refuse the transition
+        let golden = Golden::open(&format!("{mode}_rl_flow_ode"));
+        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowOde));
+        for case in groups(&golden).iter().filter(|c| c.starts_with("single")) {
+            let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
+            let sampling = sampling(NoiseMethod::FlowOde, steps, 0.0, false);
+            check_rollout(&s, &Schedule::of(&sampling), &golden, case, &format!("{mode} flow_ode"));
+            let zeros = golden.get(&format!("{case}.re.logprobs"));
+            assert!(zeros.data.iter().all(|v| *v == 0.0));
+            let refused = Recomputed::new(&s, &s.prefix.cache, &sampling, &golden, case, false);
+            assert!(refused.is_err_and(|e| e.to_string().contains("no log-probability")));
+        }
+    }
+}
+
+#[test]
+fn gradients_of_the_recomputation() {
+    for mode in MODES {
+        for name in ["flow_sde", "flow_noise"] {
+            let golden = Golden::open(&format!("{mode}_rl_{name}"));
+            let grads = Golden::open(&format!("{mode}_rl_{name}_grads"));
+            let cases: BTreeSet<String> = grads
+                .names()
+                .iter()
+                .filter_map(|n| n.split('/').next().map(str::to_owned))
+                .collect();
+            assert!(!cases.is_empty(), "{mode} {name}");
+            for case in &cases {
+                let s = setup(mode, &heads_of(mode, method(name)));
+                perturb(&s, &golden);
+                s.policy
+                    .store()
+                    .set_trainable(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead]);
+                let prefix = encode(&s.policy, &Golden::open(&format!("{mode}_model")), "pre.image");
+                let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
+                let joint = is_joint(&golden, case);
+                let sampling = sampling(method(name), steps, NOISE_LEVEL, joint);
+                let ours = Recomputed::new(&s, &prefix.cache, &sampling, &golden, case, false).expect("transition");
+                let coefficient = |part: &str| float(&golden.get(&format!("{case}.grad_coef.{part}")));
+                let mut scalar = (ours.joined(&s, &golden, case) * coefficient("logprobs")).sum(Kind::Float)
+                    + (ours.value() * coefficient("values")).sum(Kind::Float);
+                // the entropy of Flow-SDE is a constant, recorded as zero
+                if let Some(entropy) = ours.entropy(joint) {
+                    scalar += (entropy * coefficient("entropy")).sum(Kind::Float);
+                }
+                let want = golden.get(&format!("{case}.grad_scalar"));
+                let diff = max_abs_diff(&values(&scalar), &want.data);
+                assert!(
+                    diff <= 1e-4 * want.data[0].abs().max(1.0),
+                    "{mode} {name} {case}: scalar off by {diff:e}"
+                );
+                scalar.backward();
+                let checked = check_gradients(&s.policy, &grads, &format!("{case}/"), |n| {
+                    n.contains("vision") || n.contains("multi_modal")
+                });
+                println!("{mode} {name} {case}: {checked} gradients");
+            }
+        }
+    }
+}
+
+/// Variants of the reference that are not built: another loss, guidance at evaluation.
+const VARIANTS_NOT_BUILT: [&str; 2] = ["nft", "rtc"];
+
+#[test]
+fn what_is_not_built_is_named() {
+    for mode in MODES {
+        let variants = groups(&Golden::open(&format!("{mode}_rl_variants")));
+        for name in VARIANTS_NOT_BUILT {
+            assert!(
+                variants.contains(name),
+                "{mode}: `{name}` is listed as not built but not in the file"
+            );
+        }
+    }
+}
+
+#[test]
+fn variants() {
+    for mode in MODES {
+        let golden = Golden::open(&format!("{mode}_rl_variants"));
+        let (_, value, executed) = policy_dims(&format!("{mode}_model"));
+        let mut seen = BTreeMap::new();
+        for group in groups(&golden) {
+            if VARIANTS_NOT_BUILT.contains(&group.as_str()) {
+                continue;
+            }
+            let (case, name, level) = match group.as_str() {
+                "anneal100" => ("anneal100.flow_sde", "flow_sde", None),
+                "anneal1000" => ("anneal1000.flow_cps", "flow_cps", None),
+                "lvl02" => ("lvl02.flow_sde", "flow_sde", Some(0.2)),
+                "k1" => ("k1.flow_sde", "flow_sde", Some(NOISE_LEVEL)),
+                "range" => ("range.flow_noise", "flow_noise", Some(NOISE_LEVEL)),
+                "ignore_last" | "no_value_head" | "safe_logprob" | "chunk_critic" => {
+                    (group.as_str(), "flow_sde", Some(NOISE_LEVEL))
+                }
+                "detach0" | "detach1" => continue,
+                other => panic!("{mode}: unknown variant {other}"),
+            };
+            let mut heads = heads_of(mode, method(name));
+            match group.as_str() {
+                "range" => heads.noise.as_mut().expect("noise head").std_range = [0.04, 0.3],
+                "no_value_head" => heads.value = None,
+                "chunk_critic" => {
+                    let mut head = value.clone();
+                    head.tokens = Some(executed.action_chunk);
+                    heads.value = Some(head);
+                }
+                _ => {}
+            }
+            let s = setup(mode, &heads);
+            let level = level.unwrap_or_else(|| golden.get(&format!("{case}.noise_level")).data[0]);
+            let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
+            let mut sampling = sampling(method(name), steps, level, is_joint(&golden, case));
+            sampling.ignore_last = group == "ignore_last";
+            sampling.safe_logprob = group == "safe_logprob";
+            let schedule = Schedule::of(&sampling);
+            let what = format!("{mode} variant");
+            check_rollout(&s, &schedule, &golden, case, &what);
+            if group == "ignore_last" {
+                let recorded = steps_of(&golden, case);
+                assert!(recorded.iter().flatten().all(|k| *k < schedule.drawable) && schedule.drawable == steps - 1);
+            }
+            if group != "no_value_head" {
+                check_recompute(&s, &sampling, &golden, case, "re", &what);
+            }
+            seen.insert(group, steps);
+        }
+        println!("{mode}: variants {seen:?}");
+        check_detach(mode, &golden);
+    }
+}
+
+/// `detach_critic_input`: same value, gradient only in the head. The recorded values belong to the chain of `lvl02`.
+fn check_detach(mode: &str, golden: &Golden) {
+    for (case, detach) in [("detach0", false), ("detach1", true)] {
+        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowSde));
+        s.policy.store().set_trainable(&[Part::Expert, Part::ValueHead]);
+        let steps = golden.get("lvl02.flow_sde.chains").shape[1] - 1;
+        let sampling = sampling(NoiseMethod::FlowSde, steps, 0.2, false);
+        let result =
+            Recomputed::new(&s, &s.prefix.cache, &sampling, golden, "lvl02.flow_sde", detach).expect("transition");
+        let value = result.value();
+        close(
+            &format!("{mode} {case}"),
+            &value,
+            &golden.get(&format!("{case}.values")),
+            OUTPUT,
+        );
+        value.sum(Kind::Float).backward();
+        for name in golden
+            .names()
+            .iter()
+            .filter_map(|n| n.strip_prefix(&format!("{case}.grad.")))
+        {
+            let grad = s.policy.store().get(name).expect("parameter").grad();
+            let want = golden.get(&format!("{case}.grad.{name}"));
+            let got = if grad.defined() {
+                values(&grad)
+            } else {
+                vec![0.0; want.data.len()]
+            };
+            assert_close_relative(&format!("{mode} {case} {name}"), &got, &want, GRADIENT);
+        }
+    }
+}
+
+#[test]
+fn value_of_the_pooled_prefix() {
+    for mode in MODES {
+        let (dims, mut head, _) = policy_dims(&format!("{mode}_vlmvalue"));
+        head.input = CriticInput::Vlm;
+        let file =
+            WeightFile::open(&golden_dir().join(format!("{mode}_vlmvalue_weights.safetensors"))).expect("weights");
+        let golden = Golden::open(&format!("{mode}_vlmvalue"));
+        let masked = Golden::open(&format!("{mode}_vlmvalue_rlsampler")).get("masked_mean.value");
+        let mut means: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+        // Ours by default is the masked mean of the reference's newer sampler; its main code path counts all text slots, padding
+        // included, whose rows are means over every key: `mean_padded` here.
+        let modes: [(&str, Pooling, Array); 4] = [
+            ("masked mean", Pooling::Mean, masked),
+            (
+                "padded mean",
+                Pooling::MeanPadded,
+                golden.get("mean_token.direct_value"),
+            ),
+            ("first", Pooling::First, golden.get("first_token.direct_value")),
+            ("last", Pooling::Last, golden.get("last_token.direct_value")),
+        ];
+        for (name, pooling, want) in modes {
+            head.pooling = pooling;
+            let heads = Heads::value(head.clone());
+            let store = ParamStore::zeros(&dims, &heads, Device::Cpu).expect("sizes");
+            store
+                .load(&file, &[Part::Vlm, Part::Expert, Part::ValueHead])
+                .expect("strict load");
+            let policy = Pi0::new(dims.clone(), &heads, store).expect("network");
+            let mut prefix = encode(&policy, &golden, "in.image");
+            let prompt_len = policy.dims().prompt_len as i64;
+            close(
+                &format!("{mode} prefix_out"),
+                &prefix.out,
+                &golden.get("prefix_out"),
+                OUTPUT,
+            );
+            close(
+                &format!("{mode} masks"),
+                &prefix.cache.mask,
+                &golden.get("prefix_pad_masks"),
+                0.0,
+            );
+            if pooling == Pooling::MeanPadded {
+                // the reference leaves out the slots of cameras that its configuration does not have: here no sample has them
+                let tokens = policy.dims().vision.tokens() as i64;
+                let here: Vec<Tensor> = (0..CAMERAS.len() as i64)
+                    .filter(|c| prefix.cache.mask.narrow(1, c * tokens, tokens).any().int64_value(&[]) != 0)
+                    .map(|c| prefix.out.narrow(1, c * tokens, tokens))
+                    .chain([prefix.out.narrow(1, -prompt_len, prompt_len)])
+                    .collect();
+                prefix.out = Tensor::cat(&here, 1);
+            }
+            let state = Tensor::zeros([0], (Kind::Float, Device::Cpu));
+            let ours = policy.value_vlm(&policy.pooled(&prefix), &state).expect("value");
+            close(&format!("{mode} V_vlm {name}"), &ours, &want, OUTPUT);
+            means.insert(name, values(&ours));
+        }
+        println!("{mode}: V_vlm {means:?}");
+        let gap = means["masked mean"]
+            .iter()
+            .zip(&means["padded mean"])
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(
+            gap > 1e-4,
+            "{mode}: the two means should differ on a padded prompt, gap {gap:e}"
+        );
+    }
+}
