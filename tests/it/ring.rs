@@ -124,22 +124,70 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
-/// At equal weights the learner's ratio is 1 and its values are the recorded ones, for both critics.
+const VLM: &[&str] = &[
+    "actor.model.value_head.input=\"vlm\"",
+    "actor.model.value_head.state=true",
+];
+const EXPERT: &[&str] = &[
+    "actor.model.value_head.input=\"expert\"",
+    "actor.model.value_head.state=false",
+];
+const FLOW_NOISE: &[&str] = &[
+    "actor.model.openpi.noise_method=\"flow_noise\"",
+    "actor.model.openpi.noise_head={hidden=[16,8],std_range=[0.08,0.16]}",
+];
+const JOINT_SUM: &[&str] = &[
+    "actor.model.openpi.mdp=\"joint\"",
+    "actor.model.openpi.joint_logprob=\"sum\"",
+];
+const JOINT_MEAN: &[&str] = &[
+    "actor.model.openpi.mdp=\"joint\"",
+    "actor.model.openpi.joint_logprob=\"mean\"",
+];
+const TWO_LAYER: &[&str] = &["actor.model.openpi.mdp=\"two_layer\""];
+const PATH: &[&str] = &["actor.model.value_head.steps=\"path\""];
+const CHUNK: &[&str] = &["actor.model.value_head.chunk_critic_input=true"];
+const CPS: &[&str] = &["actor.model.openpi.noise_method=\"flow_cps\""];
+const ANNEAL: &[&str] = &["actor.model.openpi.noise_anneal={start=0.7,end=0.3,steps=10}"];
+const LAST: &[&str] = &[
+    "actor.model.value_head.pooling=\"last\"",
+    "actor.model.openpi.safe_get_logprob=true",
+];
+
+/// At equal weights the learner's ratio is 1 and its values are the recorded ones: for every critic, noise method and MDP.
 #[test]
 fn parity_ratio_is_one_at_zero_learning_rate() {
-    for critic in ["vlm", "expert"] {
-        let input = format!("actor.model.value_head.input={critic:?}");
-        let state = format!("actor.model.value_head.state={}", critic == "vlm");
-        let overrides = [
-            input.as_str(),
-            state.as_str(),
-            "actor.optim.lr=0.0",
-            "actor.optim.value_lr=0.0",
-            "actor.optim.critic_warmup_epochs=0",
-            "algorithm.update_epoch=1",
-            "actor.global_batch_size=4096",
-            "actor.micro_batch_size=256",
-        ];
+    let cases: [(&str, &[&[&str]]); 10] = [
+        ("hybrid, V_vlm with the state", &[VLM]),
+        ("hybrid, V_expert", &[EXPERT]),
+        ("hybrid, V_expert over the path", &[EXPERT, PATH]),
+        (
+            "hybrid, Flow-CPS, V_expert of the executed tokens",
+            &[EXPERT, CHUNK, CPS],
+        ),
+        ("hybrid, annealed, safe, V_vlm of the last slot", &[VLM, ANNEAL, LAST]),
+        ("joint sum, V_expert", &[EXPERT, JOINT_SUM]),
+        (
+            "joint mean, Flow-Noise, V_expert over the path",
+            &[EXPERT, PATH, FLOW_NOISE, JOINT_MEAN],
+        ),
+        ("joint sum, Flow-Noise, V_vlm", &[VLM, FLOW_NOISE, JOINT_SUM]),
+        ("two-layer, V_expert", &[EXPERT, TWO_LAYER]),
+        ("two-layer, Flow-Noise, V_vlm", &[VLM, TWO_LAYER, FLOW_NOISE]),
+    ];
+    for (name, parts) in cases {
+        let overrides: Vec<&str> = parts
+            .iter()
+            .flat_map(|p| p.iter().copied())
+            .chain([
+                "actor.optim.lr=0.0",
+                "actor.optim.value_lr=0.0",
+                "actor.optim.critic_warmup_epochs=0",
+                "algorithm.update_epoch=1",
+                "actor.global_batch_size=4096",
+                "actor.micro_batch_size=256",
+            ])
+            .collect();
         let ring = Ring::start(&overrides, 3);
         let _worker = Worker::start(&ring.engine.listen, 64);
         let mut none = Children::default();
@@ -151,7 +199,7 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
             .update(&ring.policy, &batch, 0)
             .expect("update");
         println!(
-            "{critic} critic, {} records: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
+            "{name}, {} samples: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
             batch.len(),
             report.first_ratio_deviation,
             report.first_value_gap
