@@ -1,12 +1,23 @@
-//! Checkpoints of RL: weights, optimizer state and counters in a folder that appears whole or not at all.
+//! Checkpoints of RL: weights, optimizer state, counters and configuration in a folder that appears whole or not at all, which of
+//! them stay, and what they must hold to be resumed from.
+//!
+//! An iteration is the unit: random numbers are keyed by the run's seed and the iteration, and environments are reset in every
+//! iteration, so that nothing else has to be kept.
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::Read,
     path::{Path, PathBuf},
 };
 
-use policy::{bundle::write_atomic, params::Part};
+use policy::{
+    bundle::{BundleFile, describe_file, write_atomic},
+    config::RunConfig,
+    params::{ParamSpec, Part},
+    plan::RunPlan,
+    weights::WeightFile,
+};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -14,49 +25,442 @@ use crate::{
     error::{LearnerError, Result, io},
     model::Pi0,
     optim::AdamW,
+    update::Updater,
 };
 
+/// Version of the folder's layout.
+pub const FORMAT_VERSION: u32 = 1;
+/// Weights under openpi's names, value head included.
+pub const MODEL: &str = "model.safetensors";
+/// State of the optimizers, `actor.*` and `critic.*`.
+pub const OPTIMIZER: &str = "optimizer.safetensors";
+/// Effective configuration of the run.
+pub const CONFIG: &str = "config.toml";
+/// Counters, and size and digest of the other files; written last.
+pub const STATE: &str = "state.json";
+/// Beside the checkpoints: which is the best.
+pub const BEST: &str = "best.json";
+
+const MAX_STATE_BYTES: u64 = 1 << 20;
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+/// Success rates that differ by less are equal: they may come from a file, and one episode more counts far more.
+const SAME_SUCCESS: f64 = 1e-9;
+
+/// The best evaluation during training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// Iterations done by the evaluated policy; also its version.
+    pub iteration: u32,
+    /// Share of successful episodes.
+    pub success: f64,
+}
+
 /// Counters of a run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
     /// Iterations done; also the policy version.
     pub iteration: u32,
     /// Training episodes so far.
     pub episodes: u64,
+    /// The best evaluation so far, when `runner.keep_best` asks for it.
+    pub best: Option<Best>,
     /// Digest of the configuration.
     pub config_digest: String,
 }
 
-/// Writes `DIR/iteration_N`: `model.safetensors` under openpi's names (value head included), `optimizer.safetensors`, `state.json`.
+/// `state.json`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// [`FORMAT_VERSION`] of the writer.
+    pub format_version: u32,
+    /// Counters.
+    pub counters: Counters,
+    /// The other files.
+    pub files: Vec<BundleFile>,
+}
+
+/// A checkpoint that has been read and found whole.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Counters.
+    pub counters: Counters,
+    /// The configuration that it was trained with.
+    pub config: RunConfig,
+    model: WeightFile,
+    optimizer: BTreeMap<String, Tensor>,
+}
+
+fn damaged(dir: &Path, detail: impl Into<String>) -> LearnerError {
+    LearnerError::Checkpoint {
+        path: dir.to_owned(),
+        detail: detail.into(),
+    }
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(io("syncing", path))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    if path.exists() {
+        fs::remove_dir_all(path).map_err(io("removing", path))?;
+    }
+    Ok(())
+}
+
+/// Reads a small text file of a checkpoint.
+fn text(dir: &Path, name: &str, limit: u64) -> Result<String> {
+    let path = dir.join(name);
+    let file = File::open(&path).map_err(|e| damaged(dir, format!("file `{name}` cannot be opened: {e}")))?;
+    let mut text = String::new();
+    file.take(limit)
+        .read_to_string(&mut text)
+        .map_err(|e| damaged(dir, format!("file `{name}` cannot be read: {e}")))?;
+    Ok(text)
+}
+
+impl Checkpoint {
+    /// Reads a checkpoint and checks all of it: every file's size and SHA-256, every weight of `specs`.
+    ///
+    /// # Errors
+    /// Names the file or tensor that is missing, cut or damaged, with what was expected and found.
+    pub fn read(dir: &Path, specs: &[ParamSpec]) -> Result<Self> {
+        let bad = |detail: String| damaged(dir, detail);
+        let raw: serde_json::Value = serde_json::from_str(&text(dir, STATE, MAX_STATE_BYTES)?)
+            .map_err(|e| bad(format!("file `{STATE}` is no JSON: {e}")))?;
+        let found = raw.get("format_version").and_then(serde_json::Value::as_u64);
+        if found != Some(u64::from(FORMAT_VERSION)) {
+            let found = found.map_or_else(|| "none".to_owned(), |v| v.to_string());
+            return Err(bad(format!(
+                "`format_version` is {found}, this program reads {FORMAT_VERSION}: it was written by another version"
+            )));
+        }
+        let state: State = serde_json::from_value(raw).map_err(|e| bad(format!("file `{STATE}`: {e}")))?;
+        for name in [MODEL, OPTIMIZER, CONFIG] {
+            let want = state.files.iter().find(|f| f.name == name);
+            let want = want.ok_or_else(|| bad(format!("`{STATE}` does not name the file `{name}`")))?;
+            let found = describe_file(&dir.join(name)).map_err(|e| bad(format!("file `{name}`: {e}")))?;
+            if found.bytes != want.bytes {
+                return Err(bad(format!(
+                    "file `{name}` has {} bytes, expected {}: it is cut or not whole",
+                    found.bytes, want.bytes
+                )));
+            }
+            if found.sha256 != want.sha256 {
+                return Err(bad(format!(
+                    "file `{name}` has sha256 {}, expected {}: it is damaged",
+                    found.sha256, want.sha256
+                )));
+            }
+        }
+        let config = RunConfig::parse(&text(dir, CONFIG, MAX_CONFIG_BYTES)?, &dir.join(CONFIG), &[])?;
+        let model = WeightFile::open(&dir.join(MODEL))
+            .and_then(|file| {
+                let wanted: Vec<&ParamSpec> = specs.iter().collect();
+                file.check(&wanted).map(|()| file)
+            })
+            .map_err(|e| bad(format!("file `{MODEL}`: {e}")))?;
+        let optimizer = Tensor::read_safetensors(dir.join(OPTIMIZER))
+            .map_err(|e| bad(format!("file `{OPTIMIZER}`: {e}")))?
+            .into_iter()
+            .collect();
+        Ok(Self {
+            dir: dir.to_owned(),
+            counters: state.counters,
+            config,
+            model,
+            optimizer,
+        })
+    }
+
+    /// Puts weights and optimizer state back, bit for bit.
+    ///
+    /// # Errors
+    /// The optimizer's tensors are not those of the policy; names the first.
+    pub fn restore(&self, policy: &Pi0, updater: &mut Updater) -> Result<()> {
+        let (mut actor, mut critic) = (BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in &self.optimizer {
+            let (part, rest) = name.split_once('.').unwrap_or_default();
+            let part = match part {
+                "actor" => &mut actor,
+                "critic" => &mut critic,
+                _ => {
+                    return Err(damaged(
+                        &self.dir,
+                        format!("file `{OPTIMIZER}`: unknown tensor `{name}`"),
+                    ));
+                }
+            };
+            part.insert(rest.to_owned(), tensor.shallow_clone());
+        }
+        let (own_actor, own_critic) = updater.optimizers();
+        if own_critic.is_none() && !critic.is_empty() {
+            return Err(damaged(
+                &self.dir,
+                format!("file `{OPTIMIZER}` holds a critic's state, but this policy has no value head"),
+            ));
+        }
+        policy.store().load(
+            &self.model,
+            &[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead],
+        )?;
+        let wrong = |e| damaged(&self.dir, format!("file `{OPTIMIZER}`: {e}"));
+        own_actor.load_state(&actor).map_err(wrong)?;
+        if let Some(own_critic) = own_critic {
+            own_critic.load_state(&critic).map_err(wrong)?;
+        }
+        Ok(())
+    }
+}
+
+/// Folder of the checkpoint after `iteration` iterations.
+pub fn path(dir: &Path, iteration: u32) -> PathBuf {
+    dir.join(format!("iteration_{iteration:06}"))
+}
+
+/// The checkpoints in `dir` by iteration, oldest first; none when there is no such folder. They are not opened.
+///
+/// # Errors
+/// The folder cannot be listed.
+pub fn list(dir: &Path) -> Result<Vec<u32>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io("listing", dir))? {
+        let name = entry.map_err(io("listing", dir))?.file_name();
+        found.extend(
+            name.to_str()
+                .and_then(|n| n.strip_prefix("iteration_"))
+                .and_then(|n| n.parse::<u32>().ok()),
+        );
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Writes `DIR/iteration_N`: beside it, synced, renamed; one that is there is replaced.
 ///
 /// # Errors
 /// A file cannot be written; then nothing is left under the final name.
-pub fn write(dir: &Path, policy: &Pi0, optimizers: (&AdamW, Option<&AdamW>), counters: &Counters) -> Result<PathBuf> {
-    let target = dir.join(format!("iteration_{:06}", counters.iteration));
+pub fn write(
+    dir: &Path,
+    policy: &Pi0,
+    optimizers: (&AdamW, Option<&AdamW>),
+    counters: &Counters,
+    config: &RunConfig,
+) -> Result<PathBuf> {
+    let target = path(dir, counters.iteration);
     let beside = dir.join(format!(".iteration_{:06}.writing", counters.iteration));
-    for old in [&beside, &target] {
-        if old.exists() {
-            fs::remove_dir_all(old).map_err(io("removing", old))?;
-        }
-    }
+    remove(&beside)?;
     fs::create_dir_all(&beside).map_err(io("creating the folder", &beside))?;
     let model = policy
         .store()
         .to_safetensors(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead])?;
-    write_atomic(&beside.join("model.safetensors"), &model)?;
+    write_atomic(&beside.join(MODEL), &model)?;
     let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
     for (prefix, optimizer) in [("actor", Some(optimizers.0)), ("critic", optimizers.1)] {
         if let Some(optimizer) = optimizer {
             named.extend(optimizer.state().into_iter().map(|(n, t)| (format!("{prefix}.{n}"), t)));
         }
     }
-    let path = beside.join("optimizer.safetensors");
+    let file = beside.join(OPTIMIZER);
     let refs: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    Tensor::write_safetensors(&refs, &path).map_err(|e| io("writing", &path)(std::io::Error::other(e.to_string())))?;
-    let text = serde_json::to_vec_pretty(counters)
-        .map_err(|e| LearnerError::Missing(format!("the counters cannot be written: {e}")))?;
-    write_atomic(&beside.join("state.json"), &text)?;
+    Tensor::write_safetensors(&refs, &file).map_err(|e| io("writing", &file)(std::io::Error::other(e.to_string())))?;
+    sync(&file)?;
+    write_atomic(&beside.join(CONFIG), config.to_toml()?.as_bytes())?;
+    let state = State {
+        format_version: FORMAT_VERSION,
+        counters: counters.clone(),
+        files: [MODEL, OPTIMIZER, CONFIG]
+            .iter()
+            .map(|name| describe_file(&beside.join(name)))
+            .collect::<Result<_, _>>()?,
+    };
+    write_atomic(&beside.join(STATE), &json(&state)?)?;
+    if target.exists() {
+        discard(dir, counters.iteration)?;
+    }
     fs::rename(&beside, &target).map_err(io("renaming to", &target))?;
+    sync(dir)?;
     Ok(target)
+}
+
+fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value)
+        .map_err(|e| LearnerError::Missing(format!("a checkpoint's state cannot be written: {e}")))
+}
+
+/// Removes a checkpoint: out of sight first, so that no half-removed one is ever found.
+fn discard(dir: &Path, iteration: u32) -> Result<()> {
+    let (target, aside) = (
+        path(dir, iteration),
+        dir.join(format!(".iteration_{iteration:06}.removing")),
+    );
+    remove(&aside)?;
+    fs::rename(&target, &aside).map_err(io("removing", &target))?;
+    remove(&aside)
+}
+
+/// Which of the checkpoints do not stay: all but the newest `keep_last` and the best; none without `keep_last`.
+fn superfluous(existing: &[u32], keep_last: Option<u32>, best: Option<u32>) -> Vec<u32> {
+    let Some(keep_last) = keep_last else {
+        return Vec::new();
+    };
+    let gone = existing.len().saturating_sub(keep_last as usize);
+    let old = existing.iter().take(gone).copied();
+    old.filter(|iteration| Some(*iteration) != best).collect()
+}
+
+/// Writes the checkpoints of a run and removes those that do not stay.
+#[derive(Debug)]
+pub struct Keeper {
+    dir: PathBuf,
+    config: RunConfig,
+    config_digest: String,
+    best: Option<Best>,
+    /// The last one that this process has written or resumed from.
+    saved: Option<u32>,
+}
+
+impl Keeper {
+    /// The checkpoints in `dir` of a run that begins, or goes on after `from`. Attempts that a killed run left are removed.
+    ///
+    /// # Errors
+    /// The folder cannot be listed, or an attempt not be removed.
+    pub fn new(dir: &Path, plan: &RunPlan, from: Option<&Counters>) -> Result<Self> {
+        if dir.exists() {
+            for entry in fs::read_dir(dir).map_err(io("listing", dir))? {
+                let entry = entry.map_err(io("listing", dir))?;
+                if entry.file_name().to_string_lossy().starts_with(".iteration_") {
+                    remove(&entry.path())?;
+                }
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            config: plan.config.clone(),
+            config_digest: plan.config_digest.clone(),
+            best: from.and_then(|counters| counters.best),
+            saved: from.map(|counters| counters.iteration),
+        })
+    }
+
+    /// Writes the checkpoint after `iteration` iterations and removes those that do not stay.
+    ///
+    /// # Errors
+    /// A file operation fails.
+    pub fn save(&mut self, policy: &Pi0, updater: &mut Updater, iteration: u32, episodes: u64) -> Result<()> {
+        let counters = Counters {
+            iteration,
+            episodes,
+            best: self.best,
+            config_digest: self.config_digest.clone(),
+        };
+        let (actor, critic) = updater.optimizers();
+        write(&self.dir, policy, (actor, critic.as_deref()), &counters, &self.config)?;
+        self.saved = Some(iteration);
+        self.prune()
+    }
+
+    /// Takes note of an evaluation of the policy after `iteration` iterations. With `runner.keep_best` the best one's checkpoint is
+    /// written, when it is not there yet, and named in `best.json`; of equal ones the first is the best.
+    ///
+    /// # Errors
+    /// A file operation fails.
+    pub fn evaluated(
+        &mut self,
+        policy: &Pi0,
+        updater: &mut Updater,
+        iteration: u32,
+        episodes: u64,
+        success: f64,
+    ) -> Result<()> {
+        let better = self.best.is_none_or(|best| success > best.success + SAME_SUCCESS);
+        if !self.config.runner.keep_best || !better {
+            return Ok(());
+        }
+        let best = Best { iteration, success };
+        self.best = Some(best);
+        if self.saved != Some(iteration) {
+            self.save(policy, updater, iteration, episodes)?;
+        }
+        write_atomic(&self.dir.join(BEST), &json(&best)?)?;
+        self.prune()
+    }
+
+    fn prune(&self) -> Result<()> {
+        let best = self.best.map(|best| best.iteration);
+        for iteration in superfluous(&list(&self.dir)?, self.config.runner.keep_last, best) {
+            discard(&self.dir, iteration)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_and_the_best_stay() {
+        let all = [10, 20, 30, 40, 50];
+        assert!(superfluous(&all, None, Some(20)).is_empty());
+        assert_eq!(superfluous(&all, Some(2), None), [10, 20, 30]);
+        assert_eq!(superfluous(&all, Some(2), Some(20)), [10, 30]);
+        assert_eq!(
+            superfluous(&all, Some(2), Some(50)),
+            [10, 20, 30],
+            "the best is among the newest"
+        );
+        assert_eq!(
+            superfluous(&all, Some(2), Some(15)),
+            [10, 20, 30],
+            "the best is not there"
+        );
+        assert!(superfluous(&all, Some(9), None).is_empty());
+        assert!(superfluous(&[], Some(1), None).is_empty());
+    }
+
+    #[test]
+    fn only_whole_checkpoints_are_listed_in_the_order_of_iterations() {
+        let dir = tempfile::tempdir().expect("folder");
+        assert!(list(&dir.path().join("none")).expect("list").is_empty());
+        for name in [
+            "iteration_000100",
+            "iteration_000020",
+            "iteration_1000000",
+            ".iteration_000120.writing",
+            "iteration_x",
+            "other",
+        ] {
+            fs::create_dir(dir.path().join(name)).expect("folder");
+        }
+        assert_eq!(list(dir.path()).expect("list"), [20, 100, 1_000_000]);
+        discard(dir.path(), 20).expect("discard");
+        assert_eq!(list(dir.path()).expect("list"), [100, 1_000_000]);
+    }
+
+    #[test]
+    fn a_folder_that_is_no_checkpoint_is_refused_by_name() {
+        let dir = tempfile::tempdir().expect("folder");
+        let refused = |text: &str| {
+            fs::write(dir.path().join(STATE), text).expect("state");
+            Checkpoint::read(dir.path(), &[]).expect_err("refused").to_string()
+        };
+        let error = Checkpoint::read(dir.path(), &[]).expect_err("refused").to_string();
+        assert!(
+            error.contains("state.json") && error.contains("checkpoint `"),
+            "{error}"
+        );
+        assert!(refused("{\"format_version\":").contains("no JSON"));
+        assert!(refused("{}").contains("`format_version` is none, this program reads 1"));
+        assert!(refused("{\"format_version\": 7}").contains("`format_version` is 7, this program reads 1"));
+        assert!(refused("{\"format_version\": 1}").contains("counters"));
+    }
 }

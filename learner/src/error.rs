@@ -74,6 +74,14 @@ pub enum LearnerError {
         /// Expected and found.
         detail: String,
     },
+    /// A checkpoint that cannot be resumed from.
+    #[error("checkpoint `{path}`: {detail}")]
+    Checkpoint {
+        /// Which folder.
+        path: PathBuf,
+        /// Expected and found, and what to do.
+        detail: String,
+    },
     /// A file operation.
     #[error("{action} `{path}`: {source}")]
     Io {

@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{native, train};
+use learner::{native, resume::Resume, train};
 use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
@@ -29,7 +29,14 @@ enum Command {
     /// Pre-train (when configured) and fine-tune on demonstrations; writes `OUTPUT_DIR/sft/model.safetensors`.
     Sft(Config),
     /// Train with online RL from the SFT checkpoint; publishes a policy version per iteration.
-    Train(Config),
+    Train {
+        #[command(flatten)]
+        config: Config,
+        /// Go on from a checkpoint: a folder `OUTPUT_DIR/checkpoints/iteration_N`, or `auto` for the newest whole one of the run
+        /// (a fresh start when there is none).
+        #[arg(long, value_name = "auto|PATH")]
+        resume: Option<Resume>,
+    },
     /// Measure success of bundles on unseen episodes (ODE sampling, fixed seeds).
     Eval {
         #[command(flatten)]
@@ -56,7 +63,7 @@ fn plan(config: &Config) -> anyhow::Result<RunPlan> {
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),
-        Command::Train(config) => Ok(train::train(&plan(&config)?)?),
+        Command::Train { config, resume } => Ok(train::train(&plan(&config)?, resume.as_ref())?),
         Command::Eval {
             config,
             bundle,

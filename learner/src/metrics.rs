@@ -72,7 +72,49 @@ fn record(payload: &[u8]) -> Vec<u8> {
     [&length[..], &masked(&length), payload, &masked(payload)].concat()
 }
 
+/// Whether a line of `metrics.jsonl` belongs to the run as it was at a checkpoint of `iteration`.
+///
+/// Lines of `train` up to it; of `eval` before it, because the evaluation of the checkpoint's version is made again; all lines of
+/// the supervised stages. A line that was cut while it was written belongs to nothing.
+fn belongs(line: &str, iteration: u64) -> bool {
+    let Ok(line) = serde_json::from_str::<serde_json::Value>(line) else {
+        return false;
+    };
+    let Some(step) = line.get("step").and_then(serde_json::Value::as_u64) else {
+        return false;
+    };
+    match line.get("stage").and_then(serde_json::Value::as_str) {
+        Some("train") => step <= iteration,
+        Some("eval") => step < iteration,
+        other => other.is_some(),
+    }
+}
+
 impl MetricsLog {
+    /// Opens the log of a run that goes on after `iteration` (0: from its start): lines of `DIR/metrics.jsonl` that will be made
+    /// again are dropped first. Event files of `TensorBoard` stay; what is made again stands in the new one too.
+    ///
+    /// # Errors
+    /// See [`MetricsLog::open`].
+    pub fn open_after(dir: &Path, iteration: u64) -> Result<Self> {
+        let path = dir.join("metrics.jsonl");
+        if path.exists() {
+            let bytes = std::fs::read(&path).map_err(io("reading the metrics", &path))?;
+            let text = String::from_utf8_lossy(&bytes);
+            let (kept, dropped): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| belongs(line, iteration));
+            if !dropped.is_empty() {
+                tracing::info!(
+                    "{} lines of `{}` after iteration {iteration} are dropped: they are made again",
+                    dropped.len(),
+                    path.display()
+                );
+                let text: String = kept.iter().flat_map(|line| [*line, "\n"]).collect();
+                policy::bundle::write_atomic(&path, text.as_bytes())?;
+            }
+        }
+        Self::open(dir)
+    }
+
     /// Opens `DIR/metrics.jsonl` for appending and a new event file in `DIR/tensorboard`.
     ///
     /// # Errors
@@ -142,6 +184,39 @@ impl MetricsLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_that_goes_on_has_no_line_twice_and_none_cut() {
+        let dir = tempfile::tempdir().expect("folder");
+        let mut log = MetricsLog::open(dir.path()).expect("log");
+        log.write("sft", 900, &[("loss", 0.5)]).expect("line");
+        for step in 0..=3 {
+            log.write("eval", step, &[("success", 0.5)]).expect("line");
+            log.write("train", step + 1, &[("success", 0.5)]).expect("line");
+        }
+        write!(log.lines, "{{\"stage\": \"eval\", \"st").expect("a cut line");
+        drop(log);
+        let mut log = MetricsLog::open_after(dir.path(), 2).expect("log");
+        log.write("eval", 2, &[("success", 0.5)]).expect("line");
+        let lines: Vec<(String, u64)> = std::fs::read_to_string(dir.path().join("metrics.jsonl"))
+            .expect("metrics")
+            .lines()
+            .map(|line| {
+                let line: serde_json::Value = serde_json::from_str(line).expect("a whole line");
+                let stage = line["stage"].as_str().expect("stage").to_owned();
+                (stage, line["step"].as_u64().expect("step"))
+            })
+            .collect();
+        let want = [
+            ("sft", 900),
+            ("eval", 0),
+            ("train", 1),
+            ("eval", 1),
+            ("train", 2),
+            ("eval", 2),
+        ];
+        assert_eq!(lines, want.map(|(stage, step)| (stage.to_owned(), step)));
+    }
 
     #[test]
     fn the_record_frame_is_tensorflows() {

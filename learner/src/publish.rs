@@ -48,6 +48,34 @@ impl Publisher {
         }
     }
 
+    /// Takes over the first version of a run that goes on, when it is there and whole, and removes the later ones, which will
+    /// be published again. Returns whether there is a first version.
+    ///
+    /// # Errors
+    /// A folder cannot be read or removed.
+    pub fn take_over(&mut self) -> Result<bool> {
+        let path = self.path(0);
+        let first = Bundle::open(&path).and_then(|bundle| bundle.verify().map(|()| bundle));
+        match first {
+            Ok(first) => {
+                self.first = Some(first);
+                self.published = vec![0];
+            }
+            Err(error) => tracing::warn!("the run's first version cannot be taken over: {error}"),
+        }
+        let found = self.first.is_some();
+        if self.dir.exists() {
+            let listing = || crate::error::io("listing the versions", &self.dir);
+            for entry in std::fs::read_dir(&self.dir).map_err(listing())? {
+                let old = entry.map_err(listing())?.path();
+                if !(found && old == path) {
+                    std::fs::remove_dir_all(&old).map_err(crate::error::io("removing the old version", &old))?;
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// Folder of a version.
     pub fn path(&self, version: u64) -> PathBuf {
         self.dir.join(format!("v{version:06}"))

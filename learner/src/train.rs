@@ -15,7 +15,7 @@ use tch::Device;
 use wire::messages::{Mode, Reset};
 
 use crate::{
-    checkpoint::{self, Counters},
+    checkpoint::Keeper,
     dataset,
     error::{LearnerError, Result},
     evaluate::{check_seed, evaluate},
@@ -26,6 +26,7 @@ use crate::{
     picture,
     pretrain::pretrain,
     publish::Publisher,
+    resume::{self, Resume},
     rollout::{RolloutBatch, collect, failure_rate, success_rate},
     sft::sft,
     update::Updater,
@@ -37,11 +38,15 @@ const DEMOS_SEED: u64 = 2_000_003;
 /// Episodes of an evaluation that send frames.
 const VIDEOS: usize = 12;
 
-/// Puts `config.toml` (effective) into the run's folder and prepares libtorch.
+/// Prepares libtorch.
+fn libtorch(plan: &RunPlan) -> Result<()> {
+    tch::set_num_threads(plan.config.actor.threads as i32);
+    check_seed(plan)
+}
+
+/// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
 fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
-    let actor = &plan.config.actor;
-    tch::set_num_threads(actor.threads as i32);
-    check_seed(plan)?;
+    libtorch(plan)?;
     let dir = plan.config.runner.output_dir.clone();
     let config = dir.join("config.toml");
     write_atomic(&config, plan.config.to_toml()?.as_bytes())?;
@@ -177,13 +182,16 @@ fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
         .collect()
 }
 
-/// Online RL from the SFT checkpoint.
+/// Online RL from the SFT checkpoint, or on from a checkpoint of RL: a run that was killed and goes on gives the same weights, bit
+/// for bit on a CPU, as one that was not.
 ///
 /// # Errors
-/// Any process of the ring fails.
-pub fn train(plan: &RunPlan) -> Result<()> {
-    let (dir, config_path) = prepare(plan)?;
+/// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
+pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
+    libtorch(plan)?;
     let config = &plan.config;
+    let dir = config.runner.output_dir.clone();
+    let from = resume::find(plan, resume)?;
     let start = config
         .actor
         .model
@@ -191,7 +199,7 @@ pub fn train(plan: &RunPlan) -> Result<()> {
         .clone()
         .filter(|_| config.sft.is_none())
         .unwrap_or_else(|| sft_checkpoint(&dir));
-    if !start.exists() {
+    if from.is_none() && !start.exists() {
         return Err(LearnerError::Missing(format!(
             "`{}` is missing: run `learner sft` with this configuration first",
             start.display()
@@ -199,24 +207,42 @@ pub fn train(plan: &RunPlan) -> Result<()> {
     }
     let store = ParamStore::random(&plan.dims, &plan.heads, config.runner.seed, Device::cuda_if_available())?;
     let policy = Pi0::new(plan.dims.clone(), &plan.heads, store)?;
-    load(&policy, &start, &[Part::Vlm, Part::Expert])?;
+    let mut updater = Updater::new(plan, &policy)?;
+    match &from {
+        Some(from) => from.restore(&policy, &mut updater)?,
+        None => load(&policy, &start, &[Part::Vlm, Part::Expert])?,
+    }
+    let (dir, config_path) = prepare(plan)?;
+    let counters = from.as_ref().map(|from| &from.counters);
+    let first = counters.map_or(0, |c| c.iteration);
+    let mut episodes = counters.map_or(0, |c| c.episodes);
+    let mut keeper = Keeper::new(&resume::folder(plan), plan, counters)?;
+    let mut log = MetricsLog::open_after(&dir, u64::from(first))?;
     let versions = dir.join("policy");
-    if versions.exists() {
+    let mut publisher = Publisher::new(&versions, plan, norm_stats(plan)?);
+    if let Some(from) = from.as_ref().filter(|_| first > 0) {
+        if !publisher.take_over()? && start.exists() {
+            policy
+                .store()
+                .init(&[Part::NoiseHead, Part::ValueHead], config.runner.seed)?;
+            load(&policy, &start, &[Part::Vlm, Part::Expert])?;
+            publisher.publish(&policy, 0)?;
+            from.restore(&policy, &mut updater)?;
+        }
+    } else if versions.exists() {
         std::fs::remove_dir_all(&versions)
             .map_err(crate::error::io("removing the versions of an earlier run", &versions))?;
     }
-    let mut publisher = Publisher::new(&versions, plan, norm_stats(plan)?);
-    let mut updater = Updater::new(plan, &policy)?;
-    let mut log = MetricsLog::open(&dir)?;
+    drop(from);
     let mut ring = Ring::start(plan, &dir, &config_path)?;
-    let mut episodes = 0u64;
-    let mut bundle = publisher.publish(&policy, 0)?;
+    let mut bundle = publisher.publish(&policy, u64::from(first))?;
     ring.hub.announce(&bundle)?;
-    for iteration in 0..config.runner.max_epochs {
+    for iteration in first..config.runner.max_epochs {
         let version = u64::from(iteration);
         let validate = config.runner.val_check_interval;
         if validate > 0 && iteration % validate == 0 {
-            validation(&mut ring, plan, &mut log, version, episodes)?;
+            let success = validation(&mut ring, plan, &mut log, version, episodes)?;
+            keeper.evaluated(&policy, &mut updater, iteration, episodes, success)?;
         }
         let begin = Instant::now();
         let label = format!("iteration {}/{}: rollout", iteration + 1, config.runner.max_epochs);
@@ -290,16 +316,12 @@ pub fn train(plan: &RunPlan) -> Result<()> {
         let save = config.runner.save_interval;
         let last = iteration + 1 == config.runner.max_epochs;
         if last || (save > 0 && (iteration + 1) % save == 0) {
-            let counters = Counters {
-                iteration: iteration + 1,
-                episodes,
-                config_digest: plan.config_digest.clone(),
-            };
-            let (actor, critic) = updater.optimizers();
-            checkpoint::write(&dir.join("checkpoints"), &policy, (actor, critic.as_deref()), &counters)?;
+            keeper.save(&policy, &mut updater, iteration + 1, episodes)?;
         }
     }
-    validation(&mut ring, plan, &mut log, u64::from(config.runner.max_epochs), episodes)?;
+    let done = config.runner.max_epochs;
+    let success = validation(&mut ring, plan, &mut log, u64::from(done), episodes)?;
+    keeper.evaluated(&policy, &mut updater, done, episodes, success)?;
     drop(ring);
     tracing::info!(
         "version {} is in {}",
@@ -309,7 +331,7 @@ pub fn train(plan: &RunPlan) -> Result<()> {
     picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
 }
 
-fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u64, episodes: u64) -> Result<()> {
+fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u64, episodes: u64) -> Result<f64> {
     let count = plan.config.env.eval.train_episodes;
     let (success, _) = evaluate(&ring.hub, &mut ring.children, version, count, 0)?;
     tracing::info!("version {version}: success {success:.3} on {count} unseen episodes (ODE)");
@@ -321,7 +343,8 @@ fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u6
             ("success", success),
             ("eval_episodes", count as f64),
         ],
-    )
+    )?;
+    Ok(success)
 }
 
 /// Evaluates bundles on the same unseen episodes through a local ring; writes a GIF of one episode under each and returns

@@ -104,7 +104,22 @@ pub struct Sampled {
 /// # Errors
 /// ONNX Runtime fails.
 pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>) -> Result<Sampled, InferError> {
-    let Some(fixed) = policy.manifest.batch else {
+    sample_fixed(policy, rows, None)
+}
+
+/// The same in batches of exactly `fixed` rows, whatever the number of rows is; graphs with a fixed batch size keep theirs.
+///
+/// Matrix products of another number of rows may sum in another order. With one number of rows a row's result depends on
+/// nothing but the row: neither on its neighbours nor on its place.
+///
+/// # Errors
+/// ONNX Runtime fails.
+pub fn sample_fixed(
+    policy: &LoadedPolicy,
+    rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>,
+    fixed: Option<usize>,
+) -> Result<Sampled, InferError> {
+    let Some(fixed) = policy.manifest.batch.or(fixed) else {
         return sample_batch(policy, rows, None);
     };
     let mut all = Sampled {

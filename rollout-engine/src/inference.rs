@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use wire::messages::{ActedRow, Mode};
 
 use crate::{
-    infer::{Sample, draw, sample},
+    infer::{Sample, draw, sample_fixed},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
     queue::{Job, Queue, Row, Target},
@@ -48,12 +48,12 @@ pub fn start(
     config: &RolloutConfig,
     done: mpsc::Sender<Vec<Done>>,
 ) -> std::io::Result<thread::JoinHandle<()>> {
-    let max_batch = config.max_batch;
+    let (max_batch, fixed_batch) = (config.max_batch, config.fixed_batch);
     let deadline = Duration::from_micros(config.batch_deadline_micros);
     thread::Builder::new().name("inference".to_owned()).spawn(move || {
         while let Some(jobs) = queue.take_batch(max_batch, deadline) {
             let results = match slot.live() {
-                Some(policy) => answer(&policy, jobs, max_batch, &metrics),
+                Some(policy) => answer(&policy, jobs, max_batch, fixed_batch, &metrics),
                 None => jobs
                     .into_iter()
                     .map(|job| Done {
@@ -69,9 +69,15 @@ pub fn start(
     })
 }
 
-/// Answers jobs with one policy version, in batches of at most `max_batch` rows. A job with a row that cannot be used fails
-/// alone.
-pub fn answer(policy: &LoadedPolicy, jobs: Vec<Job>, max_batch: usize, metrics: &Metrics) -> Vec<Done> {
+/// Answers jobs with one policy version, in batches of at most `max_batch` rows, or of exactly `fixed_batch`. A job with a row
+/// that cannot be used fails alone.
+pub fn answer(
+    policy: &LoadedPolicy,
+    jobs: Vec<Job>,
+    max_batch: usize,
+    fixed_batch: Option<usize>,
+    metrics: &Metrics,
+) -> Vec<Done> {
     let observe = |stage: &str, time: Duration| {
         metrics
             .stage_seconds
@@ -111,7 +117,7 @@ pub fn answer(policy: &LoadedPolicy, jobs: Vec<Job>, max_batch: usize, metrics: 
             break;
         }
         metrics.batch_rows.observe(part.len() as f64);
-        match sample(policy, part) {
+        match sample_fixed(policy, part, fixed_batch) {
             Ok(sampled) => {
                 observe("prefix", sampled.prefix);
                 observe("denoise", sampled.denoise);

@@ -10,4 +10,5 @@ mod golden {
     mod rl;
 }
 mod refuse;
+mod resume;
 mod ring;

@@ -60,6 +60,11 @@ pub struct RunnerConfig {
     pub save_interval: u32,
     /// Iterations between evaluations; 0: none during training.
     pub val_check_interval: u32,
+    /// Checkpoints that stay, the newest ones; absent: all.
+    pub keep_last: Option<u32>,
+    /// The checkpoint of the best evaluation during training is written and stays.
+    #[serde(default)]
+    pub keep_best: bool,
     /// Who starts engine and env workers.
     pub launch: Launch,
 }
@@ -390,6 +395,9 @@ pub struct RolloutConfig {
     pub http: String,
     /// Largest batch of one inference.
     pub max_batch: usize,
+    /// Every run of the graphs has exactly so many rows, padded, so that no result depends on which rows share a batch; absent:
+    /// as many rows as there are.
+    pub fixed_batch: Option<usize>,
     /// How long a request may wait for others, in microseconds.
     pub batch_deadline_micros: u64,
     /// Requests that may wait; more are refused as overloaded.

@@ -90,6 +90,30 @@ impl RunPlan {
             "the largest batch",
             65_536,
         )?;
+        if let Some(rows) = config.rollout.fixed_batch
+            && !(2..=config.rollout.max_batch).contains(&rows)
+        {
+            // a batch of one row is multiplied as a vector, which sums in another order than a matrix
+            return Err(refuse(
+                "rollout.fixed_batch",
+                format!(
+                    "{rows}, expected 2 to `rollout.max_batch` = {}, or no such key",
+                    config.rollout.max_batch
+                ),
+            ));
+        }
+        if config.runner.keep_last == Some(0) {
+            return Err(refuse(
+                "runner.keep_last",
+                "0, expected at least 1, or no such key to keep all checkpoints",
+            ));
+        }
+        if config.runner.keep_best && config.runner.val_check_interval == 0 {
+            return Err(refuse(
+                "runner.keep_best",
+                "true, but `runner.val_check_interval = 0` evaluates nothing during training: set an interval",
+            ));
+        }
         at_most(
             "rollout.queue_capacity",
             config.rollout.queue_capacity,

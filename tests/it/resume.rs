@@ -1,0 +1,362 @@
+//! A run that is killed and goes on gives the same weights as one that was not; what cannot be resumed from is refused by name.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader, Lines},
+    path::{Path, PathBuf},
+    process::{Child, ChildStderr, Command, Stdio},
+    time::Duration,
+};
+
+use integration_tests::ring::{Client, Engine, plan, program, row};
+use learner::{
+    checkpoint::{self, MODEL, OPTIMIZER, STATE},
+    hub::{Hub, HubEvent},
+    model::{ParamStore, Pi0},
+    publish::Publisher,
+};
+use policy::{bundle::describe_file, params::Part, weights::WeightFile};
+use tch::{Device, Tensor};
+use wire::messages::{ActRow, ChunkRecord, Mode};
+
+/// A run of seconds that passes through the critic's warm-up, evaluations, a best checkpoint and retention.
+const TINY: [&str; 12] = [
+    "env.train.total_num_envs=8",
+    "env.eval.train_episodes=8",
+    "runner.max_epochs=4",
+    "runner.save_interval=1",
+    "runner.val_check_interval=2",
+    "runner.keep_last=2",
+    "runner.keep_best=true",
+    "actor.global_batch_size=40",
+    "actor.micro_batch_size=20",
+    "actor.optim.critic_warmup_epochs=1",
+    "algorithm.update_epoch=2",
+    "rollout.fixed_batch=8",
+];
+
+/// A run's folder with start weights where SFT leaves them.
+struct Run {
+    dir: tempfile::TempDir,
+}
+
+impl Run {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("folder");
+        let plan = plan(dir.path(), &TINY);
+        let store = ParamStore::random(&plan.dims, None, 77, Device::Cpu).expect("weights");
+        let bytes = store.to_safetensors(&[Part::Vlm, Part::Expert]).expect("bytes");
+        fs::create_dir(dir.path().join("sft")).expect("folder");
+        fs::write(dir.path().join("sft").join(MODEL), bytes).expect("start weights");
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn checkpoint(&self, iteration: u32) -> PathBuf {
+        checkpoint::path(&self.path("checkpoints"), iteration)
+    }
+
+    fn checkpoints(&self) -> Vec<u32> {
+        checkpoint::list(&self.path("checkpoints")).expect("checkpoints")
+    }
+
+    /// Starts `learner train` on this folder.
+    fn train(&self, resume: Option<&str>, overrides: &[&str]) -> Learner {
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
+        let mut command = Command::new(program("learner"));
+        command.arg("train").arg("--config").arg(config);
+        let output = format!("runner.output_dir={:?}", self.dir.path().display().to_string());
+        for set in TINY.iter().chain(overrides).copied().chain([output.as_str()]) {
+            command.arg("--set").arg(set);
+        }
+        if let Some(resume) = resume {
+            command.arg("--resume").arg(resume);
+        }
+        let mut child = command
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starting the learner");
+        let lines = BufReader::new(child.stderr.take().expect("log")).lines();
+        Learner {
+            child,
+            lines,
+            log: String::new(),
+        }
+    }
+
+    fn sha256(&self, iteration: u32) -> [String; 2] {
+        [MODEL, OPTIMIZER].map(|name| {
+            describe_file(&self.checkpoint(iteration).join(name))
+                .expect("file")
+                .sha256
+        })
+    }
+
+    /// The metrics line by line, without times.
+    fn metrics(&self) -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(self.path("metrics.jsonl")).expect("metrics");
+        text.lines()
+            .map(|line| {
+                let mut line: serde_json::Value = serde_json::from_str(line).expect("a whole line");
+                let values = line.as_object_mut().expect("an object");
+                values.retain(|name, _| !name.contains("seconds") && name != "wall_time");
+                line
+            })
+            .collect()
+    }
+
+    /// What a refusal must leave as it is.
+    fn snapshot(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        fn walk(dir: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
+            for entry in fs::read_dir(dir).expect("listing") {
+                let path = entry.expect("entry").path();
+                if path.is_dir() {
+                    walk(&path, files);
+                } else {
+                    files.insert(path.clone(), fs::read(&path).expect("file"));
+                }
+            }
+        }
+        let mut files = BTreeMap::new();
+        walk(self.dir.path(), &mut files);
+        files
+    }
+
+    #[track_caller]
+    fn assert_refused(&self, resume: Option<&str>, overrides: &[&str], wanted: &[&str]) {
+        let before = self.snapshot();
+        let log = self.train(resume, overrides).end(false);
+        for part in wanted {
+            assert!(log.contains(part), "`{part}` is not in: {log}");
+        }
+        assert!(before == self.snapshot(), "the refusal changed a file: {log}");
+    }
+}
+
+struct Learner {
+    child: Child,
+    lines: Lines<BufReader<ChildStderr>>,
+    log: String,
+}
+
+impl Learner {
+    /// Reads the log until a line holds `text`.
+    fn until(&mut self, text: &str) {
+        for line in self.lines.by_ref() {
+            let line = line.expect("log line") + "\n";
+            self.log += &line;
+            if line.contains(text) {
+                return;
+            }
+        }
+        panic!("`{text}` did not come: {}", self.log);
+    }
+
+    /// Kills it as soon as its log holds `text`: SIGKILL, no farewell.
+    fn kill_at(mut self, text: &str) {
+        self.until(text);
+        self.child.kill().expect("killing the learner");
+        self.child.wait().expect("waiting for the learner");
+    }
+
+    /// Waits for the end and returns the log.
+    #[track_caller]
+    fn end(mut self, success: bool) -> String {
+        for line in self.lines.by_ref() {
+            self.log += &(line.expect("log line") + "\n");
+        }
+        let status = self.child.wait().expect("waiting for the learner");
+        assert_eq!(status.success(), success, "{}", self.log);
+        self.log
+    }
+}
+
+/// Killed while a checkpoint is being written (twice) and in the middle of a rollout, the run ends with the same bytes of weights
+/// and optimizer state, the same checkpoints and the same metrics as the one that was never killed.
+#[test]
+fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
+    let whole = Run::new();
+    whole.train(None, &[]).end(true);
+
+    let killed = Run::new();
+    // the line comes right before the iteration's checkpoint is written
+    killed.train(None, &[]).kill_at("iteration 1/4");
+    killed.train(Some("auto"), &[]).kill_at("iteration 2/4");
+    // right before the rollout of the third iteration
+    killed.train(Some("auto"), &[]).kill_at("version 2: success");
+    let log = killed.train(Some("auto"), &[]).end(true);
+    assert!(log.contains("resuming from"), "{log}");
+
+    assert_eq!(whole.sha256(4), killed.sha256(4));
+    assert_eq!(whole.checkpoints(), killed.checkpoints());
+    assert!(whole.checkpoints().ends_with(&[3, 4]), "the newest two stay");
+    let best = |run: &Run| fs::read_to_string(run.path("checkpoints").join(checkpoint::BEST)).expect("the best");
+    assert_eq!(best(&whole), best(&killed));
+    assert_eq!(whole.metrics(), killed.metrics());
+    assert!(
+        killed.path("policy/v000000").is_dir(),
+        "the first version is there to compare with"
+    );
+
+    // the oracle is worth something only if there was something to learn
+    let weights = |path: &Path| {
+        let plan = plan(killed.dir.path(), &TINY);
+        let store = ParamStore::zeros(&plan.dims, None, Device::Cpu).expect("store");
+        let spec = store.specs().iter().find(|s| s.name == "action_out_proj.weight");
+        let file = WeightFile::open(path).expect("weights");
+        file.read(spec.expect("weight")).expect("weight").data
+    };
+    let start = weights(&killed.path("sft").join(MODEL));
+    let end = weights(&killed.checkpoint(4).join(MODEL));
+    assert_ne!(start, end, "the policy was trained");
+}
+
+/// Replaces a file of a checkpoint by one that lacks a tensor, with a fitting digest: only its content is wrong.
+fn drop_tensor(dir: &Path, file: &str, tensor: &str) {
+    let path = dir.join(file);
+    let mut tensors = Tensor::read_safetensors(&path).expect("tensors");
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let before = tensors.len();
+    tensors.retain(|(name, _)| name != tensor);
+    assert_eq!(tensors.len() + 1, before, "`{tensor}` was there");
+    Tensor::write_safetensors(&tensors, &path).expect("writing");
+    let text = fs::read_to_string(dir.join(STATE)).expect("state");
+    let mut state: checkpoint::State = serde_json::from_str(&text).expect("state");
+    let entry = state.files.iter_mut().find(|f| f.name == file).expect("entry");
+    *entry = describe_file(&path).expect("file");
+    fs::write(dir.join(STATE), serde_json::to_string(&state).expect("state")).expect("state");
+}
+
+#[test]
+fn what_cannot_be_resumed_from_is_refused_by_name_and_auto_takes_the_one_before() {
+    let run = Run::new();
+    let two = ["runner.max_epochs=2", "runner.val_check_interval=1"];
+    let log = run.train(Some("auto"), &two).end(true);
+    assert!(log.contains("no checkpoint in") && log.contains("begins anew"), "{log}");
+    let want = run.sha256(2);
+    let (first, second) = (run.checkpoint(1), run.checkpoint(2));
+    let (older, newer) = (first.display().to_string(), second.display().to_string());
+
+    run.assert_refused(None, &two, &["iteration_000002", "--resume auto"]);
+    let other = [two[0], two[1], "algorithm.gamma=0.5"];
+    run.assert_refused(
+        Some("auto"),
+        &other,
+        &["iteration_000002", "`algorithm.gamma` is 0.99 there, 0.5 here"],
+    );
+    let other = [two[0], two[1], "actor.model.expert.mlp=64"];
+    run.assert_refused(
+        Some(&newer),
+        &other,
+        &["`actor.model.expert.mlp` is 128 there, 64 here"],
+    );
+    let other = ["runner.max_epochs=1", two[1]];
+    run.assert_refused(
+        Some("auto"),
+        &other,
+        &["it has 2 iterations", "`runner.max_epochs` is 1"],
+    );
+    run.assert_refused(Some(&older), &two, &["iteration_000002", "newer than"]);
+    run.assert_refused(
+        Some("nowhere/iteration_000009"),
+        &two,
+        &["nowhere/iteration_000009", STATE],
+    );
+
+    for (file, tensor) in [
+        (MODEL, "action_out_proj.weight"),
+        (OPTIMIZER, "actor.m.action_out_proj.weight"),
+    ] {
+        let whole = run.snapshot();
+        drop_tensor(&second, file, tensor);
+        let name = tensor.trim_start_matches("actor.");
+        run.assert_refused(Some(&newer), &two, &["iteration_000002", file, name]);
+        for name in [file, STATE] {
+            fs::write(second.join(name), &whole[&second.join(name)]).expect("restoring the file");
+        }
+    }
+
+    let path = second.join(MODEL);
+    let mut bytes = fs::read(&path).expect("weights");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&path, &bytes).expect("flipping a bit");
+    run.assert_refused(Some(&newer), &two, &["iteration_000002", MODEL, "sha256", "damaged"]);
+    fs::write(&path, &bytes[..middle]).expect("cutting");
+    run.assert_refused(Some(&newer), &two, &["iteration_000002", MODEL, "bytes", "cut"]);
+    let log = run.train(Some("auto"), &two).end(true);
+    for part in ["WARN", "trying the one before", "resuming from", "iteration_000001"] {
+        assert!(log.contains(part), "`{part}` is not in: {log}");
+    }
+    assert_eq!(run.sha256(2), want, "from the one before to the same weights");
+
+    for iteration in run.checkpoints() {
+        fs::remove_file(run.checkpoint(iteration).join(STATE)).expect("removing the state");
+    }
+    run.assert_refused(
+        Some("auto"),
+        &two,
+        &["none of its", "checkpoints is whole", "begin anew"],
+    );
+}
+
+/// With `rollout.fixed_batch` a row's chunk does not depend, in any bit, on how many rows were asked for with it, nor on its place.
+/// Weights as graph inputs and the expert critic are the cases that differ without it (a single row is multiplied as a vector).
+#[test]
+fn a_fixed_batch_makes_a_row_independent_of_its_neighbours() {
+    for special in [
+        vec![],
+        vec!["rollout.weights=\"inputs\""],
+        vec![
+            "actor.model.value_head.input=\"expert\"",
+            "actor.model.value_head.state=false",
+        ],
+    ] {
+        let overrides = [special.as_slice(), &["rollout.fixed_batch=4"]].concat();
+        let dir = tempfile::tempdir().expect("folder");
+        let plan = plan(dir.path(), &overrides);
+        let store = ParamStore::random(&plan.dims, &plan.heads, 3, Device::Cpu).expect("weights");
+        let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network");
+        let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+        let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+        let bundle = Publisher::new(&dir.path().join("policy"), &plan, None)
+            .publish(&policy, 0)
+            .expect("bundle");
+        hub.announce(&bundle).expect("announce");
+        let live = (0..600).any(|_| {
+            let event = hub.next(Duration::from_millis(100)).expect("hub");
+            matches!(event, Some(HubEvent::Reload(report)) if report.refused.is_none())
+        });
+        assert!(live, "the version did not go live");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("runtime");
+        runtime.block_on(async {
+            let mut client = Client::connect(&engine.listen).await;
+            let rows: Vec<ActRow> = (0..24).map(|n| row(&plan, n, Mode::Train)).collect();
+            let mut act = async |rows: Vec<ActRow>| -> Vec<ChunkRecord> {
+                let reply = client.act(1, rows).await;
+                reply.rows.into_iter().map(|r| *r.record.expect("record")).collect()
+            };
+            let together = act(rows.clone()).await;
+            for size in [1, 2, 3, 5, 7, 23] {
+                let mut parts = Vec::new();
+                for part in rows.chunks(size) {
+                    parts.extend(act(part.to_vec()).await);
+                }
+                assert!(parts == together, "{overrides:?}: asked for by {size}");
+            }
+            let mut backwards = act(rows.iter().rev().cloned().collect()).await;
+            backwards.reverse();
+            assert!(backwards == together, "{overrides:?}: in another order");
+        });
+    }
+}
