@@ -9,4 +9,5 @@ mod golden {
     mod preproc;
 }
 mod refuse;
+mod report;
 mod ring;
