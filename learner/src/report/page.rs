@@ -3,7 +3,7 @@
 use super::{
     chart::{Axis, Chart, Line, STYLES, mark, number, thinning},
     html::{base64, each, escape},
-    run::{Point, Run, Video},
+    run::{Evaluation, Point, Run, Video},
     series::{Difference, differences, group},
 };
 
@@ -53,6 +53,16 @@ fn label(series: &[&Run]) -> String {
     listed(&names(series.iter().copied()))
 }
 
+/// Curves of one kind, over episodes and over wall time.
+struct Stage {
+    heading: &'static str,
+    title: &'static str,
+    points: fn(&Run) -> &[Point],
+    ids: [&'static str; 2],
+    /// The points are few and each is marked.
+    marks: bool,
+}
+
 /// Line and mark of a series.
 fn key(style: usize) -> String {
     let style = style % STYLES;
@@ -89,21 +99,24 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
     let all = || series.iter().flatten();
     let most = all().map(|r| r.seconds()).fold(0.0, f64::max);
     let (unit, short) = unit(most);
-    let stages: [(&str, &str, fn(&Run) -> &[Point], [&str; 2]); 2] = [
-        (
-            "On unseen episodes, without noise (ODE)",
-            "Success on unseen episodes",
-            |r| &r.eval,
-            ["evalepisodes", "evaltime"],
-        ),
-        (
-            "In training, sampled with the exploration noise",
-            "Success in training",
-            |r| &r.train,
-            ["trainepisodes", "traintime"],
-        ),
+    let stages = [
+        Stage {
+            heading: "On unseen episodes, without noise (ODE)",
+            title: "Success on unseen episodes",
+            points: |r| &r.eval,
+            ids: ["evalepisodes", "evaltime"],
+            marks: true,
+        },
+        Stage {
+            heading: "In training, sampled with the exploration noise",
+            title: "Success in training",
+            points: |r| &r.train,
+            ids: ["trainepisodes", "traintime"],
+            marks: false,
+        },
     ];
-    let charts = each(stages, |(heading, title, points, ids)| {
+    let charts = each(stages, |stage| {
+        let points = stage.points;
         if all().all(|r| points(r).is_empty()) {
             return String::new();
         }
@@ -127,7 +140,7 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
                 |p| (p.seconds, p.success),
             ),
         ];
-        let figures = each(axes.into_iter().zip(ids), |((over, axis, place), id)| {
+        let figures = each(axes.into_iter().zip(stage.ids), |((over, axis, place), id)| {
             let lines = series.iter().enumerate().map(|(style, members)| Line {
                 style,
                 label: label(members),
@@ -139,24 +152,28 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
             });
             let chart = Chart {
                 id,
-                title: format!("{title} over {over}"),
+                title: format!("{} over {over}", stage.title),
                 axis,
-                marks: ids.contains(&"evaltime"),
+                marks: stage.marks,
                 lines: lines.filter(|l| !l.runs.is_empty()).collect(),
             };
             format!("<figure>{}</figure>\n", chart.svg())
         });
-        format!("<h3>{heading}</h3>\n<div class=\"charts\">\n{figures}</div>\n")
+        format!("<h3>{}</h3>\n<div class=\"charts\">\n{figures}</div>\n", stage.heading)
     });
     let longest = all().map(|r| thinning(r.train.len())).max().unwrap_or(1);
-    let mut notes = "Rest the pointer on a line for its numbers.".to_owned();
+    let mut notes = vec!["Rest the pointer on a line for its numbers.".to_owned()];
     if series.iter().any(|s| s.len() > 1) {
-        notes += " Where a series has several runs, the thick line is their mean, as far as all of them reach, the band goes from the \
-                  lowest to the highest, and the thin lines are the runs.";
+        let text = "Where a series has several runs, the thick line is their mean, as far as all of them reach, the band goes from the \
+                    lowest to the highest, and the thin lines are the runs.";
+        notes.push(text.to_owned());
     }
     if longest > 1 {
-        notes += &format!(" Long curves are averaged over up to {longest} neighbouring points.");
+        notes.push(format!(
+            "Long curves are averaged over up to {longest} neighbouring points."
+        ));
     }
+    let notes = notes.join(" ");
     format!("<h2>Success rate</h2>\n<p>{notes}</p>\n<ul class=\"legend\">\n{legend}</ul>\n{charts}")
 }
 
@@ -223,7 +240,7 @@ fn numbers(series: &[Vec<&Run>]) -> String {
     format!(
         "<h2>Numbers</h2>\n<p>Validation is the success on unseen episodes that training measures now and then; final is \
          <code>eval.json</code> (<code>learner eval --json</code>), its lowest and its highest policy version. In brackets: episodes \
-         measured.</p>\n<div class=\"wide\"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>\n{unreadable}"
+         measured.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>\n{unreadable}"
     )
 }
 
@@ -231,15 +248,14 @@ fn rate(success: f64, episodes: Option<u64>) -> String {
     episodes.map_or_else(|| format!("{success:.3}"), |n| format!("{success:.3} ({n})"))
 }
 
-/// Success before and after of `eval.json`; a single entry is the one after.
-fn ends(run: &Run) -> (Option<(f64, u64)>, Option<(f64, u64)>) {
-    let number = |e: &super::run::Evaluation| (e.success, e.episodes);
-    let before = if run.evaluations.len() > 1 {
-        run.evaluations.first()
-    } else {
-        None
-    };
-    (before.map(number), run.evaluations.last().map(number))
+/// Success before: the lowest version of `eval.json`. A single entry is the one after.
+fn before(run: &Run) -> Option<&Evaluation> {
+    run.evaluations.first().filter(|_| run.evaluations.len() > 1)
+}
+
+/// Success after: the highest version of `eval.json`.
+fn after(run: &Run) -> Option<&Evaluation> {
+    run.evaluations.last()
 }
 
 fn row(style: usize, run: &Run) -> String {
@@ -249,8 +265,7 @@ fn row(style: usize, run: &Run) -> String {
         _ => run.iterations.to_string(),
     };
     let validation = |p: Option<&Point>| p.map_or_else(|| ABSENT.to_owned(), |p| rate(p.success, run.eval_episodes));
-    let last = |end: Option<(f64, u64)>| end.map_or_else(|| ABSENT.to_owned(), |(s, n)| rate(s, Some(n)));
-    let (before, after) = ends(run);
+    let end = |e: Option<&Evaluation>| e.map_or_else(|| ABSENT.to_owned(), |e| rate(e.success, Some(e.episodes)));
     let cells = [
         escape(seed(run)),
         iterations,
@@ -258,8 +273,8 @@ fn row(style: usize, run: &Run) -> String {
         duration(run.seconds()),
         validation(run.eval.first()),
         validation(run.eval.last()),
-        last(before),
-        last(after),
+        end(before(run)),
+        end(after(run)),
     ];
     format!(
         "<tr><th scope=\"row\" class=\"name-cell\">{}{}</th>{}</tr>\n",
@@ -283,18 +298,18 @@ fn summary(style: usize, members: &[&Run]) -> String {
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let of = if values.len() < members.len() {
-            format!(", {} of {} runs", values.len(), members.len())
+            format!("<small>{} of {} runs</small>", values.len(), members.len())
         } else {
             String::new()
         };
-        format!("{mean:.3}<small>{low:.3} to {high:.3}{of}</small>")
+        format!("{mean:.3}<small>{low:.3} to {high:.3}</small>{of}")
     };
     let success = |p: Option<&Point>| p.map(|p| p.success);
     let cells = [
         over(&|r| success(r.eval.first())),
         over(&|r| success(r.eval.last())),
-        over(&|r| ends(r).0.map(|e| e.0)),
-        over(&|r| ends(r).1.map(|e| e.0)),
+        over(&|r| before(r).map(|e| e.success)),
+        over(&|r| after(r).map(|e| e.success)),
     ];
     format!(
         "<tr class=\"sum\"><th scope=\"row\" colspan=\"5\" class=\"name-cell\">{}Mean and range of {} runs</th>{}</tr>\n",
@@ -332,7 +347,12 @@ fn videos(runs: &[Run]) -> String {
         ),
         Video::Absent | Video::Gif(_) => String::new(),
     });
-    format!("<h2>Evaluation episodes</h2>\n<div class=\"videos\">\n{figures}</div>\n{absent}{left_out}")
+    let figures = if figures.is_empty() {
+        figures
+    } else {
+        format!("<div class=\"videos\">\n{figures}</div>\n")
+    };
+    format!("<h2>Evaluation episodes</h2>\n{figures}{absent}{left_out}")
 }
 
 fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
@@ -355,7 +375,7 @@ fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
         format!("<tr><th scope=\"row\"><code>{}</code></th>{cells}</tr>\n", escape(name))
     });
     format!(
-        "{heading}<p>All keys that differ, but for the seed, folders and endpoints.</p>\n<div class=\"wide\"><table>\n\
+        "{heading}<p>All keys that differ, but for the seed, folders and endpoints.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n\
          <thead><tr><th scope=\"col\">Key</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
 }

@@ -1,6 +1,6 @@
 //! Several runs become series: grouped by configuration, averaged over seeds, compared key by key.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::run::Run;
 
@@ -50,8 +50,8 @@ fn compared(run: &Run) -> BTreeMap<&str, &str> {
 /// The keys whose value is not the same in all series, with the value in each.
 pub fn differences<'a>(series: &[Vec<&'a Run>]) -> Vec<Difference<'a>> {
     let configs: Vec<BTreeMap<&str, &str>> = series.iter().filter_map(|s| s.first()).map(|r| compared(r)).collect();
-    let keys: BTreeMap<&str, ()> = configs.iter().flat_map(|c| c.keys().map(|k| (*k, ()))).collect();
-    keys.into_keys()
+    let keys: BTreeSet<&str> = configs.iter().flat_map(|c| c.keys().copied()).collect();
+    keys.into_iter()
         .map(|key| (key, configs.iter().map(|c| c.get(key).copied()).collect::<Vec<_>>()))
         .filter(|(_, values)| values.windows(2).any(|pair| pair.first() != pair.last()))
         .collect()
@@ -60,15 +60,13 @@ pub fn differences<'a>(series: &[Vec<&'a Run>]) -> Vec<Difference<'a>> {
 /// Mean and range of curves `(x, y)` with rising x, at every x of any of them within the stretch that all cover; between its
 /// points a curve is linear. Empty where the curves have no stretch in common.
 pub fn spread(curves: &[Vec<(f64, f64)>]) -> Vec<Spread> {
-    let edge = |end: fn(&[(f64, f64)]) -> Option<&(f64, f64)>| curves.iter().map(move |c| end(c).map(|p| p.0));
-    let (Some(first), Some(last)) = (
-        edge(|c| c.first()).collect::<Option<Vec<f64>>>(),
-        edge(|c| c.last()).collect::<Option<Vec<f64>>>(),
-    ) else {
+    if curves.iter().any(Vec::is_empty) {
         return Vec::new();
-    };
-    let low = first.into_iter().fold(f64::NEG_INFINITY, f64::max);
-    let high = last.into_iter().fold(f64::INFINITY, f64::min);
+    }
+    let low = curves.iter().filter_map(|c| c.first()).map(|p| p.0);
+    let low = low.fold(f64::NEG_INFINITY, f64::max);
+    let high = curves.iter().filter_map(|c| c.last()).map(|p| p.0);
+    let high = high.fold(f64::INFINITY, f64::min);
     let mut places: Vec<f64> = curves.iter().flatten().map(|p| p.0).collect();
     places.retain(|x| (low..=high).contains(x));
     places.sort_by(f64::total_cmp);
