@@ -125,6 +125,14 @@ pub enum LearnerError {
     /// Something that a command needs is not there.
     #[error("{0}")]
     Missing(String),
+    /// A run that cannot be reported.
+    #[error("run `{path}`: {detail}")]
+    Run {
+        /// Its folder or file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        detail: String,
+    },
     /// A picture cannot be drawn.
     #[error("drawing `{path}`: {detail}")]
     Picture {

@@ -21,6 +21,7 @@ pub mod optim;
 pub mod picture;
 pub mod pretrain;
 pub mod publish;
+pub mod report;
 pub mod resume;
 pub mod rollout;
 pub mod sft;

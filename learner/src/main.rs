@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{native, resume::Resume, train};
+use learner::{native, report, resume::Resume, train};
 use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
@@ -54,6 +54,15 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Write one HTML page about several runs: success curves, final numbers, evaluation videos, configuration differences.
+    Report {
+        /// Folder of a run (`runner.output_dir`); runs that differ only in `runner.seed` become one curve with its range.
+        #[arg(required = true)]
+        run: Vec<PathBuf>,
+        /// The page; `report.html` beside the first run when absent.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
 }
 
 fn plan(config: &Config) -> anyhow::Result<RunPlan> {
@@ -91,6 +100,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
                 write_atomic(&path, &serde_json::to_vec_pretty(&list)?)?;
             }
             Ok(())
+        }
+        Command::Report { run, out } => {
+            let page = report::write(&run, out.as_deref())?;
+            Ok(writeln!(std::io::stdout(), "{}", page.display())?)
         }
     }
 }

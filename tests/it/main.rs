@@ -10,5 +10,6 @@ mod golden {
     mod rl;
 }
 mod refuse;
+mod report;
 mod resume;
 mod ring;

@@ -1,0 +1,95 @@
+//! One HTML page about several runs: success curves, final numbers, evaluation videos, differences of the configurations.
+//! Everything is inside the page; it asks the network for nothing and runs no script.
+
+mod chart;
+mod html;
+mod page;
+mod run;
+mod series;
+
+use std::path::{Path, PathBuf};
+
+use policy::bundle::write_atomic;
+
+pub use run::{Evaluation, Point, Run};
+pub use series::{Difference, Spread, differences, group, spread};
+
+use crate::error::{LearnerError, Result};
+
+/// Name of the page where none is given.
+const PAGE: &str = "report.html";
+
+/// Writes the page about the runs in `dirs` (each with `metrics.jsonl` and `config.toml`; `eval.json` and `eval.gif` where they
+/// are there) to `out`, else to `report.html` in the folder that holds the first run, and returns where it is.
+///
+/// # Errors
+/// No run or the same one twice, a run without success values, a file that cannot be read or is malformed, or the page cannot be
+/// written; then no page is left.
+pub fn write(dirs: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
+    let mut full = Vec::new();
+    for dir in dirs {
+        let path = dir.canonicalize().map_err(|e| LearnerError::Run {
+            path: dir.clone(),
+            detail: format!("it cannot be opened ({e}); give the folder (`runner.output_dir`) of a `learner train`"),
+        })?;
+        if full.contains(&path) {
+            return Err(LearnerError::Run {
+                path: dir.clone(),
+                detail: "it is given twice, name each run once".to_owned(),
+            });
+        }
+        full.push(path);
+    }
+    let Some(first) = dirs.first() else {
+        return Err(LearnerError::Missing("a report needs at least one run".to_owned()));
+    };
+    let runs = full
+        .iter()
+        .zip(names(&full))
+        .map(|(dir, name)| Run::load(dir, name))
+        .collect::<Result<Vec<_>>>()?;
+    // `.` and `..` have no name of their own, so their parent is the real one
+    let parent = match first.file_name() {
+        Some(_) => first.parent().map(Path::to_owned),
+        None => full.first().and_then(|d| d.parent()).map(Path::to_owned),
+    };
+    let out = out.map_or_else(|| parent.unwrap_or_default().join(PAGE), Path::to_owned);
+    write_atomic(&out, page::page(&runs).as_bytes())?;
+    Ok(out)
+}
+
+/// Names of the runs: the shortest ends of their paths that tell all apart.
+fn names(dirs: &[PathBuf]) -> Vec<String> {
+    let most = dirs.iter().map(|d| d.components().count()).max().unwrap_or(0);
+    let ends = |count: usize| -> Vec<String> {
+        dirs.iter()
+            .map(|dir| {
+                let skip = dir.components().count().saturating_sub(count);
+                let end: PathBuf = dir.components().skip(skip).collect();
+                end.display().to_string()
+            })
+            .collect()
+    };
+    (1..=most)
+        .map(ends)
+        .find(|names| {
+            names
+                .iter()
+                .enumerate()
+                .all(|(i, n)| !names.iter().take(i).any(|m| m == n))
+        })
+        .unwrap_or_else(|| ends(most))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_as_short_as_they_can_be() {
+        let names = |dirs: &[&str]| super::names(&dirs.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(names(&["/runs/a", "/runs/b"]), ["a", "b"]);
+        assert_eq!(names(&["/x/seed1", "/y/seed1"]), ["x/seed1", "y/seed1"]);
+        assert_eq!(names(&["/runs/only"]), ["only"]);
+    }
+}
