@@ -16,7 +16,11 @@ use learner::{
     model::{ParamStore, Pi0},
     publish::Publisher,
 };
-use policy::{bundle::describe_file, params::Part, weights::WeightFile};
+use policy::{
+    bundle::describe_file,
+    params::{Heads, Part},
+    weights::WeightFile,
+};
 use tch::{Device, Tensor};
 use wire::messages::{ActRow, ChunkRecord, Mode};
 
@@ -45,7 +49,7 @@ impl Run {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), &TINY);
-        let store = ParamStore::random(&plan.dims, None, 77, Device::Cpu).expect("weights");
+        let store = ParamStore::random(&plan.dims, &Heads::default(), 77, Device::Cpu).expect("weights");
         let bytes = store.to_safetensors(&[Part::Vlm, Part::Expert]).expect("bytes");
         fs::create_dir(dir.path().join("sft")).expect("folder");
         fs::write(dir.path().join("sft").join(MODEL), bytes).expect("start weights");
@@ -208,7 +212,7 @@ fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
     // the oracle is worth something only if there was something to learn
     let weights = |path: &Path| {
         let plan = plan(killed.dir.path(), &TINY);
-        let store = ParamStore::zeros(&plan.dims, None, Device::Cpu).expect("store");
+        let store = ParamStore::zeros(&plan.dims, &Heads::default(), Device::Cpu).expect("store");
         let spec = store.specs().iter().find(|s| s.name == "action_out_proj.weight");
         let file = WeightFile::open(path).expect("weights");
         file.read(spec.expect("weight")).expect("weight").data
