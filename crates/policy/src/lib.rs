@@ -3,6 +3,8 @@
 
 pub mod bundle;
 pub mod config;
+#[cfg(test)]
+mod config_typos;
 pub mod dims;
 pub mod flow;
 pub mod image;

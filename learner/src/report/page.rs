@@ -370,7 +370,7 @@ fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
     let rows = each(different, |(name, values)| {
         let cells = each(values, |value| match value {
             Some(value) => format!("<td><code>{}</code></td>", escape(value)),
-            None => "<td>absent</td>".to_owned(),
+            None => "<td class=\"none\">absent</td>".to_owned(),
         });
         format!("<tr><th scope=\"row\"><code>{}</code></th>{cells}</tr>\n", escape(name))
     });
