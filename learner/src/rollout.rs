@@ -3,17 +3,17 @@
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
-use policy::plan::RunPlan;
-use tch::{Kind, Tensor};
+use policy::{config::LogprobType, plan::RunPlan};
+use tch::{Device, Kind, Tensor};
 use wire::{
     array::ArrayError,
     messages::{ChunkRecord, Mode, Reset, Trajectory},
 };
 
 use crate::{
-    advantage::{Advantages, Episode, EstimatorSettings, estimator, normalize},
     error::{LearnerError, Result},
     hub::{Hub, HubEvent},
+    labels::{Labels, estimate},
     launch::Children,
     metrics::progress_style,
     observation::ObservationBatch,
@@ -124,16 +124,40 @@ pub struct RolloutBatch {
     pub x_next: Tensor,
     /// Which step, i64 `[N]`.
     pub step: Tensor,
-    /// Log-probability at rollout, summed over the executed chunk, f32 `[N]`.
+    /// Log-probability at rollout per element of the executed part, f32 `[N, C, D]`; reduced to the ratio's level at use.
     pub old_logprob: Tensor,
+    /// Policy version that made the chunk, i64 `[N]`.
+    pub version: Tensor,
+    /// Version of the weights that these records train, one after the newest rollout's.
+    pub trained_version: u64,
+    /// Elements that count in the policy loss, bool: `[N]` with one ratio per chunk, else `[N, C]`: the rows that the
+    /// environment executed before the episode ended.
+    pub mask: Tensor,
+    /// How many of them each record has.
+    pub valid: Vec<u32>,
+    /// Lengths of the records' episodes in elements of `mask`.
+    pub policy_episodes: EpisodeLengths,
+    /// Lengths of the records' episodes in records.
+    pub value_episodes: EpisodeLengths,
     /// Value at rollout, f32 `[N]`; zeros without a critic.
     pub old_value: Tensor,
-    /// Advantages, normalised when configured, f32 `[N]`.
+    /// Advantages, normalised when configured, f32 `[N]`, or `[N, C]` where rewards are at the action level.
     pub advantage: Tensor,
+    /// Whether any advantage differs from 0.
+    pub informative: bool,
     /// Value targets, f32 `[N]`.
     pub returns: Tensor,
     /// Mean magnitude of the executed actions.
     pub action_magnitude: f64,
+}
+
+/// What gives every episode the same weight in a mean over records.
+#[derive(Debug)]
+pub struct EpisodeLengths {
+    /// Valid elements of the record's episode, f32 `[N]`.
+    pub len: Tensor,
+    /// Elements per episode on average, valid or not.
+    pub steps: f64,
 }
 
 /// A chunk record that does not fit the plan.
@@ -160,6 +184,7 @@ struct Rows {
     step: Vec<i64>,
     logprob: Vec<f32>,
     value: Vec<f32>,
+    version: Vec<i64>,
     magnitude: f64,
 }
 
@@ -170,57 +195,21 @@ impl RolloutBatch {
     /// Names the episode whose record does not fit.
     pub fn new(plan: &RunPlan, trajectories: &[Trajectory], version: u64) -> Result<Self> {
         let mut rows = Rows::default();
-        let mut rewards: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
         let mut values: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
         for trajectory in trajectories {
-            let Reset { env, episode, .. } = trajectory.reset;
             let from = rows.value.len();
-            for chunk in &trajectory.chunks {
-                let record = chunk.record.as_deref().ok_or_else(|| LearnerError::Record {
-                    env,
-                    episode,
-                    detail: "a training episode came without its chunk records".to_owned(),
-                })?;
-                if record.version != version {
-                    return Err(LearnerError::Record {
-                        env,
-                        episode,
-                        detail: format!(
-                            "chunk {} is of version {}, expected {version}",
-                            record.key.chunk, record.version
-                        ),
-                    });
-                }
+            let Reset { env, episode, .. } = trajectory.reset;
+            for at in 0..trajectory.chunks.len() {
+                let record = checked(plan, trajectory, at, version)?;
                 rows.push(plan, record)
                     .map_err(|source| LearnerError::Trajectory { env, episode, source })?;
+                rows.version.push(record.version as i64);
             }
-            rewards.push(trajectory.chunks.iter().map(|c| c.rewards.iter().sum()).collect());
             values.push(rows.value.get(from..).unwrap_or_default().to_vec());
         }
-        let algorithm = &plan.config.algorithm;
-        let estimate = estimator(&algorithm.adv_type).ok_or_else(|| unknown_estimator(&algorithm.adv_type))?;
-        let critic = plan.value_head.is_some();
-        let episodes: Vec<Episode<'_>> = trajectories
-            .iter()
-            .zip(rewards.iter().zip(&values))
-            .map(|(trajectory, (rewards, values))| Episode {
-                rewards,
-                values: if critic { values } else { &[] },
-                final_value: trajectory.final_value.unwrap_or(0.0),
-                group: trajectory.reset.group.map_or(0, u64::from),
-            })
-            .collect();
-        let settings = EstimatorSettings {
-            gamma: algorithm.gamma,
-            gae_lambda: algorithm.gae_lambda,
-        };
-        let estimated: Vec<Advantages> = estimate(&episodes, settings)?;
-        let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
-        let returns: Vec<f32> = estimated.iter().flat_map(|a| a.returns.iter().copied()).collect();
-        if algorithm.normalize_advantages {
-            normalize(&mut advantage, None);
-        }
-        Ok(rows.into_batch(plan, &advantage, &returns))
+        let estimated = estimate(plan, trajectories, &values)?;
+        let labels = Labels::new(plan, trajectories, &estimated);
+        Ok(rows.into_batch(plan, labels, version))
     }
 
     /// Number of records.
@@ -234,12 +223,29 @@ impl RolloutBatch {
     }
 }
 
-fn unknown_estimator(name: &str) -> LearnerError {
-    let known: Vec<&str> = crate::advantage::ESTIMATORS.iter().map(|(n, _)| *n).collect();
-    LearnerError::Missing(format!(
-        "`algorithm.adv_type` is `{name}`, expected one of {}",
-        known.join(", ")
-    ))
+/// The record of chunk `at`, of the expected version and of an episode whose chunks are full but for the last.
+fn checked<'a>(plan: &RunPlan, trajectory: &'a Trajectory, at: usize, version: u64) -> Result<&'a ChunkRecord> {
+    let Reset { env, episode, .. } = trajectory.reset;
+    let refuse = |detail: String| LearnerError::Record { env, episode, detail };
+    let chunk = trajectory.chunks.get(at);
+    let record = chunk.and_then(|chunk| chunk.record.as_deref());
+    let record = record.ok_or_else(|| refuse("a training episode came without its chunk records".to_owned()))?;
+    if record.version != version {
+        return Err(refuse(format!(
+            "chunk {} is of version {}, expected {version}",
+            record.key.chunk, record.version
+        )));
+    }
+    let full = plan.config.actor.model.num_action_chunks;
+    let executed = chunk.map_or(0, |chunk| chunk.rewards.len());
+    let last = at + 1 == trajectory.chunks.len();
+    if executed == 0 || executed > full || (executed < full && !last) {
+        return Err(refuse(format!(
+            "chunk {} has {executed} rewards, expected {full}, or 1 to {full} in the last chunk of the episode",
+            record.key.chunk
+        )));
+    }
+    Ok(record)
 }
 
 impl Rows {
@@ -277,7 +283,7 @@ impl Rows {
         self.x.extend_from_slice(x);
         self.x_next.extend_from_slice(x_next);
         self.step.push(step as i64);
-        self.logprob.push(logprob.iter().sum());
+        self.logprob.extend(logprob);
         self.value.push(record.value.unwrap_or(0.0));
         let executed = at(model.num_steps).unwrap_or_default();
         let sum: f32 = executed
@@ -290,8 +296,10 @@ impl Rows {
         Ok(())
     }
 
-    fn into_batch(self, plan: &RunPlan, advantage: &[f32], returns: &[f32]) -> RolloutBatch {
+    fn into_batch(self, plan: &RunPlan, labels: Labels, version: u64) -> RolloutBatch {
         let dims = &plan.dims;
+        let model = &plan.config.actor.model;
+        let (rows, cols) = (model.num_action_chunks, model.env_action_dim as i64);
         let n = self.step.len() as i64;
         let (side, cameras) = (dims.vision.image_size as i64, dims.cameras as i64);
         let chunk = [n, dims.action_horizon as i64, dims.action_dim as i64];
@@ -302,15 +310,51 @@ impl Rows {
             prompt_mask: Tensor::from_slice(&self.prompt_mask).view([n, dims.prompt_len as i64]),
             state: Tensor::from_slice(&self.state).view([n, dims.action_dim as i64]),
         };
+        let by_chunk = plan.config.algorithm.logprob_type == LogprobType::ChunkLevel;
+        let (mask, valid, lengths, width) = if by_chunk {
+            let mask = Tensor::ones([n], (Kind::Bool, Device::Cpu));
+            (mask, vec![1; labels.executed.len()], &labels.episode_records, 1)
+        } else {
+            let flags: Vec<bool> = labels
+                .executed
+                .iter()
+                .flat_map(|executed| (0..rows).map(move |row| row < *executed))
+                .collect();
+            let valid = labels.executed.iter().map(|executed| *executed as u32).collect();
+            (
+                Tensor::from_slice(&flags).view([n, rows as i64]),
+                valid,
+                &labels.episode_rows,
+                rows,
+            )
+        };
+        let per_episode = n as f64 / (labels.episodes.max(1)) as f64;
+        let mut advantage = Tensor::from_slice(&labels.advantage);
+        if labels.width > 1 {
+            advantage = advantage.view([n, labels.width as i64]);
+        }
         RolloutBatch {
             observations,
             x: Tensor::from_slice(&self.x).view(chunk),
             x_next: Tensor::from_slice(&self.x_next).view(chunk),
             step: Tensor::from_slice(&self.step).to_kind(Kind::Int64),
-            old_logprob: Tensor::from_slice(&self.logprob),
+            old_logprob: Tensor::from_slice(&self.logprob).view([n, rows as i64, cols]),
+            version: Tensor::from_slice(&self.version),
+            trained_version: version + 1,
+            mask,
+            valid,
+            policy_episodes: EpisodeLengths {
+                len: Tensor::from_slice(lengths),
+                steps: per_episode * width as f64,
+            },
+            value_episodes: EpisodeLengths {
+                len: Tensor::from_slice(&labels.episode_records),
+                steps: per_episode,
+            },
             old_value: Tensor::from_slice(&self.value),
-            advantage: Tensor::from_slice(advantage),
-            returns: Tensor::from_slice(returns),
+            informative: labels.advantage.iter().any(|advantage| *advantage != 0.0),
+            advantage,
+            returns: Tensor::from_slice(&labels.returns),
             action_magnitude: self.magnitude / (n.max(1)) as f64,
         }
     }

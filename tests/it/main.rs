@@ -8,5 +8,7 @@ mod golden {
     mod onnx;
     mod preproc;
 }
+mod properties;
 mod refuse;
 mod ring;
+mod update;

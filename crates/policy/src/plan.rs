@@ -23,7 +23,7 @@ pub struct RunPlan {
     pub value_head: Option<ValueHeadDims>,
 }
 
-fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
+pub(crate) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
     ConfigError::Key {
         key: key.to_owned(),
         detail: detail.into(),
@@ -193,21 +193,7 @@ impl RunPlan {
                 ),
             ));
         }
-        match (a.loss_type.as_str(), &model.value_head) {
-            ("actor_critic", None) => {
-                return Err(refuse(
-                    "actor.model.value_head",
-                    "missing, `algorithm.loss_type = \"actor_critic\"` needs one",
-                ));
-            }
-            ("actor", Some(_)) => {
-                return Err(refuse(
-                    "actor.model.value_head",
-                    "given, but `algorithm.loss_type = \"actor\"` trains none: remove the section",
-                ));
-            }
-            _ => {}
-        }
+        crate::plan_algorithm::check(&config)?;
         if !model.openpi.train_expert_only {
             return Err(refuse(
                 "actor.model.openpi.train_expert_only",
