@@ -4,26 +4,25 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use policy::{
-    config::JointLogprob,
+    config::{JointLogprob, LogprobType},
     flow::{Mdp, Schedule},
     logprob,
     params::{CriticInput, ValueSteps},
     plan::RunPlan,
 };
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use wire::{
     array::ArrayError,
     messages::{ChunkRecord, Mode, Reset, Trajectory},
 };
 
 use crate::{
-    advantage::{Advantages, Episode, EstimatorSettings, estimator, normalize},
     error::{LearnerError, Result},
     hub::{Hub, HubEvent},
+    labels::{Labels, estimate},
     launch::Children,
     metrics::progress_style,
     observation::ObservationBatch,
-    two_layer,
 };
 
 /// How long the ring may be silent before the run ends with an error.
@@ -135,14 +134,38 @@ pub struct RolloutBatch {
     pub step: Tensor,
     /// Log-probability at rollout per executed element (joined over the `S` steps), f32 `[M, action_chunk, env_action_dim]`.
     pub old_logprob: Tensor,
+    /// Policy version that made the chunk, i64 `[M]`.
+    pub version: Tensor,
+    /// Version of the weights that these records train, one after the newest rollout's.
+    pub trained_version: u64,
+    /// Elements that count in the policy loss, bool: `[M]` with one ratio per sample, else `[M, action_chunk]`: the rows that the
+    /// environment executed before the episode ended.
+    pub mask: Tensor,
+    /// How many of them each sample has.
+    pub valid: Vec<u32>,
+    /// Lengths of the samples' episodes in elements of `mask`.
+    pub policy_episodes: EpisodeLengths,
+    /// Lengths of the samples' episodes in samples.
+    pub value_episodes: EpisodeLengths,
     /// Value at rollout, f32 `[M]`; zeros without a critic.
     pub old_value: Tensor,
-    /// Advantages, normalised when configured, f32 `[M]`.
+    /// Advantages, normalised when configured, f32 `[M]`, or `[M, action_chunk]` where rewards are at the action level.
     pub advantage: Tensor,
+    /// Whether any advantage differs from 0.
+    pub informative: bool,
     /// Value targets, f32 `[M]`.
     pub returns: Tensor,
     /// Mean magnitude of the executed actions.
     pub action_magnitude: f64,
+}
+
+/// What gives every episode the same weight in a mean over samples.
+#[derive(Debug)]
+pub struct EpisodeLengths {
+    /// Valid elements of the sample's episode, f32 `[M]`.
+    pub len: Tensor,
+    /// Elements per episode on average, valid or not.
+    pub steps: f64,
 }
 
 /// A chunk record that does not fit the plan.
@@ -171,6 +194,7 @@ struct Rows {
     logprob: Vec<f32>,
     /// Values of the samples.
     value: Vec<f32>,
+    version: Vec<i64>,
     magnitude: f64,
 }
 
@@ -181,71 +205,22 @@ impl RolloutBatch {
     /// Names the episode whose record does not fit.
     pub fn new(plan: &RunPlan, trajectories: &[Trajectory], version: u64) -> Result<Self> {
         let mut rows = Rows::default();
-        let mut rewards: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
         let mut values: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
         for trajectory in trajectories {
-            let Reset { env, episode, .. } = trajectory.reset;
             let from = rows.value.len();
-            for chunk in &trajectory.chunks {
-                let record = chunk.record.as_deref().ok_or_else(|| LearnerError::Record {
-                    env,
-                    episode,
-                    detail: "a training episode came without its chunk records".to_owned(),
-                })?;
-                if record.version != version {
-                    return Err(LearnerError::Record {
-                        env,
-                        episode,
-                        detail: format!(
-                            "chunk {} is of version {}, expected {version}",
-                            record.key.chunk, record.version
-                        ),
-                    });
-                }
+            let Reset { env, episode, .. } = trajectory.reset;
+            for at in 0..trajectory.chunks.len() {
+                let record = checked(plan, trajectory, at, version)?;
                 rows.push(plan, record)
                     .map_err(|source| LearnerError::Trajectory { env, episode, source })?;
             }
-            rewards.push(trajectory.chunks.iter().map(|c| c.rewards.iter().sum()).collect());
             values.push(rows.value.get(from..).unwrap_or_default().to_vec());
         }
-        let algorithm = &plan.config.algorithm;
-        let estimate = estimator(&algorithm.adv_type).ok_or_else(|| unknown_estimator(&algorithm.adv_type))?;
-        let critic = plan.heads.value.is_some();
         // samples per chunk: its denoise steps, where each is a transition of its own
         let inner = rows.record.len() / (rows.records as usize).max(1);
-        let first_values: Vec<Vec<f32>> = values
-            .iter()
-            .map(|v| v.iter().copied().step_by(inner.max(1)).collect())
-            .collect();
-        let episodes: Vec<Episode<'_>> = trajectories
-            .iter()
-            .zip(rewards.iter().zip(&first_values))
-            .map(|(trajectory, (rewards, values))| Episode {
-                rewards,
-                values: if critic { values } else { &[] },
-                final_value: trajectory.final_value.unwrap_or(0.0),
-                group: trajectory.reset.group.map_or(0, u64::from),
-            })
-            .collect();
-        let settings = EstimatorSettings {
-            gamma: algorithm.gamma,
-            gae_lambda: algorithm.gae_lambda,
-        };
-        let estimated: Vec<Advantages> = if inner > 1 && algorithm.adv_type == "gae" {
-            let pairs = episodes.iter().zip(&values);
-            pairs
-                .map(|(e, values)| two_layer::gae(e.rewards, values, inner, e.final_value, settings))
-                .collect()
-        } else {
-            let per_chunk = estimate(&episodes, settings)?;
-            per_chunk.into_iter().map(|a| repeated(a, inner)).collect()
-        };
-        let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
-        let returns: Vec<f32> = estimated.iter().flat_map(|a| a.returns.iter().copied()).collect();
-        if algorithm.normalize_advantages {
-            normalize(&mut advantage, None);
-        }
-        Ok(rows.into_batch(plan, &advantage, &returns))
+        let estimated = estimate(plan, trajectories, &values, inner)?;
+        let labels = Labels::new(plan, trajectories, &estimated, inner);
+        Ok(rows.into_batch(plan, labels, version))
     }
 
     /// Number of samples.
@@ -259,21 +234,29 @@ impl RolloutBatch {
     }
 }
 
-/// The advantage of a chunk for each of its samples.
-fn repeated(chunks: Advantages, samples: usize) -> Advantages {
-    let each = |v: Vec<f32>| v.into_iter().flat_map(|x| std::iter::repeat_n(x, samples)).collect();
-    Advantages {
-        advantages: each(chunks.advantages),
-        returns: each(chunks.returns),
+/// The record of chunk `at`, of the expected version and of an episode whose chunks are full but for the last.
+fn checked<'a>(plan: &RunPlan, trajectory: &'a Trajectory, at: usize, version: u64) -> Result<&'a ChunkRecord> {
+    let Reset { env, episode, .. } = trajectory.reset;
+    let refuse = |detail: String| LearnerError::Record { env, episode, detail };
+    let chunk = trajectory.chunks.get(at);
+    let record = chunk.and_then(|chunk| chunk.record.as_deref());
+    let record = record.ok_or_else(|| refuse("a training episode came without its chunk records".to_owned()))?;
+    if record.version != version {
+        return Err(refuse(format!(
+            "chunk {} is of version {}, expected {version}",
+            record.key.chunk, record.version
+        )));
     }
-}
-
-fn unknown_estimator(name: &str) -> LearnerError {
-    let known: Vec<&str> = crate::advantage::ESTIMATORS.iter().map(|(n, _)| *n).collect();
-    LearnerError::Missing(format!(
-        "`algorithm.adv_type` is `{name}`, expected one of {}",
-        known.join(", ")
-    ))
+    let full = plan.config.actor.model.num_action_chunks;
+    let executed = chunk.map_or(0, |chunk| chunk.rewards.len());
+    let last = at + 1 == trajectory.chunks.len();
+    if executed == 0 || executed > full || (executed < full && !last) {
+        return Err(refuse(format!(
+            "chunk {} has {executed} rewards, expected {full}, or 1 to {full} in the last chunk of the episode",
+            record.key.chunk
+        )));
+    }
+    Ok(record)
 }
 
 impl Rows {
@@ -321,6 +304,7 @@ impl Rows {
             Mdp::TwoLayer => {
                 for (s, step) in steps.iter().enumerate() {
                     self.record.push(self.records);
+                    self.version.push(record.version as i64);
                     self.step.push(*step);
                     self.value.extend(values.get(s).or(values.first()));
                 }
@@ -328,6 +312,7 @@ impl Rows {
             }
             Mdp::Hybrid | Mdp::Joint => {
                 self.record.push(self.records);
+                self.version.push(record.version as i64);
                 self.value.push(values.iter().sum::<f32>() / values.len().max(1) as f32);
                 let initial = logprob::executed(at(0), at(0), width, rows, cols, |_, x, _| {
                     logprob::gaussian(x, 0.0, 1.0)
@@ -355,30 +340,66 @@ impl Rows {
         Ok(())
     }
 
-    fn into_batch(self, plan: &RunPlan, advantage: &[f32], returns: &[f32]) -> RolloutBatch {
+    fn into_batch(self, plan: &RunPlan, labels: Labels, version: u64) -> RolloutBatch {
         let dims = &plan.dims;
         let model = &plan.config.actor.model;
         let (n, m) = (self.records, self.record.len() as i64);
         let (side, cameras) = (dims.vision.image_size as i64, dims.cameras as i64);
-        let (horizon, width) = (dims.action_horizon as i64, dims.action_dim as i64);
+        let (horizon, action_dim) = (dims.action_horizon as i64, dims.action_dim as i64);
         let (rows, cols) = (model.num_action_chunks as i64, model.env_action_dim as i64);
         let observations = ObservationBatch {
             images: Tensor::from_slice(&self.images).view([n, cameras, side, side, 3]),
             image_mask: Tensor::from_slice(&self.image_mask).view([n, cameras]),
             prompt: Tensor::from_slice(&self.prompt).view([n, dims.prompt_len as i64]),
             prompt_mask: Tensor::from_slice(&self.prompt_mask).view([n, dims.prompt_len as i64]),
-            state: Tensor::from_slice(&self.state).view([n, width]),
+            state: Tensor::from_slice(&self.state).view([n, action_dim]),
         };
+        let by_chunk = plan.config.algorithm.logprob_type == LogprobType::ChunkLevel;
+        let (mask, valid, lengths, width) = if by_chunk {
+            let mask = Tensor::ones([m], (Kind::Bool, Device::Cpu));
+            (mask, vec![1; labels.executed.len()], &labels.episode_records, 1)
+        } else {
+            let flags: Vec<bool> = labels
+                .executed
+                .iter()
+                .flat_map(|executed| (0..rows as usize).map(move |row| row < *executed))
+                .collect();
+            let valid = labels.executed.iter().map(|executed| *executed as u32).collect();
+            (
+                Tensor::from_slice(&flags).view([m, rows]),
+                valid,
+                &labels.episode_rows,
+                rows,
+            )
+        };
+        let per_episode = m as f64 / (labels.episodes.max(1)) as f64;
+        let mut advantage = Tensor::from_slice(&labels.advantage);
+        if labels.width > 1 {
+            advantage = advantage.view([m, labels.width as i64]);
+        }
         let steps = if m == 0 { 1 } else { self.step.len() as i64 / m };
         RolloutBatch {
             observations,
-            chain: Tensor::from_slice(&self.chain).view([n, model.num_steps as i64 + 1, horizon, width]),
+            chain: Tensor::from_slice(&self.chain).view([n, model.num_steps as i64 + 1, horizon, action_dim]),
             record: Tensor::from_slice(&self.record),
             step: Tensor::from_slice(&self.step).view([m, steps]),
             old_logprob: Tensor::from_slice(&self.logprob).view([m, rows, cols]),
+            version: Tensor::from_slice(&self.version),
+            trained_version: version + 1,
+            mask,
+            valid,
+            policy_episodes: EpisodeLengths {
+                len: Tensor::from_slice(lengths),
+                steps: per_episode * width as f64,
+            },
+            value_episodes: EpisodeLengths {
+                len: Tensor::from_slice(&labels.episode_records),
+                steps: per_episode,
+            },
             old_value: Tensor::from_slice(&self.value),
-            advantage: Tensor::from_slice(advantage),
-            returns: Tensor::from_slice(returns),
+            informative: labels.advantage.iter().any(|advantage| *advantage != 0.0),
+            advantage,
+            returns: Tensor::from_slice(&labels.returns),
             action_magnitude: self.magnitude / (n.max(1)) as f64,
         }
     }

@@ -12,7 +12,6 @@ use policy::{
     weights::WeightFile,
 };
 use tch::Device;
-use wire::messages::{Mode, Reset};
 
 use crate::{
     checkpoint::Keeper,
@@ -20,6 +19,7 @@ use crate::{
     error::{LearnerError, Result},
     evaluate::{check_seed, evaluate},
     hub::Hub,
+    labels::check_estimator,
     launch::Children,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
@@ -27,7 +27,8 @@ use crate::{
     pretrain::pretrain,
     publish::Publisher,
     resume::{self, Resume},
-    rollout::{RolloutBatch, collect, failure_rate, success_rate},
+    rollout::{RolloutBatch, failure_rate},
+    sampling::sample,
     sft::sft,
     update::Updater,
 };
@@ -159,29 +160,6 @@ impl Ring {
     }
 }
 
-/// The resets of one training iteration: every environment `rollout_epoch` times, or groups on the same start.
-fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
-    let train = &plan.config.env.train;
-    let size = plan.config.algorithm.group_size;
-    let per_env = train.rollout_epoch as u64;
-    (0..train.total_num_envs)
-        .flat_map(|env| (0..per_env).map(move |e| (env, u64::from(iteration) * per_env + e)))
-        .map(|(env, episode)| {
-            let group = env / size;
-            Reset {
-                seed: plan.config.runner.seed,
-                env: env as u32,
-                episode,
-                reset_state: (size > 1).then_some(episode << 24 | group as u64),
-                task: None,
-                group: (size > 1)
-                    .then_some((group as u64 + (episode % per_env) * (train.total_num_envs / size) as u64) as u32),
-                video: false,
-            }
-        })
-        .collect()
-}
-
 /// Online RL from the SFT checkpoint, or on from a checkpoint of RL: a run that was killed and goes on gives the same weights, bit
 /// for bit on a CPU, as one that was not.
 ///
@@ -189,6 +167,7 @@ fn training_resets(plan: &RunPlan, iteration: u32) -> Vec<Reset> {
 /// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     libtorch(plan)?;
+    check_estimator(plan)?;
     let config = &plan.config;
     let dir = config.runner.output_dir.clone();
     let from = resume::find(plan, resume)?;
@@ -245,40 +224,31 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
             keeper.evaluated(&policy, &mut updater, iteration, episodes, success)?;
         }
         let begin = Instant::now();
-        let label = format!("iteration {}/{}: rollout", iteration + 1, config.runner.max_epochs);
-        let got = collect(
-            &ring.hub,
-            &mut ring.children,
-            version,
-            Mode::Train,
-            training_resets(plan, iteration),
-            &label,
-        )?;
-        episodes += got.trajectories.len() as u64;
-        let batch = RolloutBatch::new(plan, &got.trajectories, version)?;
+        let got = sample(&ring.hub, &mut ring.children, plan, iteration, version)?;
+        episodes += got.episodes as u64;
+        let batch = RolloutBatch::new(plan, &got.used.trajectories, version)?;
         let report = updater.update(&policy, &batch, iteration)?;
         let publishing = Instant::now();
         bundle = publisher.publish(&policy, version + 1)?;
         ring.hub.announce(&bundle)?;
-        let success = success_rate(&got.trajectories);
+        let success = got.success;
         let a = &report.actor;
-        let env_steps: usize = got
-            .trajectories
-            .iter()
-            .flat_map(|t| &t.chunks)
-            .map(|c| c.rewards.len())
-            .sum();
         log.write(
             "train",
             version + 1,
             &[
                 ("episodes", episodes as f64),
                 ("success", success),
-                ("terminated_failure", failure_rate(&got.trajectories)),
+                ("terminated_failure", got.failure),
                 ("records", report.records as f64),
-                ("env_steps", env_steps as f64),
+                ("env_steps", got.env_steps as f64),
+                ("groups", got.groups as f64),
+                ("rounds", f64::from(got.rounds)),
                 ("action_magnitude", batch.action_magnitude),
                 ("policy_loss", a.policy_loss),
+                ("kl_penalty", a.kl_penalty),
+                ("entropy", report.entropy),
+                ("behaviour_clip_fraction", a.behaviour_clip_fraction),
                 ("ratio", a.ratio),
                 ("approx_kl", a.approx_kl),
                 ("last_kl", report.last_kl),
@@ -293,8 +263,8 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
                 ("lr", report.lr),
                 ("updates", report.updates as f64),
                 ("skipped_updates", report.skipped as f64),
-                ("rollout_seconds", got.seconds),
-                ("reload_seconds", got.reload_seconds),
+                ("rollout_seconds", got.used.seconds),
+                ("reload_seconds", got.used.reload_seconds),
                 ("prefix_seconds", report.prefix_seconds),
                 ("update_seconds", report.update_seconds),
                 ("publish_seconds", publishing.elapsed().as_secs_f64()),
@@ -310,7 +280,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
             report.explained_variance,
             report.first_ratio_deviation,
             report.records,
-            got.seconds,
+            got.used.seconds,
             report.prefix_seconds + report.update_seconds,
         );
         let save = config.runner.save_interval;

@@ -1,7 +1,7 @@
 //! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
 
 use policy::{
-    config::JointLogprob,
+    config::{JointLogprob, LogprobType, LossAgg},
     params::{CriticInput as CriticReads, Part, ValueSteps},
     plan::RunPlan,
 };
@@ -12,9 +12,9 @@ use crate::{
     logprob::{Executed, StepTable, TransitionBatch, gaussian, path_value, transition},
     loss::{
         ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput,
-        PolicyLossFn, PolicySettings, policy_loss,
+        PolicyLossFn, PolicySettings, aggregate_logprob, interpolated_proximal, policy_loss,
     },
-    minibatch::{ShuffleSeed, micro_batches, minibatches, permutation},
+    minibatch::{MicroBatch, ShuffleSeed, micro_batches, minibatches, permutation},
     model::{Pi0, PrefixCache},
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
     rollout::RolloutBatch,
@@ -29,6 +29,9 @@ pub struct Updater {
     plan: RunPlan,
     executed: Executed,
     loss: PolicyLossFn,
+    level: LogprobType,
+    /// Whether the loss clips around a proximal policy of its own.
+    decoupled: bool,
     settings: PolicySettings,
     /// The actor's optimizer, then the critic's: each clips its own gradient, so that a cold critic does not slow the actor.
     actor: AdamW,
@@ -52,6 +55,8 @@ pub struct UpdateReport {
     pub logprob_gap: f64,
     /// KL estimate of the last minibatch.
     pub last_kl: f64,
+    /// Mean entropy of the policy; 0 where the loss has none.
+    pub entropy: f64,
     /// Mean value loss.
     pub value_loss: f64,
     /// Share of values moved beyond the clip.
@@ -140,9 +145,10 @@ impl Updater {
                 clip_low: algorithm.clip_ratio_low,
                 clip_high: algorithm.clip_ratio_high,
                 dual_clip: algorithm.clip_ratio_c,
-                log_ratio_clamp: None,
+                log_ratio_clamp: algorithm.clip_log_ratio.map(|bounds| (bounds.min, bounds.max)),
                 episode_steps: None,
-                behaviour_ratio_max: None,
+                behaviour_ratio_max: algorithm.behave_weight_threshold,
+                kl_beta: algorithm.kl_beta,
             },
             critic: CriticSettings {
                 value_clip: algorithm.value_clip,
@@ -150,7 +156,7 @@ impl Updater {
                 episode_steps: None,
             },
             value_coef: 1.0,
-            entropy_coef: 0.0,
+            entropy_coef: algorithm.entropy_bonus.unwrap_or(0.0),
         };
         Ok(Self {
             executed: Executed {
@@ -158,6 +164,8 @@ impl Updater {
                 env_action_dim: model.env_action_dim,
             },
             loss,
+            level: algorithm.logprob_type,
+            decoupled: algorithm.loss_type == "decoupled_actor_critic",
             settings,
             actor,
             critic,
@@ -172,12 +180,29 @@ impl Updater {
         (&mut self.actor, self.critic.as_mut())
     }
 
-    /// Trains on one iteration's records. During the critic's warm-up the policy stays as it is.
+    /// Trains on one iteration's records. During the critic's warm-up the policy stays as it is. Without a critic, records
+    /// whose advantages are all 0 (or no records) teach nothing: no optimizer takes a step, so that neither momentum nor
+    /// weight decay moves the weights.
     ///
     /// # Errors
     /// Shapes that do not fit the policy.
     pub fn update(&mut self, policy: &Pi0, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
         let version = u64::from(iteration);
+        if batch.is_empty() || (self.critic.is_none() && !batch.informative) {
+            tracing::warn!(
+                "iteration {}: none of the {} records has an advantage, the policy stays as it is",
+                iteration + 1,
+                batch.len()
+            );
+            return Ok(UpdateReport {
+                records: batch.len(),
+                explained_variance: f64::NAN,
+                ..UpdateReport::default()
+            });
+        }
+        let by_episode = self.plan.config.algorithm.loss_agg == LossAgg::EpisodeLength;
+        self.settings.actor.episode_steps = by_episode.then_some(batch.policy_episodes.steps);
+        self.settings.critic.episode_steps = by_episode.then_some(batch.value_episodes.steps);
         let begin = std::time::Instant::now();
         let (cache, pooled) = batch.observations.frozen_prefix(policy, PREFIX_ROWS)?;
         let mut report = UpdateReport {
@@ -224,9 +249,16 @@ impl Updater {
                 let first = minibatches_done == 0.0;
                 let mut actor = ActorMetrics::default();
                 for part in micro_batches(minibatch, micro) {
+                    // a mean by episodes divides by all elements, a masked mean by the valid ones
+                    let share = if by_episode {
+                        1.0
+                    } else {
+                        valid_share(&batch.valid, part, minibatch)
+                    };
+                    let objective = Objective { loss, warming, share };
                     let rows: Vec<i64> = part.rows.iter().map(|r| *r as i64).collect();
                     let rows = Tensor::from_slice(&rows).to_device(policy.device());
-                    let out = self.forward(policy, &table, batch, &cache, &pooled, &rows, loss, warming)?;
+                    let out = self.forward(policy, &table, batch, &cache, &pooled, &rows, objective)?;
                     (&out.loss * part.weight).backward();
                     if first {
                         report.logprob_gap = report.logprob_gap.max(out.logprob_gap);
@@ -234,8 +266,9 @@ impl Updater {
                         report.first_ratio_deviation = report.first_ratio_deviation.max(out.logprob_gap.exp_m1());
                     }
                     if let Some(metrics) = out.actor {
-                        add(&mut actor, &metrics, part.weight);
+                        add(&mut actor, &metrics, part.weight * share);
                     }
+                    report.entropy += out.entropy * part.weight;
                     if let Some((value_loss, clipped, sums)) = out.critic {
                         report.value_loss += value_loss * part.weight;
                         report.value_clip_fraction += clipped * part.weight;
@@ -258,15 +291,18 @@ impl Updater {
                     let factor = self.rise.factor(self.actor.updates()) * self.fall.factor(u64::from(iteration));
                     let step = self.actor.step(factor)?;
                     report.lr = config.actor.optim.lr * factor;
-                    report.grad_norm += step.grad_norm;
                     report.skipped += u64::from(step.skipped);
-                    report.updates += 1;
+                    if !step.skipped {
+                        report.grad_norm += step.grad_norm;
+                        report.updates += 1;
+                    }
                 }
             }
         }
         let count = f64::max(minibatches_done, 1.0);
         let sum = std::mem::take(&mut report.actor);
         add(&mut report.actor, &sum, count.recip());
+        report.entropy /= count;
         report.value_loss /= count;
         report.value_clip_fraction /= count;
         report.grad_norm /= (report.updates as f64).max(1.0);
@@ -276,7 +312,6 @@ impl Updater {
         Ok(report)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the state of one pass, used here only")]
     fn forward(
         &self,
         policy: &Pi0,
@@ -285,15 +320,16 @@ impl Updater {
         cache: &PrefixCache,
         pooled: &Tensor,
         rows: &Tensor,
-        loss: PolicyLossFn,
-        warming: bool,
+        Objective { loss, warming, share }: Objective,
     ) -> Result<Pass> {
         let pick = |t: &Tensor| t.index_select(0, rows);
         let record = pick(&batch.record);
         let seen = |t: &Tensor| t.index_select(0, &record);
-        let (old_value, returns, advantage) = (pick(&batch.old_value), pick(&batch.returns), pick(&batch.advantage));
-        let summed = |l: Tensor| l.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float);
-        let old_logprob = summed(pick(&batch.old_logprob));
+        let (old_value, returns) = (pick(&batch.old_value), pick(&batch.returns));
+        let old_logprob = aggregate_logprob(&pick(&batch.old_logprob), self.level)?;
+        let (advantage, mask) = (pick(&batch.advantage), pick(&batch.mask));
+        let (policy_len, value_len) = (pick(&batch.policy_episodes.len), pick(&batch.value_episodes.len));
+        let mut entropy = None;
         let head = policy.value_head();
         let detach = warming
             || self
@@ -344,7 +380,11 @@ impl Updater {
                 }
                 Some(JointLogprob::Sum) | None => joined,
             };
-            logprob = Some(summed(joined));
+            logprob = Some(aggregate_logprob(&joined, self.level)?);
+            // of the noise head: the mean over the sample's steps, per executed element
+            entropy = out
+                .entropy
+                .map(|e| e.view([samples, steps, chunk, width]).mean_dim(1, false, Kind::Float));
             value = out
                 .value
                 .filter(|_| at_steps)
@@ -367,26 +407,40 @@ impl Updater {
         let gap = |a: &Tensor, b: &Tensor| (a.detach() - b).abs().max().double_value(&[]);
         let logprob_gap = logprob.as_ref().map_or(0.0, |l| gap(l, &old_logprob));
         let value_gap = value.as_ref().map_or(0.0, |v| gap(v, &old_value));
+        let proximal = match &logprob {
+            Some(logprob) if self.decoupled => {
+                let trained = batch.trained_version as f64;
+                Some(interpolated_proximal(
+                    logprob,
+                    &old_logprob,
+                    &pick(&batch.version),
+                    trained,
+                )?)
+            }
+            _ => None,
+        };
         let actor = logprob.as_ref().filter(|_| !warming).map(|logprob| ActorInput {
             logprob,
             old_logprob: &old_logprob,
-            proximal_logprob: None,
+            proximal_logprob: proximal.as_ref(),
             advantage: &advantage,
-            mask: None,
-            episode_len: None,
+            mask: Some(&mask),
+            episode_len: Some(&policy_len),
         });
+        let all = returns.ones_like();
         let critic = value.as_ref().map(|value| CriticInput {
             value,
             old_value: &old_value,
             returns: &returns,
-            mask: None,
-            episode_len: None,
+            mask: Some(&all),
+            episode_len: Some(&value_len),
         });
         let out = loss(
             &PolicyInput {
                 actor,
                 critic,
-                entropy: None,
+                entropy: entropy.as_ref().filter(|_| !warming),
+                actor_share: Some(share),
             },
             &self.settings,
         )?;
@@ -397,16 +451,36 @@ impl Updater {
             loss: out.loss,
             actor: out.actor,
             critic,
+            entropy: out.entropy.unwrap_or(0.0),
             logprob_gap,
             value_gap,
         })
     }
 }
 
+/// What a pass computes.
+#[derive(Clone, Copy)]
+struct Objective {
+    loss: PolicyLossFn,
+    warming: bool,
+    /// See [`PolicyInput::actor_share`].
+    share: f64,
+}
+
+/// Share of a part in the minibatch's valid elements over its share of the rows.
+fn valid_share(valid: &[u32], part: MicroBatch<'_>, minibatch: &[usize]) -> f64 {
+    let count = |rows: &[usize]| -> f64 {
+        let counts = rows.iter().filter_map(|row| valid.get(*row));
+        counts.map(|count| f64::from(*count)).sum()
+    };
+    count(part.rows) / count(minibatch).max(1.0) / part.weight
+}
+
 struct Pass {
     loss: Tensor,
     actor: Option<ActorMetrics>,
     critic: Option<(f64, f64, ExplainedVariance)>,
+    entropy: f64,
     logprob_gap: f64,
     value_gap: f64,
 }
@@ -414,6 +488,7 @@ struct Pass {
 /// `sum += weight * one`; the largest deviation is a maximum, not a mean.
 fn add(sum: &mut ActorMetrics, one: &ActorMetrics, weight: f64) {
     sum.policy_loss += weight * one.policy_loss;
+    sum.kl_penalty += weight * one.kl_penalty;
     sum.ratio += weight * one.ratio;
     sum.ratio_deviation += weight * one.ratio_deviation;
     sum.ratio_deviation_max = sum.ratio_deviation_max.max(one.ratio_deviation_max);

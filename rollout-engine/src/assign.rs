@@ -24,6 +24,8 @@ pub struct Shape {
     pub env_action_dim: usize,
     /// Whether values are estimated.
     pub critic: bool,
+    /// Whether a terminated episode's last observation is valued too.
+    pub bootstrap_terminated: bool,
 }
 
 /// What is to be sent after an event.
@@ -64,6 +66,8 @@ struct Episode {
     chunks: Vec<TrajectoryChunk>,
     /// The record of the chunk that is being executed.
     record: Option<Box<ChunkRecord>>,
+    /// It ended by itself; meaningful once it has ended.
+    terminated: bool,
     success: bool,
 }
 
@@ -399,18 +403,18 @@ impl<P: Ord + Clone> Assign<P> {
             frames,
         });
         episode.success |= outcome.success;
-        if outcome.terminated {
-            self.finish(episode, true, None);
-        } else if outcome.truncated {
+        if outcome.terminated || outcome.truncated {
+            episode.terminated = outcome.terminated;
+            let wanted = shape.critic && (!outcome.terminated || shape.bootstrap_terminated);
             match seen {
-                Some(seen) if shape.critic && episode.mode == Mode::Train => {
+                Some(seen) if wanted && episode.mode == Mode::Train => {
                     let ticket = self.ticket();
                     self.effects
                         .jobs
                         .push(Job::new(Target::Bootstrap(ticket), vec![row(&episode, seen)]));
                     self.bootstraps.insert(ticket, episode);
                 }
-                _ => self.finish(episode, false, None),
+                _ => self.finish(episode, None),
             }
         } else if let Some(seen) = seen {
             self.ask(peer, index, episode, seen);
@@ -434,7 +438,7 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    fn finish(&mut self, episode: Episode, terminated: bool, final_value: Option<f32>) {
+    fn finish(&mut self, episode: Episode, final_value: Option<f32>) {
         let id = self.next_trajectory;
         self.next_trajectory += 1;
         self.effects.trajectories.push(Trajectory {
@@ -445,7 +449,7 @@ impl<P: Ord + Clone> Assign<P> {
             mode: episode.mode,
             prompt: episode.prompt,
             chunks: episode.chunks,
-            terminated,
+            terminated: episode.terminated,
             success: episode.success,
             final_value,
         });
@@ -495,14 +499,14 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// The value of a truncated episode's last observation.
+    /// The value of a finished episode's last observation.
     pub fn bootstrapped(&mut self, ticket: u64, value: Option<f32>) {
         match self.bootstraps.remove(&ticket) {
             Some(episode) if episode.stale => {
                 self.requeue(episode);
                 self.hand_out();
             }
-            Some(episode) => self.finish(episode, false, value),
+            Some(episode) => self.finish(episode, value),
             None => {}
         }
     }
@@ -533,6 +537,7 @@ impl<P: Ord + Clone> Assign<P> {
                     stale: false,
                     chunks: Vec::new(),
                     record: None,
+                    terminated: false,
                     success: false,
                 });
             }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use policy::config::{Provider, RunConfig};
+use policy::config::{BootstrapType, Provider, RunConfig};
 use rollout_engine::{
     backend::{Backend, provider_name},
     bench::chunk_latency,
@@ -189,6 +189,7 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         state_dir: args
             .state_dir
             .unwrap_or_else(|| config.runner.output_dir.join("engine")),
+        bootstrap_terminated: config.algorithm.bootstrap_type == BootstrapType::Always,
         endpoints_file: args.endpoints_file,
     };
     // one thread for the sockets, one to load bundles: inference has its own

@@ -30,7 +30,7 @@ pub struct Row {
 pub enum Target {
     /// The present chunk of a slot's episode (one row).
     Slot(u64),
-    /// The value of the last observation of a truncated episode (one row).
+    /// The value of the last observation of a finished episode (one row).
     Bootstrap(u64),
     /// A client's request.
     Client {

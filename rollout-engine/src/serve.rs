@@ -84,6 +84,8 @@ pub struct Options {
     pub learner: Option<String>,
     /// Folder of this engine alone.
     pub state_dir: PathBuf,
+    /// Estimate the value of a terminated episode's last observation too.
+    pub bootstrap_terminated: bool,
     /// Where to write the endpoints as JSON.
     pub endpoints_file: Option<PathBuf>,
 }
@@ -128,6 +130,7 @@ struct Server {
     /// Workers that said hello before a policy was live.
     early: BTreeMap<Peer, Hello>,
     told: (Option<u64>, u32),
+    bootstrap_terminated: bool,
 }
 
 async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server, Roads), ServeError> {
@@ -203,6 +206,7 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
         link: link_sender,
         early: BTreeMap::new(),
         told: (None, 0),
+        bootstrap_terminated: options.bootstrap_terminated,
     };
     if let Some(policy) = server.slot.live() {
         server.live(&policy).await;
@@ -322,6 +326,7 @@ impl Server {
             action_chunk: manifest.action_chunk,
             env_action_dim: manifest.env_action_dim,
             critic: manifest.heads.value.is_some(),
+            bootstrap_terminated: self.bootstrap_terminated,
         };
         self.assign.went_live(policy.version(), shape);
         for (peer, hello) in std::mem::take(&mut self.early) {

@@ -9,7 +9,9 @@ mod golden {
     mod preproc;
     mod rl;
 }
+mod properties;
 mod refuse;
 mod report;
 mod resume;
 mod ring;
+mod update;

@@ -13,6 +13,7 @@ use learner::{
     observation::ObservationBatch,
     publish::Publisher,
     rollout::{RolloutBatch, collect},
+    sampling::sample,
     update::Updater,
 };
 use policy::{
@@ -208,6 +209,50 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
         assert!(report.actor.clip_fraction == 0.0, "{}", report.actor.clip_fraction);
         assert!(report.first_value_gap < 1e-4, "{}", report.first_value_gap);
     }
+}
+
+/// Groups share start and task and nothing else; one that is out of bounds is ordered anew, at most as often as allowed.
+#[test]
+fn groups_out_of_bounds_are_sampled_again() {
+    let overrides = [
+        "env.train.total_num_envs=16",
+        "algorithm.group_size=4",
+        "algorithm.filter_rewards={lower=2.0,upper=3.0,mode=\"resample\",max_rounds=3}",
+    ];
+    let mut ring = Ring::start(&overrides, 6);
+    let _worker = Worker::start(&ring.engine.listen, 16);
+    let mut none = Children::default();
+    let got = sample(&ring.hub, &mut none, &ring.plan, 0, 0).expect("episodes");
+    // no episode of the tabletop scores 2
+    let counts = (got.rounds, got.groups, got.episodes, got.used.trajectories.len());
+    assert_eq!(counts, (3, 0, 48, 0));
+    let filter = ring.plan.config.algorithm.filter_rewards.as_mut().expect("filter");
+    (filter.lower, filter.upper) = (0.0, 1.0);
+    let got = sample(&ring.hub, &mut none, &ring.plan, 1, 0).expect("episodes");
+    assert_eq!((got.rounds, got.groups, got.episodes), (1, 4, 16));
+    let mut starts = BTreeMap::new();
+    for trajectory in &got.used.trajectories {
+        let first = trajectory.chunks[0].record.as_deref().expect("record");
+        let group: &mut Vec<_> = starts.entry(trajectory.reset.reset_state).or_default();
+        group.push((&first.images, &first.prompt, &first.state, &first.chain));
+    }
+    assert_eq!(starts.len(), 4);
+    for group in starts.values() {
+        assert_eq!(group.len(), 4);
+        for other in &group[1..] {
+            assert_eq!(
+                (group[0].0, group[0].1, group[0].2),
+                (other.0, other.1, other.2),
+                "one start"
+            );
+            assert_ne!(group[0].3, other.3, "each its own noise");
+        }
+    }
+    let images: Vec<_> = starts.values().map(|group| group[0].0).collect();
+    assert!(
+        images.windows(2).all(|pair| pair[0] != pair[1]),
+        "each group its own start"
+    );
 }
 
 fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {

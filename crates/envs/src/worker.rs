@@ -152,11 +152,7 @@ fn apply(
             }
             let frames = video.get(&slot).copied().unwrap_or(false);
             let done = env.step_chunk(slot as usize, &values, frames).ok_or(missing)?;
-            let seen = if done.terminated {
-                None
-            } else {
-                env.observe(slot as usize).map(observation)
-            };
+            let seen = env.observe(slot as usize).map(observation);
             let outcome = Outcome {
                 rewards: done.rewards,
                 terminated: done.terminated,

@@ -13,6 +13,7 @@ pub mod noise;
 pub mod norm;
 pub mod params;
 pub mod plan;
+mod plan_algorithm;
 pub mod prompt;
 pub mod selftest;
 pub mod weights;

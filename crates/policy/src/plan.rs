@@ -22,7 +22,7 @@ pub struct RunPlan {
     pub heads: Heads,
 }
 
-fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
+pub(crate) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
     ConfigError::Key {
         key: key.to_owned(),
         detail: detail.into(),
@@ -190,21 +190,7 @@ impl RunPlan {
                 return Err(refuse(key, format!("{value}, expected a number of at least 0")));
             }
         }
-        match (a.loss_type.as_str(), &model.value_head) {
-            ("actor_critic", None) => {
-                return Err(refuse(
-                    "actor.model.value_head",
-                    "missing, `algorithm.loss_type = \"actor_critic\"` needs one",
-                ));
-            }
-            ("actor", Some(_)) => {
-                return Err(refuse(
-                    "actor.model.value_head",
-                    "given, but `algorithm.loss_type = \"actor\"` trains none: remove the section",
-                ));
-            }
-            _ => {}
-        }
+        crate::plan_algorithm::check(&config)?;
         if !model.openpi.train_expert_only {
             return Err(refuse(
                 "actor.model.openpi.train_expert_only",

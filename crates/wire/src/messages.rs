@@ -5,7 +5,7 @@
 //!
 //! An env worker owns *slots*. A slot is idle until the engine sends a [`Command::Reset`]; the worker resets and reports the
 //! first observation; the engine answers with [`Command::Act`]; the worker executes the chunk and reports outcome and next
-//! observation. A terminated episode carries no observation, a truncated one carries its last (the engine estimates its value).
+//! observation. A finished episode carries its last (the engine estimates its value; a terminated one may leave it out).
 //! After either the slot is idle again. Answers come in any order and any grouping, also only for some slots.
 
 use policy::{bundle::BundleFile, noise::NoiseKey};
@@ -49,7 +49,7 @@ pub struct SlotReport {
     pub slot: u32,
     /// What the last chunk brought; `None` after a reset and for an idle slot.
     pub outcome: Option<Outcome>,
-    /// The present observation; `None` for an idle slot and after termination.
+    /// The present observation, after the end of an episode its last; `None` for an idle slot, allowed after termination.
     pub observation: Option<Observation>,
 }
 
@@ -277,7 +277,7 @@ pub struct Trajectory {
     pub terminated: bool,
     /// The goal was reached.
     pub success: bool,
-    /// Value estimate of the last observation of a truncated episode; `None` when terminated or without a critic.
+    /// Value estimate of the last observation; `None` without a critic, and for a terminated episode unless the run values those.
     pub final_value: Option<f32>,
 }
 

@@ -8,6 +8,7 @@ const SHAPE: Shape = Shape {
     action_chunk: 2,
     env_action_dim: 1,
     critic: true,
+    bootstrap_terminated: false,
 };
 
 fn reset(env: u32) -> Reset {
@@ -205,6 +206,41 @@ fn a_truncated_episode_waits_for_the_value_of_its_last_observation() {
     assign.bootstrapped(ticket(&job), Some(0.25));
     let trajectory = assign.take_effects().trajectories.pop().expect("finished");
     assert_eq!((trajectory.final_value, trajectory.terminated), (Some(0.25), false));
+}
+
+#[test]
+fn a_terminated_episode_is_valued_only_where_that_is_wanted() {
+    for wanted in [false, true] {
+        let mut assign = ready(1);
+        assign.went_live(
+            0,
+            Shape {
+                bootstrap_terminated: wanted,
+                ..SHAPE
+            },
+        );
+        assign.take_order(order(1, 0, Mode::Train, &[4]));
+        assign.take_effects();
+        act_once(&mut assign);
+        assign.reports(
+            &1,
+            vec![SlotReport {
+                slot: 0,
+                outcome: outcome(true, false),
+                observation: seen(),
+            }],
+        );
+        let mut effects = assign.take_effects();
+        if wanted {
+            assert!(effects.trajectories.is_empty());
+            let job = effects.jobs.pop().expect("the value is asked for");
+            assign.bootstrapped(ticket(&job), Some(0.25));
+            effects = assign.take_effects();
+        }
+        let trajectory = effects.trajectories.pop().expect("finished");
+        assert!(trajectory.terminated && trajectory.success);
+        assert_eq!(trajectory.final_value, wanted.then_some(0.25));
+    }
 }
 
 #[test]

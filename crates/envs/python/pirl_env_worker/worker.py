@@ -64,8 +64,7 @@ class Slot:
             "success": result.success,
             "frames": [wire.array(frame) for frame in frames],
         }
-        observation = None if result.terminated else observation_body(self.env.observe(), order)
-        return {"outcome": outcome, "observation": observation}
+        return {"outcome": outcome, "observation": observation_body(self.env.observe(), order)}
 
     def _step(self, actions: np.ndarray) -> tuple[ChunkResult, list[np.ndarray]]:
         if not self._video:

@@ -49,6 +49,15 @@ class MetaWorldTest(unittest.TestCase):
         self.assertEqual(goal(1, 2, 3, reset_state=5), goal(1, 8, 9, reset_state=5))
         self.assertNotEqual(goal(1, 2, 3, reset_state=5), goal(1, 2, 3, reset_state=6))
 
+    def test_a_group_has_one_task(self):
+        env = make("metaworld", {**PARAMS, "task": ["reach-v3", "push-v3"]})
+
+        def prompt(env_number, reset_state):
+            return env.reset(1, env_number, 0, reset_state=reset_state).prompt
+
+        self.assertEqual([prompt(number, 4) for number in (0, 1)], [prompt(0, 6)] * 2)
+        self.assertNotEqual(prompt(0, 4), prompt(0, 5))
+
     def test_the_expert_ends_its_chunk_at_success_with_one_sparse_reward(self):
         env = make("metaworld", {**PARAMS, "task": "reach-v3", "max_episode_steps": 200})
         env.reset(1, 0, 0)

@@ -207,7 +207,7 @@ class WorkerTest(unittest.TestCase):
 
         engine.send({"commands": [{"slot": 0, "command": {"act": go}}]})
         done = {"rewards": [1.0], "terminated": True, "truncated": False, "success": True, "frames": []}
-        self.assertEqual(engine.receive(), {"reports": [{"slot": 0, "outcome": done, "observation": None}]})
+        self.assertEqual(engine.receive(), {"reports": [{"slot": 0, "outcome": done, "observation": seen(3)}]})
         engine.send({"commands": [{"slot": 1, "command": {"act": stay}}]})
         engine.receive()
         engine.send({"commands": [{"slot": 1, "command": {"act": stay}}]})

@@ -59,7 +59,7 @@ class ChunkEnv(Protocol):
         """Starts the episode that the key (seed, env, episode) names; equal keys give equal observations, whatever ran before.
 
         With `reset_state` the scene is that of (seed, reset_state), the same in every env of a group. `task` is an index into
-        `EnvSpec.tasks`; None takes `env` modulo their number.
+        `EnvSpec.tasks`; None takes `reset_state`, without one `env`, modulo their number.
         """
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:

@@ -97,7 +97,8 @@ class MetaWorldEnv:
 
     def reset_scene(self, seed: int, env: int, episode: int, reset_state: int | None = None, task: int | None = None) -> None:
         """`reset` without rendering."""
-        self._task = env % len(self._tasks) if task is None else task
+        # a group has one task: it is drawn by what the group shares
+        self._task = (env if reset_state is None else reset_state) % len(self._tasks) if task is None else task
         if not 0 <= self._task < len(self._tasks):
             raise EnvError(f"task index {task} is outside 0..{len(self._tasks)}")
         sim = self._sim()

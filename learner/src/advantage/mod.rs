@@ -1,0 +1,366 @@
+//! Advantages and returns on plain slices, one file per estimator. No tensor library and no state.
+//!
+//! Two forms of the same mathematics live here. The *ragged* form ([`estimator`], [`Episode`]) takes one slice per
+//! episode and is what the learner uses: a finished environment leaves no rows behind. The *grid* form ([`gae`],
+//! [`loss_mask`], [`group_relative_grid`]) takes row-major `[steps, envs]` arrays with masks, as lock-step rollouts
+//! record them.
+//!
+//! Time limits: an episode that *terminates* has value 0 after its last step; one that is *truncated* (time limit, cut
+//! by the collector) is bootstrapped with the value of its last observation (Pardo et al. 2018, "Time Limits in
+//! Reinforcement Learning", eq. 3).
+
+mod gae;
+mod grid;
+mod grpo;
+mod normalize;
+mod raw;
+mod reinforce_pp;
+
+use std::collections::BTreeMap;
+
+use thiserror::Error;
+
+pub use gae::{GaeGrid, gae, gae_episode, reward_to_go};
+pub use grid::{
+    ChunkLayout, Layout, LossMask, chunk_any, chunk_sum, chunks_from_steps, episode_scores, loss_mask, spread,
+    stack_epochs, steps_from_chunks,
+};
+pub use grpo::{GROUP_EPS, group_relative, group_relative_grid};
+pub use normalize::{NORMALIZE_EPS, mean_and_std, normalize};
+
+/// What can be wrong with the arrays given to an estimator.
+#[derive(Debug, Error)]
+pub enum AdvantageError {
+    /// An array does not have the size its layout asks for.
+    #[error("`{name}` needs {expected} elements, found {found}")]
+    Length {
+        /// Which array.
+        name: &'static str,
+        /// Elements the layout asks for.
+        expected: usize,
+        /// Elements given.
+        found: usize,
+    },
+    /// Scores cannot be compared within groups of this size.
+    #[error("a group needs at least 2 members and {scores} scores must divide into groups of {group_size}")]
+    Group {
+        /// Number of scores given.
+        scores: usize,
+        /// Members per group asked for.
+        group_size: usize,
+    },
+    /// A group has a single episode, so that it has no spread.
+    #[error("group {group} has 1 episode, a group-relative advantage needs at least 2: collect more per start state")]
+    LonelyEpisode {
+        /// The group's id.
+        group: u64,
+    },
+    /// The estimator needs values and the episode has none.
+    #[error("estimator `gae` needs one value per chunk, episode {episode} has {values} for {chunks} chunks")]
+    NoValues {
+        /// Index of the episode in the batch.
+        episode: usize,
+        /// Chunks of the episode.
+        chunks: usize,
+        /// Values given.
+        values: usize,
+    },
+}
+
+/// Result of this module.
+pub type Result<T, E = AdvantageError> = std::result::Result<T, E>;
+
+/// Advantages of every step and the value targets of every chunk; in the grid form both have the rewards' layout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Advantages {
+    /// How much better the taken action was than the value said.
+    pub advantages: Vec<f32>,
+    /// What the critic is trained towards.
+    pub returns: Vec<f32>,
+}
+
+/// One episode as an estimator of the registry sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Episode<'a> {
+    /// Reward of each step. A step is a chunk, or an executed action where rewards are at the action level.
+    pub rewards: &'a [f32],
+    /// Steps per chunk, at least 1: 1 where a step is a chunk, else the executed actions of a full chunk. Only the last
+    /// chunk may have fewer.
+    pub chunk_len: usize,
+    /// Value of the observation before each chunk; empty where no critic is trained.
+    pub values: &'a [f32],
+    /// Value of the observation after the last chunk: 0 where nothing is bootstrapped.
+    pub final_value: f32,
+    /// Episodes of one group have the same task and started from the same state.
+    pub group: u64,
+}
+
+impl Episode<'_> {
+    /// Undiscounted reward of the whole episode.
+    pub fn score(&self) -> f32 {
+        self.rewards.iter().map(|reward| f64::from(*reward)).sum::<f64>() as f32
+    }
+
+    /// Number of chunks.
+    pub fn chunks(&self) -> usize {
+        self.rewards.len().div_ceil(self.chunk_len.max(1))
+    }
+
+    /// Rewards to go of every step, discounted by `gamma` per step, and those of every chunk's first step.
+    fn rewards_to_go(&self, gamma: f64) -> Advantages {
+        let zeros = vec![0.0; self.chunks()];
+        let to_go = gae_episode(self.rewards, self.chunk_len, &zeros, 0.0, gamma, 1.0);
+        let returns = to_go.iter().step_by(self.chunk_len.max(1)).copied().collect();
+        Advantages {
+            advantages: to_go,
+            returns,
+        }
+    }
+
+    /// The same advantage for every step; the returns are the undiscounted rewards to go.
+    fn constant(&self, advantage: f32) -> Advantages {
+        Advantages {
+            advantages: vec![advantage; self.rewards.len()],
+            returns: self.rewards_to_go(1.0).returns,
+        }
+    }
+}
+
+/// What the configuration says about estimating advantages.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EstimatorSettings {
+    /// Discount per step, in (0, 1].
+    pub gamma: f64,
+    /// GAE's bias-variance trade-off per chunk, in [0, 1].
+    pub gae_lambda: f64,
+}
+
+/// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalised.
+pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
+
+/// The one table of advantage estimators.
+pub const ESTIMATORS: [(&str, Estimator); 5] = [
+    ("gae", gae::episodes),
+    ("grpo", grpo::episodes),
+    ("reinforce_pp", reinforce_pp::episodes),
+    ("reinforce_pp_baseline", reinforce_pp::episodes_with_baseline),
+    ("raw", raw::episodes),
+];
+
+/// The advantage estimator of this name (`algorithm.adv_type` of the configuration); see [`ESTIMATORS`].
+pub fn estimator(name: &str) -> Option<Estimator> {
+    ESTIMATORS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, estimator)| *estimator)
+}
+
+/// Mean and unbiased standard deviation of the scores of every group; a group of one episode has none.
+fn group_spreads(episodes: &[Episode<'_>]) -> Result<BTreeMap<u64, (f64, f64)>> {
+    let mut groups: BTreeMap<u64, Vec<f32>> = BTreeMap::new();
+    for episode in episodes {
+        groups.entry(episode.group).or_default().push(episode.score());
+    }
+    groups
+        .into_iter()
+        .map(|(group, scores)| {
+            let spread = mean_and_std(&scores, None).ok_or(AdvantageError::LonelyEpisode { group })?;
+            Ok((group, spread))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small deterministic stream: the tests need varied numbers, not good ones.
+    fn numbers(seed: u64, count: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_862_933_555_777_941_757).wrapping_add(3_037_000_493);
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32) / 8_388_608.0 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn close(got: f32, want: f32) -> bool {
+        (got - want).abs() <= 1e-5
+    }
+
+    #[test]
+    fn ragged_and_grid_gae_agree() {
+        // property: episodes of any length and any kind of end, laid out one after the other in each grid column
+        for seed in 0..64u64 {
+            let layout = Layout {
+                steps: 2 + (seed % 13) as usize,
+                envs: 1 + (seed % 5) as usize,
+            };
+            let rewards = numbers(seed, layout.len());
+            let values = numbers(seed + 1000, layout.len() + layout.envs);
+            let final_values = numbers(seed + 2000, layout.len());
+            let kind = numbers(seed + 3000, layout.len());
+            let terminated: Vec<bool> = kind.iter().map(|k| *k > 0.6).collect();
+            let truncated: Vec<bool> = kind.iter().map(|k| *k < -0.6).collect();
+            let input = GaeGrid {
+                layout,
+                rewards: &rewards,
+                values: &values,
+                terminated: &terminated,
+                truncated: &truncated,
+                final_values: Some(&final_values),
+            };
+            let grid = gae(&input, 0.97, 0.9).unwrap();
+            for env in 0..layout.envs {
+                let mut start = 0;
+                for step in 0..layout.steps {
+                    let at = step * layout.envs + env;
+                    let last = step + 1 == layout.steps;
+                    if !(terminated[at] || truncated[at] || last) {
+                        continue;
+                    }
+                    let column =
+                        |data: &[f32]| -> Vec<f32> { (start..=step).map(|t| data[t * layout.envs + env]).collect() };
+                    let final_value = match (terminated[at], truncated[at]) {
+                        (true, _) => 0.0,
+                        (false, true) => final_values[at],
+                        (false, false) => values[at + layout.envs],
+                    };
+                    let ragged = gae_episode(&column(&rewards), 1, &column(&values), final_value, 0.97, 0.9);
+                    for (got, want) in ragged.iter().zip(column(&grid.advantages)) {
+                        assert!(close(*got, want), "seed {seed}: {got} against {want}");
+                    }
+                    start = step + 1;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gae_with_lambda_one_is_discounted_return_minus_value() {
+        let (rewards, values) = (numbers(1, 9), numbers(2, 9));
+        let advantages = gae_episode(&rewards, 1, &values, 0.7, 0.9, 1.0);
+        for (t, advantage) in advantages.iter().enumerate() {
+            let mut total = 0.7 * 0.9f64.powi((9 - t) as i32);
+            for (k, reward) in rewards[t..].iter().enumerate() {
+                total += f64::from(*reward) * 0.9f64.powi(k as i32);
+            }
+            assert!(close(*advantage, (total - f64::from(values[t])) as f32));
+        }
+    }
+
+    #[test]
+    fn a_time_limit_is_bootstrapped_and_a_terminal_is_not() {
+        let grid = |terminated: bool| {
+            let input = GaeGrid {
+                layout: Layout { steps: 1, envs: 1 },
+                rewards: &[0.0],
+                values: &[0.0, -5.0],
+                terminated: &[terminated],
+                truncated: &[!terminated],
+                final_values: Some(&[2.0]),
+            };
+            gae(&input, 0.5, 0.95).unwrap().advantages[0]
+        };
+        assert!(close(grid(true), 0.0));
+        assert!(close(grid(false), 1.0));
+    }
+
+    #[test]
+    fn the_registry_knows_its_names_and_refuses_what_it_cannot_estimate() {
+        let settings = EstimatorSettings {
+            gamma: 0.99,
+            gae_lambda: 0.95,
+        };
+        assert!(estimator("reinpp_").is_none());
+        let rewards = [0.0, 1.0];
+        let episode = Episode {
+            rewards: &rewards,
+            chunk_len: 1,
+            values: &[],
+            final_value: 0.0,
+            group: 3,
+        };
+        let gae = estimator("gae").unwrap();
+        assert!(
+            gae(&[episode], settings)
+                .unwrap_err()
+                .to_string()
+                .contains("has 0 for 2 chunks")
+        );
+        let grpo = estimator("grpo").unwrap();
+        assert!(
+            grpo(&[episode], settings)
+                .unwrap_err()
+                .to_string()
+                .contains("group 3 has 1 episode")
+        );
+        let failed = Episode {
+            rewards: &[0.0],
+            ..episode
+        };
+        let both = grpo(&[episode, failed], settings).unwrap();
+        assert!(close(both[0].advantages[1], std::f32::consts::FRAC_1_SQRT_2));
+        assert!(close(both[1].advantages[0], -std::f32::consts::FRAC_1_SQRT_2));
+        let raw = estimator("raw").unwrap();
+        assert_eq!(raw(&[episode], settings).unwrap()[0].advantages, vec![1.0, 1.0]);
+    }
+
+    #[test]
+    fn reinforce_pp_is_the_discounted_reward_to_go_or_the_score_above_the_groups() {
+        let settings = EstimatorSettings {
+            gamma: 0.5,
+            gae_lambda: 0.95,
+        };
+        let episode = Episode {
+            rewards: &[0.0, 1.0, 4.0],
+            chunk_len: 1,
+            values: &[],
+            final_value: 9.0,
+            group: 0,
+        };
+        let other = Episode {
+            rewards: &[1.0],
+            ..episode
+        };
+        let plain = estimator("reinforce_pp").unwrap()(&[episode, other], settings).unwrap();
+        assert_eq!(plain[0].advantages, [1.5, 3.0, 4.0]);
+        assert_eq!(plain[1].advantages, [1.0]);
+        let against = estimator("reinforce_pp_baseline").unwrap();
+        let grouped = against(&[episode, other], settings).unwrap();
+        // scores 5 and 1, mean 3; the returns are the undiscounted rewards to go
+        assert_eq!(grouped[0].advantages, [2.0, 2.0, 2.0]);
+        assert_eq!(grouped[0].returns, [5.0, 5.0, 4.0]);
+        assert_eq!(grouped[1].advantages, [-2.0]);
+        assert!(against(&[episode], settings).is_err());
+    }
+
+    #[test]
+    fn action_level_advantages_discount_within_the_chunk_and_look_at_values_between_chunks() {
+        // chunks of 2 actions, the last cut after 1: by hand with gamma 0.5, lambda 0.5
+        let episode = Episode {
+            rewards: &[1.0, 2.0, 4.0],
+            chunk_len: 2,
+            values: &[10.0, 20.0],
+            final_value: 8.0,
+            group: 0,
+        };
+        let settings = EstimatorSettings {
+            gamma: 0.5,
+            gae_lambda: 0.5,
+        };
+        let got = estimator("gae").unwrap()(&[episode], settings).unwrap().remove(0);
+        // last chunk: 4 + 0.5 * 8 - 20 = -12; before it the bootstrap is 20 + 0.5 * -12 = 14
+        let want = [1.0 + 0.5 * (2.0 + 0.5 * 14.0) - 10.0, 2.0 + 0.5 * 14.0 - 10.0, -12.0];
+        assert_eq!(got.advantages, want);
+        assert_eq!(got.returns, [want[0] + 10.0, want[2] + 20.0]);
+    }
+
+    #[test]
+    fn wrong_sizes_are_named() {
+        let error = loss_mask(Layout { steps: 2, envs: 3 }, &[false; 6]).unwrap_err();
+        assert_eq!(error.to_string(), "`dones` needs 9 elements, found 6");
+    }
+}

@@ -1,0 +1,12 @@
+//! The KL penalty against the policy that acted.
+
+use tch::Tensor;
+
+/// `r - 1 - log r` per element from the log-ratio `log r` (Schulman 2020, "Approximating KL Divergence", estimator k3):
+/// never negative, 0 at equal log-probabilities.
+///
+/// With `r = pi_theta(a) / pi_old(a)` and actions that `pi_old` drew, its mean estimates `KL(pi_old || pi_theta)` without
+/// bias, and so does its gradient. `algorithm.kl_beta` times that mean is added to the policy loss.
+pub fn k3(log_ratio: &Tensor) -> Tensor {
+    log_ratio.exp() - 1.0 - log_ratio
+}

@@ -1,0 +1,179 @@
+//! Which episodes an iteration trains on: the resets that are ordered, and new groups for those that teach nothing.
+
+use policy::{
+    config::{FilterConfig, FilterMode},
+    plan::RunPlan,
+};
+use wire::messages::{Mode, Reset};
+
+use crate::{
+    error::Result,
+    filter::{Kept, keep},
+    hub::Hub,
+    launch::Children,
+    rollout::{Collected, collect, failure_rate, success_rate},
+};
+
+/// An iteration's episodes and what they say of the policy.
+#[derive(Debug)]
+pub struct Sampled {
+    /// Episodes that the update reads, and the timings of all orders.
+    pub used: Collected,
+    /// Share of successes of the first order, which no filter has touched.
+    pub success: f64,
+    /// Share of episodes of the first order that ended by themselves without success.
+    pub failure: f64,
+    /// Episodes of all orders.
+    pub episodes: usize,
+    /// Executed env steps of all orders.
+    pub env_steps: usize,
+    /// Orders.
+    pub rounds: u32,
+    /// Groups in the update.
+    pub groups: usize,
+}
+
+/// Groups of one training iteration (episodes, where the group size is 1).
+pub fn group_count(plan: &RunPlan) -> usize {
+    let train = &plan.config.env.train;
+    train.total_num_envs / plan.config.algorithm.group_size * train.rollout_epoch
+}
+
+/// The resets of the first `groups` groups of an order: the environments in groups on the same start, `rollout_epoch` times.
+/// No start and no episode number comes twice in a run, whatever the iteration and the round.
+pub fn training_resets(plan: &RunPlan, iteration: u32, round: u32, groups: usize) -> Vec<Reset> {
+    let train = &plan.config.env.train;
+    let size = plan.config.algorithm.group_size;
+    let rounds = plan.config.algorithm.filter_rewards.and_then(|f| f.max_rounds);
+    let per_env = train.rollout_epoch as u64;
+    let first = (u64::from(iteration) * u64::from(rounds.unwrap_or(1)) + u64::from(round)) * per_env;
+    let per_epoch = train.total_num_envs / size;
+    let of_round = group_count(plan) * round as usize;
+    (0..train.total_num_envs)
+        .flat_map(|env| (0..train.rollout_epoch).map(move |epoch| (env, epoch)))
+        .filter(|(env, epoch)| env / size + epoch * per_epoch < groups)
+        .map(|(env, epoch)| {
+            let (group, episode) = (env / size, first + epoch as u64);
+            Reset {
+                seed: plan.config.runner.seed,
+                env: env as u32,
+                episode,
+                reset_state: (size > 1).then_some(episode << 24 | group as u64),
+                task: None,
+                group: (size > 1).then_some((group + epoch * per_epoch + of_round) as u32),
+                video: false,
+            }
+        })
+        .collect()
+}
+
+/// Orders an iteration's episodes from `version`, again for every group outside the bounds of a filter that resamples, at most
+/// `max_rounds` times.
+///
+/// # Errors
+/// See [`collect`].
+pub fn sample(hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32, version: u64) -> Result<Sampled> {
+    let wanted = group_count(plan);
+    let filter = plan.config.algorithm.filter_rewards;
+    let label = format!("iteration {}/{}: rollout", iteration + 1, plan.config.runner.max_epochs);
+    let mut order = |round: u32, groups: usize| {
+        let resets = training_resets(plan, iteration, round, groups);
+        collect(hub, children, version, Mode::Train, resets, &label)
+    };
+    let mut got = order(0, wanted)?;
+    let mut sampled = Sampled {
+        success: success_rate(&got.trajectories),
+        failure: failure_rate(&got.trajectories),
+        episodes: 0,
+        env_steps: 0,
+        rounds: 1,
+        groups: wanted,
+        used: Collected {
+            trajectories: Vec::new(),
+            reload_seconds: got.reload_seconds,
+            seconds: 0.0,
+        },
+    };
+    sampled.count(&got);
+    let Some(filter) = filter else {
+        sampled.used.trajectories = got.trajectories;
+        return Ok(sampled);
+    };
+    sampled.groups = 0;
+    let mut outside = (0, 0);
+    loop {
+        let Kept {
+            trajectories,
+            groups,
+            outside: (below, above),
+        } = keep(got.trajectories, &filter);
+        sampled.used.trajectories.extend(trajectories);
+        sampled.groups += groups;
+        outside = (outside.0 + below, outside.1 + above);
+        let again = filter.mode == FilterMode::Resample && sampled.groups < wanted;
+        if !again || filter.max_rounds.is_none_or(|most| sampled.rounds >= most) {
+            break;
+        }
+        got = order(sampled.rounds, wanted - sampled.groups)?;
+        sampled.rounds += 1;
+        sampled.count(&got);
+    }
+    sampled.log(&filter, wanted, outside);
+    Ok(sampled)
+}
+
+impl Sampled {
+    fn count(&mut self, order: &Collected) {
+        self.used.seconds += order.seconds;
+        self.episodes += order.trajectories.len();
+        let chunks = order.trajectories.iter().flat_map(|t| &t.chunks);
+        self.env_steps += chunks.map(|c| c.rewards.len()).sum::<usize>();
+    }
+
+    fn log(&self, filter: &FilterConfig, wanted: usize, (below, above): (usize, usize)) {
+        let text = format!(
+            "{} of {wanted} groups have a mean return in {} to {} after {} order(s); {below} were below, {above} above",
+            self.groups, filter.lower, filter.upper, self.rounds
+        );
+        if self.groups < wanted && filter.mode == FilterMode::Resample {
+            tracing::warn!("{text}: the update goes on with fewer");
+        } else {
+            tracing::info!("{text}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use policy::config::RunConfig;
+
+    use super::*;
+
+    fn plan(overrides: &[&str]) -> RunPlan {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tabletop_grpo.toml");
+        let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
+        RunPlan::new(RunConfig::load(&path, &overrides).expect("configuration")).expect("plan")
+    }
+
+    #[test]
+    fn every_round_of_every_iteration_has_its_own_starts_and_noise() {
+        let plan = plan(&["env.train.total_num_envs=16", "env.train.rollout_epoch=3"]);
+        let size = plan.config.algorithm.group_size;
+        let (mut keys, mut starts, mut groups) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        assert_eq!(group_count(&plan), 6);
+        for iteration in 0..3 {
+            for round in 0..4 {
+                let resets = training_resets(&plan, iteration, round, 5);
+                assert_eq!(resets.len(), 5 * size);
+                for reset in &resets {
+                    assert!(keys.insert((reset.env, reset.episode)), "episode {reset:?} comes twice");
+                    starts.insert(reset.reset_state);
+                    groups.insert((iteration, reset.group));
+                }
+            }
+        }
+        assert_eq!((starts.len(), groups.len()), (3 * 4 * 5, 3 * 4 * 5));
+    }
+}

@@ -1,0 +1,360 @@
+//! Updates on records made by hand: accumulated gradients, steps that must not be taken, and the parts of a chunk that count.
+
+use std::path::Path;
+
+use learner::{
+    logprob::{Executed, StepTable, TransitionBatch, transition},
+    model::{ParamStore, Pi0},
+    rollout::RolloutBatch,
+    update::{UpdateReport, Updater},
+};
+use policy::{
+    config::RunConfig,
+    noise::{Purpose, fill_normal, stream},
+    params::Part,
+    plan::RunPlan,
+};
+use tch::{Device, Kind, Tensor};
+use wire::{
+    array::Array,
+    messages::{ChunkRecord, Mode, Reset, Trajectory, TrajectoryChunk},
+};
+
+/// Small batches, and an Adam whose step is smooth in the gradient: rounding stays rounding.
+const COMMON: [&str; 6] = [
+    "actor.global_batch_size=64",
+    "actor.micro_batch_size=64",
+    "actor.optim.eps=1.0",
+    "actor.optim.lr_warmup_steps=0",
+    "actor.optim.critic_warmup_epochs=0",
+    "algorithm.update_epoch=1",
+];
+
+fn plan(config: &str, overrides: &[&str]) -> RunPlan {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{config}.toml"));
+    let overrides: Vec<String> = COMMON.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
+    RunPlan::new(RunConfig::load(&path, &overrides).expect("configuration")).expect("plan")
+}
+
+fn network(plan: &RunPlan) -> Pi0 {
+    tch::set_num_threads(1);
+    let store = ParamStore::random(&plan.dims, &plan.heads, 5, Device::Cpu).expect("weights");
+    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
+}
+
+fn weights(policy: &Pi0) -> Vec<f32> {
+    let parts = [Part::Expert, Part::ValueHead].map(|part| policy.store().export(part));
+    parts.into_iter().flatten().flat_map(|(_, _, data)| data).collect()
+}
+
+fn normal(number: u64, count: usize) -> Vec<f32> {
+    let mut values = vec![0.0; count];
+    fill_normal(&mut stream(Purpose::Init, 31, number, 0, 0), &mut values);
+    values
+}
+
+/// Episodes of two groups with these rewards per chunk.
+fn trajectories(plan: &RunPlan, rewards: &[&[&[f32]]]) -> Vec<Trajectory> {
+    let (dims, model) = (&plan.dims, &plan.config.actor.model);
+    let side = dims.vision.image_size;
+    let record = |env: usize, chunk: usize| {
+        let number = (env * 10 + chunk) as u64;
+        let pixels = normal(number, dims.cameras * side * side * 3);
+        let chain = [model.num_steps + 1, dims.action_horizon, dims.action_dim];
+        let logprob = [1, model.num_action_chunks, model.env_action_dim];
+        ChunkRecord {
+            key: policy::noise::NoiseKey {
+                seed: 1,
+                env: env as u32,
+                episode: 0,
+                chunk: chunk as u32,
+            },
+            version: 0,
+            images: Array::u8(
+                &[dims.cameras, side, side, 3],
+                pixels
+                    .iter()
+                    .map(|v| (128.0 + 40.0 * v).clamp(0.0, 255.0) as u8)
+                    .collect(),
+            ),
+            image_mask: vec![true; dims.cameras],
+            prompt: vec![1; dims.prompt_len],
+            prompt_mask: vec![true; dims.prompt_len],
+            state: Array::f32(&[dims.action_dim], &normal(number + 1000, dims.action_dim)),
+            denoise_steps: vec![(number % model.num_steps as u64) as u32],
+            chain: Array::f32(&chain, &normal(number + 2000, chain.iter().product())),
+            logprob: Some(Array::f32(&logprob, &vec![0.0; logprob.iter().product()])),
+            values: vec![0.1],
+        }
+    };
+    rewards
+        .iter()
+        .enumerate()
+        .map(|(env, chunks)| Trajectory {
+            id: env as u64,
+            engine: "by hand".to_owned(),
+            order: 1,
+            reset: Reset {
+                seed: 1,
+                env: env as u32,
+                episode: 0,
+                reset_state: Some(env as u64 / 2),
+                task: None,
+                group: None,
+                video: false,
+            },
+            mode: Mode::Train,
+            prompt: String::new(),
+            chunks: chunks
+                .iter()
+                .enumerate()
+                .map(|(chunk, rewards)| TrajectoryChunk {
+                    record: Some(Box::new(record(env, chunk))),
+                    rewards: rewards.to_vec(),
+                    frames: Vec::new(),
+                })
+                .collect(),
+            terminated: true,
+            success: false,
+            final_value: None,
+        })
+        .collect()
+}
+
+const FULL: &[f32] = &[0.0, 0.0, 0.0, 0.0];
+const LATE: &[f32] = &[0.0, 1.0];
+const CUT: &[f32] = &[0.0];
+
+/// Four episodes of 1 to 3 chunks, three of which end inside a chunk.
+fn records(plan: &RunPlan) -> Vec<Trajectory> {
+    trajectories(plan, &[&[FULL, LATE], &[FULL, FULL, CUT], &[LATE], &[FULL, FULL]])
+}
+
+/// The batch with the log-probabilities that the policy itself gives, moved a little.
+fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBatch {
+    let mut batch = RolloutBatch::new(plan, trajectories, 0).expect("records");
+    let model = &plan.config.actor.model;
+    let _guard = tch::no_grad_guard();
+    let (cache, _) = batch.observations.frozen_prefix(policy, 64).expect("prefix");
+    let table = StepTable::of(&plan.sampling(0), plan.dims.expert.width, Device::Cpu);
+    let step = batch.step.view(-1);
+    let (x, x_next) = (
+        batch.chain.index(&[Some(&batch.record), Some(&step)]),
+        batch.chain.index(&[Some(&batch.record), Some(&(&step + 1))]),
+    );
+    let inputs = TransitionBatch {
+        state: Some(&batch.observations.state),
+        x: &x,
+        x_next: &x_next,
+        step: &step,
+    };
+    let executed = Executed {
+        action_chunk: model.num_action_chunks,
+        env_action_dim: model.env_action_dim,
+    };
+    let out = transition(policy, &table, &cache, inputs, executed, true).expect("transition");
+    let moved = Tensor::from_slice(&normal(77, out.logprob.numel())).view_as(&out.logprob) * 0.03;
+    batch.old_logprob = out.logprob + moved;
+    batch
+}
+
+/// Weights before and after one update of these records, and its report.
+fn update(plan: &RunPlan, change: impl FnOnce(&mut RolloutBatch)) -> (Vec<f32>, Vec<f32>, UpdateReport) {
+    let policy = network(plan);
+    let mut batch = batch(plan, &policy, &records(plan));
+    change(&mut batch);
+    let before = weights(&policy);
+    let report = Updater::new(plan, &policy)
+        .expect("optimizer")
+        .update(&policy, &batch, 0)
+        .expect("update");
+    (before, weights(&policy), report)
+}
+
+fn largest_gap(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn the_size_of_a_micro_batch_changes_nothing() {
+    for (reward, level) in [
+        ("chunk_level", "chunk_level"),
+        ("chunk_level", "token_level"),
+        ("action_level", "action_level"),
+    ] {
+        for agg in ["mean", "episode_length"] {
+            let keys = [
+                format!("algorithm.reward_type={reward:?}"),
+                format!("algorithm.logprob_type={level:?}"),
+                format!("algorithm.loss_agg={agg:?}"),
+                "actor.optim.lr=0.1".to_owned(),
+                "actor.optim.value_lr=0.1".to_owned(),
+                "algorithm.kl_beta=0.5".to_owned(),
+            ];
+            let run = |micro: &str| {
+                let overrides: Vec<&str> = keys.iter().map(String::as_str).chain([micro]).collect();
+                update(&plan("quickstart", &overrides), |_| {})
+            };
+            let (before, whole, report) = run("actor.micro_batch_size=64");
+            let (_, parts, report_of_parts) = run("actor.micro_batch_size=3");
+            let (moved, gap) = (largest_gap(&before, &whole), largest_gap(&whole, &parts));
+            // f32 gradients summed in another order, against steps of 1e-3 and more
+            assert!(
+                moved > 1e-3 && gap < 2e-5,
+                "{level} {agg}: moved {moved:.1e}, gap {gap:.1e}"
+            );
+            let losses = (report.actor.policy_loss, report_of_parts.actor.policy_loss);
+            assert!((losses.0 - losses.1).abs() < 1e-5, "{level} {agg}: {losses:?}");
+            assert_eq!((report.updates, report_of_parts.updates, report.skipped), (1, 1, 0));
+        }
+    }
+}
+
+/// Weight decay alone would move the weights if a step was taken.
+#[test]
+fn an_iteration_that_teaches_nothing_takes_no_step() {
+    let grpo = plan("tabletop_grpo", &["actor.optim.weight_decay=0.1"]);
+    let policy = network(&grpo);
+    let before = weights(&policy);
+    let mut updater = Updater::new(&grpo, &policy).expect("optimizer");
+    let solved: &[&[f32]] = &[FULL, LATE];
+    let constant = trajectories(&grpo, &[solved, solved, &[CUT], &[FULL]]);
+    for (trajectories, records) in [(&constant[..], 6), (&[][..], 0)] {
+        let batch = RolloutBatch::new(&grpo, trajectories, 0).expect("records");
+        let report = updater.update(&policy, &batch, 0).expect("update");
+        assert_eq!((report.records, report.updates, report.skipped), (records, 0, 0));
+        assert!(weights(&policy) == before, "bit for bit");
+    }
+    // one success in a group is enough
+    let mixed = trajectories(&grpo, &[solved, &[FULL], &[CUT], &[FULL]]);
+    let batch = batch(&grpo, &policy, &mixed);
+    assert_eq!(updater.update(&policy, &batch, 0).expect("update").updates, 1);
+    assert!(weights(&policy) != before);
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_skipped_and_counted() {
+    let plan = plan(
+        "tabletop_grpo",
+        &["actor.micro_batch_size=3", "actor.optim.weight_decay=0.1"],
+    );
+    let (before, after, report) = update(&plan, |batch| {
+        batch.advantage = &batch.advantage * f64::INFINITY;
+    });
+    assert!(before == after, "bit for bit");
+    assert_eq!((report.updates, report.skipped, report.grad_norm), (0, 1, 0.0));
+}
+
+/// With records of the present version the proximal policy is the one that acted: decoupled PPO is PPO. With older ones its
+/// clip is around a policy on the way, so that it still learns where PPO's ratio is clipped.
+#[test]
+fn decoupled_ppo_is_ppo_on_policy_and_clips_later_off_policy() {
+    let common = ["actor.optim.lr=0.1"];
+    let decoupled = [
+        "actor.optim.lr=0.1",
+        "algorithm.loss_type=\"decoupled_actor_critic\"",
+        "algorithm.behave_weight_threshold=2.0",
+    ];
+    let run = |overrides: &[&str], lag: u64| {
+        let (_, after, report) = update(&plan("quickstart", overrides), |batch| {
+            // log-ratios of about 12 * 0.03: ratios of 1.43 and more against a clip at 1.2
+            batch.old_logprob = &batch.old_logprob - 0.03;
+            // the records are of version 0; the weights in training have gone on
+            batch.trained_version += lag;
+        });
+        (after, report.actor)
+    };
+    let (ppo, metrics) = run(&common, 0);
+    let (on_policy, of_decoupled) = run(&decoupled, 0);
+    assert!(ppo == on_policy, "bit for bit");
+    assert!(metrics.clip_fraction > 0.0 && of_decoupled.behaviour_clip_fraction < f64::EPSILON);
+    // two versions late the proximal policy is two thirds of the way: ratios of about e^0.12
+    let (off_policy, metrics_off_policy) = run(&decoupled, 2);
+    assert!(ppo != off_policy);
+    assert!(
+        metrics_off_policy.clip_fraction < metrics.clip_fraction,
+        "{metrics_off_policy:?}"
+    );
+}
+
+/// Rows that were never executed have no part in losses per action; one ratio per chunk is of the whole chunk.
+#[test]
+fn rows_that_were_not_executed_do_not_count_per_action() {
+    for (level, counts) in [("token_level", false), ("action_level", false), ("chunk_level", true)] {
+        let key = format!("algorithm.logprob_type={level:?}");
+        let plan = plan("quickstart", &[key.as_str()]);
+        let (_, plain, _) = update(&plan, |_| {});
+        let (_, spoilt, _) = update(&plan, |batch| {
+            // the fifth record is the last of its episode, cut after the first action
+            let rows = batch.old_logprob.size()[1];
+            assert_eq!(batch.valid.len(), 8);
+            let last = batch.old_logprob.get(4);
+            drop(last.narrow(0, 1, rows - 1).fill_(-3.0));
+        });
+        assert_eq!(plain != spoilt, counts, "{level}");
+    }
+}
+
+#[test]
+fn advantages_have_the_level_of_the_rewards() {
+    let keys = [
+        "algorithm.reward_type=\"action_level\"",
+        "algorithm.logprob_type=\"action_level\"",
+        "algorithm.normalize_advantages=false",
+    ];
+    let plan = plan("quickstart", &keys);
+    let batch = RolloutBatch::new(&plan, &records(&plan), 0).expect("records");
+    let rows = plan.config.actor.model.num_action_chunks as i64;
+    assert_eq!(batch.advantage.size(), [8, rows]);
+    assert_eq!(batch.valid, [4, 2, 4, 4, 1, 2, 4, 4]);
+    let row = |at: i64| Vec::<f32>::try_from(batch.advantage.get(at)).expect("floats");
+    // values 0.1 everywhere, the reward 1 with the second action; gamma 0.99 per action
+    let want = [0.99 - 0.1, 1.0 - 0.1, 0.0, 0.0];
+    assert!(largest_gap(&row(1), &want) < 1e-6, "{:?}", row(1));
+    let mask = Vec::<f32>::try_from(batch.mask.get(1).to_kind(Kind::Float)).expect("floats");
+    assert_eq!(mask, [1.0, 1.0, 0.0, 0.0]);
+    let lengths = Vec::<f32>::try_from(&batch.policy_episodes.len).expect("floats");
+    assert_eq!(lengths, [6.0, 6.0, 9.0, 9.0, 9.0, 2.0, 8.0, 8.0]);
+    assert!((batch.policy_episodes.steps - 8.0).abs() < 1e-9 && (batch.value_episodes.steps - 2.0).abs() < 1e-9);
+}
+
+#[test]
+fn the_last_observation_is_worth_what_the_bootstrap_type_says() {
+    let first_advantage = |bootstrap: &str, terminated: bool, value: Option<f32>| {
+        let key = format!("algorithm.bootstrap_type={bootstrap:?}");
+        let plan = plan("quickstart", &[key.as_str(), "algorithm.normalize_advantages=false"]);
+        let mut episodes = trajectories(&plan, &[&[FULL]]);
+        (episodes[0].terminated, episodes[0].final_value) = (terminated, value);
+        RolloutBatch::new(&plan, &episodes, 0).map(|batch| batch.advantage.double_value(&[0]))
+    };
+    let with = 0.99 * 5.0 - 0.1;
+    for (bootstrap, terminated, want) in [
+        ("none", true, -0.1),
+        ("none", false, -0.1),
+        ("truncation", true, -0.1),
+        ("truncation", false, with),
+        ("always", true, with),
+        ("always", false, with),
+    ] {
+        let got = first_advantage(bootstrap, terminated, Some(5.0)).expect("records");
+        assert!(
+            (got - want).abs() < 1e-6,
+            "{bootstrap} {terminated}: {got} against {want}"
+        );
+    }
+    let error = first_advantage("always", true, None).expect_err("no value").to_string();
+    assert!(
+        error.contains("terminated") && error.contains("bootstrap_type"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_short_chunk_inside_an_episode_is_refused() {
+    let plan = plan("quickstart", &[]);
+    let error = RolloutBatch::new(&plan, &trajectories(&plan, &[&[LATE, FULL]]), 0)
+        .expect_err("refused")
+        .to_string();
+    assert!(error.contains("chunk 0 has 2 rewards, expected 4"), "{error}");
+}
