@@ -4,6 +4,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -165,6 +166,9 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// How long the end waits for a load in the background.
+const LOAD_PATIENCE: Duration = Duration::from_secs(10);
+
 fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
     let mut rollout = config.rollout;
@@ -212,8 +216,8 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         });
         Ok(serve(options, stop).await?)
     });
-    // a load in the background is not waited for
-    runtime.shutdown_background();
+    // ONNX Runtime must not be torn down under a load that is still running
+    runtime.shutdown_timeout(LOAD_PATIENCE);
     result
 }
 
