@@ -3,8 +3,6 @@
 
 pub mod bundle;
 pub mod config;
-#[cfg(test)]
-mod config_typos;
 pub mod dims;
 pub mod flow;
 pub mod image;
@@ -15,5 +13,7 @@ pub mod params;
 pub mod plan;
 mod plan_algorithm;
 pub mod prompt;
+#[cfg(test)]
+mod recipes;
 pub mod selftest;
 pub mod weights;

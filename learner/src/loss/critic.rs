@@ -29,7 +29,7 @@ pub struct CriticSettings {
     pub value_clip: Option<f64>,
     /// Error at which the loss turns from squared to linear.
     pub huber_delta: f64,
-    /// See [`ActorSettings::episode_steps`].
+    /// See [`super::ActorSettings::episode_steps`].
     pub episode_steps: Option<f64>,
 }
 

@@ -1,4 +1,5 @@
-//! A thousand mistyped keys: none is accepted, and nearly every one is told its right name.
+//! The recipes in `configs/`: each is a sound plan; of a thousand mistyped keys none is accepted, and nearly every one is told its
+//! right name.
 
 use std::path::Path;
 
@@ -7,6 +8,7 @@ use rand_core::Rng;
 use crate::{
     config::RunConfig,
     noise::{Purpose, below, stream},
+    plan::RunPlan,
 };
 
 const TYPOS: usize = 1000;
@@ -74,4 +76,24 @@ fn a_thousand_typos_are_refused_and_most_are_told_the_right_key() {
     }
     println!("{tried} typos refused, {told} told the right key");
     assert!(told >= 900, "{told} of {tried} were told the right key");
+}
+
+#[test]
+fn every_recipe_is_a_plan_of_its_own_folder() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    let mut outputs = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(folder).expect("configs") {
+        let path = entry.expect("entry").path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let config = RunConfig::load(&path, &[]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let plan = RunPlan::new(config).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let output = plan.config.runner.output_dir;
+            assert!(
+                outputs.insert(output.clone()),
+                "two recipes write to {}",
+                output.display()
+            );
+        }
+    }
+    assert!(outputs.len() >= 5, "{outputs:?}");
 }
