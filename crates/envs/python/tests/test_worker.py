@@ -23,7 +23,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 TIMEOUT_MS = 30_000
 
 
-def frame(message, version=1):
+VERSION = 2
+
+
+def frame(message, version=VERSION):
     payload = msgpack.packb(message)
     return b"PIRL" + struct.pack("<HHI", version, 0, len(payload)) + payload
 
@@ -57,11 +60,11 @@ class WireTest(unittest.TestCase):
         cases = [
             (b"", "shorter than the header"),
             (b"HTTP" + good[4:], "another protocol"),
-            (frame({}, version=9), "wire version 9, expected 1"),
+            (frame({}, version=9), f"wire version 9, expected {VERSION}"),
             (good[:-1], "announces"),
             (good + b"\0", "announces"),
-            (b"PIRL" + struct.pack("<HHI", 1, 0, 1) + b"\xc1", "no MessagePack"),
-            (b"PIRL" + struct.pack("<HHI", 1, 0, 5000) + b"\x91" * 5000, "no MessagePack"),
+            (b"PIRL" + struct.pack("<HHI", VERSION, 0, 1) + b"\xc1", "no MessagePack"),
+            (b"PIRL" + struct.pack("<HHI", VERSION, 0, 5000) + b"\x91" * 5000, "no MessagePack"),
             (frame({"welcom": {}}), "welcome"),
             (frame({"refused": {"request": None, "retry": 1, "reason": "x"}}), "`refused.retry`: expected true or false"),
             (frame({"refused": {"request": -1, "retry": True, "reason": "x"}}), "unsigned 64-bit"),
@@ -125,7 +128,7 @@ class Engine:
             raise AssertionError("the worker is silent")
         self.peer, body = self.socket.recv_multipart()
         magic, version, zero, length = struct.unpack_from("<4sHHI", body)
-        assert (magic, version, zero, length) == (b"PIRL", 1, 0, len(body) - 12)
+        assert (magic, version, zero, length) == (b"PIRL", VERSION, 0, len(body) - 12)
         return msgpack.unpackb(body[12:])
 
     def send(self, message):
@@ -251,10 +254,10 @@ class WorkerTest(unittest.TestCase):
         engine = Engine(self.context, self.port)
         self.addCleanup(engine.close)
         engine.receive()
-        engine.send(frame({}, version=2))
+        engine.send(frame({}, version=VERSION + 1))
         _, log = process.communicate(timeout=30)
         self.assertEqual(process.returncode, 1)
-        self.assertIn("wire version 2, expected 1", log.splitlines()[-1])
+        self.assertIn(f"wire version {VERSION + 1}, expected {VERSION}", log.splitlines()[-1])
 
 
 if __name__ == "__main__":
