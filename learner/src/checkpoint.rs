@@ -32,7 +32,7 @@ use crate::{
 pub const FORMAT_VERSION: u32 = 1;
 /// Weights under openpi's names, value head included.
 pub const MODEL: &str = "model.safetensors";
-/// State of the optimizers, `actor.*` and `critic.*`.
+/// State of the optimizers, `actor.*` and `critic.*`, and the weights of a reference policy, `reference.*`.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 /// Effective configuration of the run.
 pub const CONFIG: &str = "config.toml";
@@ -183,12 +183,13 @@ impl Checkpoint {
     /// # Errors
     /// The optimizer's tensors are not those of the policy; names the first.
     pub fn restore(&self, policy: &Pi0, updater: &mut Updater) -> Result<()> {
-        let (mut actor, mut critic) = (BTreeMap::new(), BTreeMap::new());
+        let (mut actor, mut critic, mut reference) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in &self.optimizer {
             let (part, rest) = name.split_once('.').unwrap_or_default();
             let part = match part {
                 "actor" => &mut actor,
                 "critic" => &mut critic,
+                "reference" => &mut reference,
                 _ => {
                     return Err(damaged(
                         &self.dir,
@@ -198,13 +199,23 @@ impl Checkpoint {
             };
             part.insert(rest.to_owned(), tensor.shallow_clone());
         }
-        let (own_actor, own_critic) = updater.optimizers();
-        if own_critic.is_none() && !critic.is_empty() {
+        if updater.optimizers().1.is_none() && !critic.is_empty() {
             return Err(damaged(
                 &self.dir,
                 format!("file `{OPTIMIZER}` holds a critic's state, but this policy has no value head"),
             ));
         }
+        match updater.reference() {
+            Some(own) => own.restore(&reference)?,
+            None if reference.is_empty() => {}
+            None => {
+                return Err(damaged(
+                    &self.dir,
+                    format!("file `{OPTIMIZER}` holds a reference policy, but this run's loss has none"),
+                ));
+            }
+        }
+        let (own_actor, own_critic) = updater.optimizers();
         policy.store().load(
             &self.model,
             &[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead],
@@ -252,6 +263,7 @@ pub fn write(
     dir: &Path,
     policy: &Pi0,
     optimizers: (&AdamW, Option<&AdamW>),
+    reference: BTreeMap<String, Tensor>,
     counters: &Counters,
     config: &RunConfig,
 ) -> Result<PathBuf> {
@@ -269,6 +281,7 @@ pub fn write(
             named.extend(optimizer.state().into_iter().map(|(n, t)| (format!("{prefix}.{n}"), t)));
         }
     }
+    named.extend(reference.into_iter().map(|(n, t)| (format!("reference.{n}"), t)));
     let file = beside.join(OPTIMIZER);
     let refs: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (n.as_str(), t)).collect();
     Tensor::write_safetensors(&refs, &file).map_err(|e| io("writing", &file)(std::io::Error::other(e.to_string())))?;
@@ -362,8 +375,10 @@ impl Keeper {
             best: self.best,
             config_digest: self.config_digest.clone(),
         };
+        let reference = updater.reference().map(|r| r.state()).unwrap_or_default();
         let (actor, critic) = updater.optimizers();
-        write(&self.dir, policy, (actor, critic.as_deref()), &counters, &self.config)?;
+        let optimizers = (&*actor, critic.as_deref());
+        write(&self.dir, policy, optimizers, reference, &counters, &self.config)?;
         self.saved = Some(iteration);
         self.prune()
     }

@@ -136,6 +136,12 @@ pub struct RolloutBatch {
     pub old_logprob: Tensor,
     /// Policy version that made the chunk, i64 `[M]`.
     pub version: Tensor,
+    /// Which episode each sample is of, `[M]`.
+    pub episode: Vec<usize>,
+    /// Whether that episode succeeded, `[M]`.
+    pub success: Vec<bool>,
+    /// Rows that the environment executed of each sample, `[M]`.
+    pub executed: Vec<usize>,
     /// Version of the weights that these records train, one after the newest rollout's.
     pub trained_version: u64,
     /// Elements that count in the policy loss, bool: `[M]` with one ratio per sample, else `[M, action_chunk]`: the rows that the
@@ -195,6 +201,8 @@ struct Rows {
     /// Values of the samples.
     value: Vec<f32>,
     version: Vec<i64>,
+    episode: Vec<usize>,
+    success: Vec<bool>,
     magnitude: f64,
 }
 
@@ -206,7 +214,7 @@ impl RolloutBatch {
     pub fn new(plan: &RunPlan, trajectories: &[Trajectory], version: u64) -> Result<Self> {
         let mut rows = Rows::default();
         let mut values: Vec<Vec<f32>> = Vec::with_capacity(trajectories.len());
-        for trajectory in trajectories {
+        for (index, trajectory) in trajectories.iter().enumerate() {
             let from = rows.value.len();
             let Reset { env, episode, .. } = trajectory.reset;
             for at in 0..trajectory.chunks.len() {
@@ -215,6 +223,8 @@ impl RolloutBatch {
                     .map_err(|source| LearnerError::Trajectory { env, episode, source })?;
             }
             values.push(rows.value.get(from..).unwrap_or_default().to_vec());
+            rows.episode.resize(rows.value.len(), index);
+            rows.success.resize(rows.value.len(), trajectory.success);
         }
         // samples per chunk: its denoise steps, where each is a transition of its own
         let inner = rows.record.len() / (rows.records as usize).max(1);
@@ -281,11 +291,12 @@ impl Rows {
         if steps.len() != schedule.stochastic_steps() || steps.iter().any(|s| *s >= schedule.drawable as i64) {
             return Err(RecordError::Field("denoise_steps", format!("{steps:?}")));
         }
-        let logprob = record
-            .logprob
-            .as_ref()
-            .ok_or(RecordError::Field("logprob", "none".to_owned()))?;
-        let logprob = logprob.to_f32("logprob", Some(&[steps.len(), rows, cols]))?;
+        let logprob = match &record.logprob {
+            // an ODE sample has no density
+            None if steps.is_empty() => Vec::new(),
+            None => return Err(RecordError::Field("logprob", "none".to_owned())),
+            Some(logprob) => logprob.to_f32("logprob", Some(&[steps.len(), rows, cols]))?,
+        };
         let values = match &plan.heads.value {
             None => vec![0.0],
             Some(head) => {
@@ -385,6 +396,9 @@ impl Rows {
             step: Tensor::from_slice(&self.step).view([m, steps]),
             old_logprob: Tensor::from_slice(&self.logprob).view([m, rows, cols]),
             version: Tensor::from_slice(&self.version),
+            episode: self.episode,
+            success: self.success,
+            executed: labels.executed,
             trained_version: version + 1,
             mask,
             valid,

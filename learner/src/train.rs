@@ -248,6 +248,8 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
                 ("policy_loss", a.policy_loss),
                 ("kl_penalty", a.kl_penalty),
                 ("entropy", report.entropy),
+                ("credit", report.credit),
+                ("displacement", report.displacement),
                 ("behaviour_clip_fraction", a.behaviour_clip_fraction),
                 ("ratio", a.ratio),
                 ("approx_kl", a.approx_kl),

@@ -17,7 +17,9 @@ use crate::{
     minibatch::{MicroBatch, ShuffleSeed, micro_batches, minibatches, permutation},
     model::{Pi0, PrefixCache},
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+    reference::Reference,
     rollout::RolloutBatch,
+    update_velocity::VelocityObjective,
 };
 
 /// Rows of one frozen prefix pass.
@@ -29,6 +31,8 @@ pub struct Updater {
     plan: RunPlan,
     executed: Executed,
     loss: PolicyLossFn,
+    /// Takes the place of `loss` where the loss needs no likelihood.
+    velocity: Option<VelocityObjective>,
     level: LogprobType,
     /// Whether the loss clips around a proximal policy of its own.
     decoupled: bool,
@@ -71,6 +75,10 @@ pub struct UpdateReport {
     pub skipped: u64,
     /// Learning rate of the actor at the last step.
     pub lr: f64,
+    /// Mean credit and mean distance from the reference's actions of a loss on the velocity; 0 elsewhere.
+    pub credit: f64,
+    /// See `credit`.
+    pub displacement: f64,
     /// Records.
     pub records: usize,
     /// Whether `target_kl` ended the iteration early.
@@ -103,8 +111,17 @@ impl Updater {
     pub fn new(plan: &RunPlan, policy: &Pi0) -> Result<Self> {
         let (algorithm, optim) = (&plan.config.algorithm, &plan.config.actor.optim);
         let model = &plan.config.actor.model;
-        let loss = policy_loss(&algorithm.loss_type).ok_or_else(|| {
-            let known: Vec<&str> = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n).collect();
+        let velocity = VelocityObjective::new(plan, policy)?;
+        let likelihood = policy_loss(if velocity.is_some() {
+            "actor"
+        } else {
+            &algorithm.loss_type
+        });
+        let loss = likelihood.ok_or_else(|| {
+            let known = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n);
+            let known: Vec<&str> = known
+                .chain(crate::velocity::VELOCITY_LOSSES.iter().map(|(n, _)| *n))
+                .collect();
             LearnerError::Missing(format!(
                 "`algorithm.loss_type` is `{}`, expected one of {}",
                 algorithm.loss_type,
@@ -164,6 +181,7 @@ impl Updater {
                 env_action_dim: model.env_action_dim,
             },
             loss,
+            velocity,
             level: algorithm.logprob_type,
             decoupled: algorithm.loss_type == "decoupled_actor_critic",
             settings,
@@ -173,6 +191,11 @@ impl Updater {
             fall: Schedule::warmup(0, decay),
             plan: plan.clone(),
         })
+    }
+
+    /// The reference policy of a loss on the velocity, for checkpoints.
+    pub fn reference(&mut self) -> Option<&mut Reference> {
+        self.velocity.as_mut().map(|velocity| &mut velocity.reference)
     }
 
     /// The actor's and the critic's optimizer, for checkpoints.
@@ -188,7 +211,11 @@ impl Updater {
     /// Shapes that do not fit the policy.
     pub fn update(&mut self, policy: &Pi0, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
         let version = u64::from(iteration);
-        if batch.is_empty() || (self.critic.is_none() && !batch.informative) {
+        let informed = match &self.velocity {
+            Some(velocity) => velocity.informed(batch),
+            None => self.critic.is_some() || batch.informative,
+        };
+        if batch.is_empty() || !informed {
             tracing::warn!(
                 "iteration {}: none of the {} records has an advantage, the policy stays as it is",
                 iteration + 1,
@@ -205,7 +232,16 @@ impl Updater {
         self.settings.critic.episode_steps = by_episode.then_some(batch.value_episodes.steps);
         let begin = std::time::Instant::now();
         let (cache, pooled) = batch.observations.frozen_prefix(policy, PREFIX_ROWS)?;
+        if let Some(velocity) = &mut self.velocity {
+            velocity.reference.begin(policy);
+        }
+        let credit = match &self.velocity {
+            Some(velocity) => Some(velocity.credit(&self.plan, batch, &cache, PREFIX_ROWS)?),
+            None => None,
+        };
         let mut report = UpdateReport {
+            credit: credit.as_ref().map_or(0.0, |credit| credit.mean),
+            displacement: credit.as_ref().map_or(0.0, |credit| credit.displacement),
             records: batch.observations.len() as usize,
             prefix_seconds: begin.elapsed().as_secs_f64(),
             ..UpdateReport::default()
@@ -249,6 +285,13 @@ impl Updater {
                 let first = minibatches_done == 0.0;
                 let mut actor = ActorMetrics::default();
                 for part in micro_batches(minibatch, micro) {
+                    if let (Some(velocity), Some(credit)) = (&self.velocity, &credit) {
+                        let key = (seed, u64::from(iteration), u64::from(epoch));
+                        let loss = velocity.loss(policy, batch, &cache, credit, part.rows, key)?;
+                        (&loss * part.weight).backward();
+                        actor.policy_loss += loss.double_value(&[]) * part.weight;
+                        continue;
+                    }
                     // a mean by episodes divides by all elements, a masked mean by the valid ones
                     let share = if by_episode {
                         1.0
@@ -309,6 +352,9 @@ impl Updater {
         report.explained_variance = variance.value().unwrap_or(f64::NAN);
         report.update_seconds = begin.elapsed().as_secs_f64();
         policy.store().set_trainable(&[]);
+        if let Some(velocity) = &mut self.velocity {
+            velocity.reference.end(policy);
+        }
         Ok(report)
     }
 

@@ -361,7 +361,7 @@ pub struct Bounds {
 pub struct AlgorithmConfig {
     /// Advantage estimator by registered name (`gae`, `grpo`, `reinforce_pp`, `reinforce_pp_baseline`, `raw`).
     pub adv_type: String,
-    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`).
+    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`; without likelihood `flow_ipo`, `nft`).
     pub loss_type: String,
     /// What a reward and an advantage belong to.
     pub reward_type: RewardType,
@@ -403,6 +403,33 @@ pub struct AlgorithmConfig {
     pub group_size: usize,
     /// Which groups are used; absent: all.
     pub filter_rewards: Option<FilterConfig>,
+    /// With a `loss_type` that needs no likelihood, and only there.
+    pub velocity: Option<VelocityConfig>,
+}
+
+/// `[algorithm.velocity]`: a loss on the velocity itself (`loss_type` names it) needs no likelihood and no critic.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VelocityConfig {
+    /// What the trained policy is compared with.
+    pub reference: ReferenceConfig,
+    /// Parameters of the method; the method checks them.
+    pub params: toml::Table,
+}
+
+/// Which weights the reference policy has.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
+pub enum ReferenceConfig {
+    /// Those that RL began with.
+    Frozen,
+    /// An exponential mean over the iterations: `ref <- decay ref + (1 - decay) trained` after each.
+    Ema {
+        /// Share that stays, in `[0, 1)`.
+        decay: f64,
+    },
+    /// Those that acted in this iteration.
+    Acting,
 }
 
 /// `[env]`

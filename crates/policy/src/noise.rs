@@ -39,6 +39,8 @@ pub enum Purpose {
     Init = 5,
     /// Inputs of a bundle self-test.
     SelfTest = 6,
+    /// Flow times and noise of a loss on the velocity.
+    Velocity = 7,
 }
 
 /// A stream for a purpose, keyed by up to four numbers.

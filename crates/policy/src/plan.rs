@@ -158,7 +158,7 @@ impl RunPlan {
                 ),
             ));
         }
-        check_sampling(model)?;
+        check_sampling(model, config.algorithm.velocity.is_some())?;
         let a = &config.algorithm;
         for (key, value) in [("algorithm.gamma", a.gamma), ("algorithm.gae_lambda", a.gae_lambda)] {
             if !(0.0..=1.0).contains(&value) {
@@ -248,7 +248,7 @@ impl RunPlan {
     }
 }
 
-fn check_sampling(model: &ModelConfig) -> Result<(), ConfigError> {
+fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), ConfigError> {
     let openpi = &model.openpi;
     let mut levels = vec![("actor.model.openpi.noise_level", openpi.noise_level)];
     if let Some(anneal) = &openpi.noise_anneal {
@@ -323,7 +323,7 @@ fn check_sampling(model: &ModelConfig) -> Result<(), ConfigError> {
         openpi.noise_level,
         openpi.ignore_last,
     );
-    if schedule.drawable == 0 {
+    if schedule.drawable == 0 && !without_likelihood {
         return Err(refuse(
             "actor.model.openpi.noise_method",
             format!(

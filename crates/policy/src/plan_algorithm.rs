@@ -1,7 +1,9 @@
 //! What of the algorithm's keys contradicts another or lies out of range.
 
 use crate::{
-    config::{AlgorithmConfig, BootstrapType, ConfigError, FilterMode, LogprobType, RewardType, RunConfig},
+    config::{
+        AlgorithmConfig, BootstrapType, ConfigError, FilterMode, LogprobType, ReferenceConfig, RewardType, RunConfig,
+    },
     flow::Mdp,
     plan::refuse,
 };
@@ -18,6 +20,7 @@ pub(crate) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     check_critic(config)?;
     check_groups(algorithm)?;
     check_ranges(algorithm)?;
+    check_velocity(config)?;
     if algorithm.reward_type == RewardType::ActionLevel && algorithm.logprob_type == LogprobType::ChunkLevel {
         return Err(refuse(
             "algorithm.logprob_type",
@@ -88,6 +91,70 @@ fn check_critic(config: &RunConfig) -> Result<(), ConfigError> {
         return Err(refuse(
             "algorithm.bootstrap_type",
             "without `actor.model.value_head` there is no value to bootstrap with: set `none`",
+        ));
+    }
+    Ok(())
+}
+
+/// A loss on the velocity has no ratio, no critic and one decision per chunk.
+fn check_velocity(config: &RunConfig) -> Result<(), ConfigError> {
+    let algorithm = &config.algorithm;
+    let Some(velocity) = &algorithm.velocity else {
+        return Ok(());
+    };
+    let without = |key: &str, why: &str| {
+        Err(refuse(
+            key,
+            format!("given, but `{}` {why}: remove it", algorithm.loss_type),
+        ))
+    };
+    if config.actor.model.value_head.is_some() {
+        return without("actor.model.value_head", "trains no critic");
+    }
+    let ratio = [
+        ("algorithm.clip_ratio_c", algorithm.clip_ratio_c.is_some()),
+        ("algorithm.clip_log_ratio", algorithm.clip_log_ratio.is_some()),
+        ("algorithm.kl_beta", algorithm.kl_beta.is_some()),
+        ("algorithm.target_kl", algorithm.target_kl.is_some()),
+        ("algorithm.entropy_bonus", algorithm.entropy_bonus.is_some()),
+        ("algorithm.value_clip", algorithm.value_clip.is_some()),
+    ];
+    if let Some((key, _)) = ratio.iter().find(|(_, given)| *given) {
+        return without(key, "has no likelihood and no value");
+    }
+    if algorithm.reward_type == RewardType::ActionLevel {
+        return Err(refuse(
+            "algorithm.reward_type",
+            format!(
+                "`action_level`, but `{}` gives credit to chunks: set `chunk_level`",
+                algorithm.loss_type
+            ),
+        ));
+    }
+    if config.actor.model.openpi.mdp == Mdp::TwoLayer {
+        return Err(refuse(
+            "actor.model.openpi.mdp",
+            format!(
+                "`two_layer`, but `{}` takes a chunk as one decision: set `hybrid`",
+                algorithm.loss_type
+            ),
+        ));
+    }
+    if config.actor.model.openpi.noise_head.is_some() {
+        return Err(refuse(
+            "actor.model.openpi.noise_method",
+            format!(
+                "`flow_noise`, but `{}` trains no noise head: set `flow_ode` or `flow_sde`",
+                algorithm.loss_type
+            ),
+        ));
+    }
+    if let ReferenceConfig::Ema { decay } = velocity.reference
+        && !(0.0..1.0).contains(&decay)
+    {
+        return Err(refuse(
+            "algorithm.velocity.reference.decay",
+            format!("{decay}, expected at least 0 and below 1"),
         ));
     }
     Ok(())

@@ -46,6 +46,25 @@ impl ParamStore {
         Ok(Self { specs, tensors, device })
     }
 
+    /// A store whose tensors of these parts are copies and whose others are shared with this one.
+    #[must_use]
+    pub fn fork(&self, parts: &[Part]) -> Self {
+        let tensors = self.specs.iter().filter_map(|spec| {
+            let tensor = self.tensors.get(&spec.name)?;
+            let own = if parts.contains(&spec.part) {
+                tensor.detach().copy()
+            } else {
+                tensor.shallow_clone()
+            };
+            Some((spec.name.clone(), own))
+        });
+        Self {
+            tensors: tensors.collect(),
+            device: self.device,
+            specs: self.specs.clone(),
+        }
+    }
+
     /// Random weights, the same for the same seed: see [`ParamStore::init`].
     ///
     /// # Errors

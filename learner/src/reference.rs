@@ -1,0 +1,116 @@
+//! A second set of the trained weights that losses compare with; the frozen vision-language model is shared.
+
+use std::collections::BTreeMap;
+
+use policy::{
+    config::ReferenceConfig,
+    params::{Heads, Part},
+};
+use tch::{Tensor, no_grad};
+
+use crate::{
+    error::{LearnerError, Result},
+    model::Pi0,
+};
+
+/// The reference policy of a run.
+#[derive(Debug)]
+pub struct Reference {
+    config: ReferenceConfig,
+    policy: Pi0,
+    /// Whether it holds weights already: the run's first, or a checkpoint's.
+    filled: bool,
+}
+
+impl Reference {
+    /// A reference beside `policy`; it takes its weights at the start of the first update.
+    ///
+    /// # Errors
+    /// The sizes do not fit together.
+    pub fn new(config: ReferenceConfig, policy: &Pi0) -> Result<Self> {
+        let store = policy.store().fork(&[Part::Expert]);
+        Ok(Self {
+            config,
+            policy: Pi0::new(policy.dims().clone(), &Heads::default(), store)?,
+            filled: false,
+        })
+    }
+
+    /// The policy with the reference's weights, without heads.
+    pub fn policy(&self) -> &Pi0 {
+        &self.policy
+    }
+
+    /// An iteration's updates begin.
+    pub fn begin(&mut self, trained: &Pi0) {
+        if !self.filled || self.config == ReferenceConfig::Acting {
+            self.mix(trained, 0.0);
+            self.filled = true;
+        }
+    }
+
+    /// An iteration's updates have ended: `ref <- decay ref + (1 - decay) trained` where the reference is a mean.
+    pub fn end(&mut self, trained: &Pi0) {
+        if let ReferenceConfig::Ema { decay } = self.config {
+            self.mix(trained, decay);
+        }
+    }
+
+    fn mix(&self, trained: &Pi0, keep: f64) {
+        no_grad(|| {
+            let pairs = self
+                .policy
+                .store()
+                .part(Part::Expert)
+                .zip(trained.store().part(Part::Expert));
+            for ((_, own), (_, trained)) in pairs {
+                let mut own = own.shallow_clone();
+                if keep == 0.0 {
+                    own.copy_(trained);
+                } else {
+                    let _own = own.g_mul_scalar_(keep).g_add_(&(trained * (1.0 - keep)));
+                }
+            }
+        });
+    }
+
+    /// Its weights by name, for a checkpoint; none where the next update makes them anew.
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        if !self.filled || self.config == ReferenceConfig::Acting {
+            return BTreeMap::new();
+        }
+        let own = self.policy.store().part(Part::Expert);
+        own.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()))
+            .collect()
+    }
+
+    /// Puts the weights of a checkpoint back.
+    ///
+    /// # Errors
+    /// A tensor is missing, extra or misshapen; names it.
+    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        let own: Vec<(&str, &Tensor)> = self.policy.store().part(Part::Expert).collect();
+        let wrong = |detail: String| LearnerError::Missing(format!("reference: {detail}"));
+        if let Some(extra) = state.keys().find(|name| own.iter().all(|(n, _)| n != name)) {
+            return Err(wrong(format!("`{extra}` is no tensor of the action expert")));
+        }
+        for (name, tensor) in own {
+            let found = state
+                .get(name)
+                .ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
+            if found.size() != tensor.size() {
+                return Err(wrong(format!(
+                    "tensor `{name}` has shape {:?}, expected {:?}",
+                    found.size(),
+                    tensor.size()
+                )));
+            }
+            no_grad(|| tensor.shallow_clone().copy_(found));
+        }
+        self.filled = true;
+        Ok(())
+    }
+}
