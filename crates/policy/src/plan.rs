@@ -231,6 +231,11 @@ impl RunPlan {
         })
     }
 
+    /// The oldest version whose records an update of the weights at `version` may read.
+    pub fn oldest(&self, version: u64) -> u64 {
+        version.saturating_sub(u64::from(self.config.rollout.max_staleness.unwrap_or(0)))
+    }
+
     /// How a policy version samples.
     pub fn sampling(&self, version: u64) -> Sampling {
         let model = &self.config.actor.model;
