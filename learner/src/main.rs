@@ -62,6 +62,10 @@ enum Command {
         /// The page; `report.html` beside the first run when absent.
         #[arg(long)]
         out: Option<PathBuf>,
+        /// Also write the success curves as a PNG; runs in folders called FACTOR.VALUE are drawn in a panel for each factor, the others in
+        /// every panel.
+        #[arg(long)]
+        picture: Option<PathBuf>,
     },
 }
 
@@ -101,8 +105,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Report { run, out } => {
-            let page = report::write(&run, out.as_deref())?;
+        Command::Report { run, out, picture } => {
+            let page = report::write(&run, out.as_deref(), picture.as_deref())?;
             Ok(writeln!(std::io::stdout(), "{}", page.display())?)
         }
     }
@@ -118,7 +122,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{error}");
             ExitCode::FAILURE
         }
     }

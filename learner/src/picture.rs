@@ -16,7 +16,8 @@ const LAST_FRAMES: usize = 8;
 /// Height of the text strip under a frame.
 const STRIP: usize = 26;
 
-fn font() -> Result<(), String> {
+/// Registers the embedded font.
+pub(crate) fn font() -> Result<(), String> {
     // the picture must not depend on the fonts of the machine
     plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
         .map_err(|_e| "the embedded font is not readable".to_owned())

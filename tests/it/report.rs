@@ -91,10 +91,13 @@ fn seeds_are_averaged_and_the_page_stands_alone() {
     let evaluations = r#"[{"version":2,"success":0.75,"episodes":200},{"version":0,"success":0.25,"episodes":200}]"#;
     fs::write(runs[0].join("eval.json"), evaluations).expect("eval.json");
     fs::write(runs[2].join("eval.gif"), b"GIF89a").expect("eval.gif");
-    let args: Vec<&Path> = runs.iter().map(PathBuf::as_path).collect();
+    let mut args: Vec<&Path> = runs.iter().map(PathBuf::as_path).collect();
+    let picture = dir.path().join("curves.png");
+    args.extend([Path::new("--picture"), &picture]);
     let output = report(&args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let page = dir.path().join("report.html");
+    assert!(fs::read(picture).expect("picture").starts_with(b"\x89PNG"));
     assert_eq!(
         String::from_utf8_lossy(&output.stdout).trim(),
         page.display().to_string()

@@ -43,17 +43,23 @@ const TINY: [&str; 12] = [
 /// A run's folder with start weights where SFT leaves them.
 struct Run {
     dir: tempfile::TempDir,
+    config: &'static str,
 }
 
 impl Run {
     fn new() -> Self {
+        Self::of("quickstart.toml")
+    }
+
+    /// A run of this recipe; its network is the quickstart's.
+    fn of(config: &'static str) -> Self {
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), &TINY);
         let store = ParamStore::random(&plan.dims, &Heads::default(), 77, Device::Cpu).expect("weights");
         let bytes = store.to_safetensors(&[Part::Vlm, Part::Expert]).expect("bytes");
         fs::create_dir(dir.path().join("sft")).expect("folder");
         fs::write(dir.path().join("sft").join(MODEL), bytes).expect("start weights");
-        Self { dir }
+        Self { dir, config }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -70,7 +76,9 @@ impl Run {
 
     /// Starts `learner train` on this folder.
     fn train(&self, resume: Option<&str>, overrides: &[&str]) -> Learner {
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
+        let config = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../configs")
+            .join(self.config);
         let mut command = Command::new(program("learner"));
         command.arg("train").arg("--config").arg(config);
         let output = format!("runner.output_dir={:?}", self.dir.path().display().to_string());
@@ -220,6 +228,32 @@ fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
     let start = weights(&killed.path("sft").join(MODEL));
     let end = weights(&killed.checkpoint(4).join(MODEL));
     assert_ne!(start, end, "the policy was trained");
+}
+
+/// A reference policy that is a mean over the iterations is part of what a run goes on from.
+#[test]
+fn a_reference_policy_goes_on_bit_for_bit() {
+    let recipe = "tabletop_flow_ipo.toml";
+    let (whole, killed) = (Run::of(recipe), Run::of(recipe));
+    whole.train(None, &[]).end(true);
+    killed.train(None, &[]).kill_at("iteration 3/4");
+    killed.train(Some("auto"), &[]).end(true);
+    assert_eq!(whole.sha256(4), killed.sha256(4));
+    assert_eq!(whole.metrics(), killed.metrics());
+    let optimizer = Tensor::read_safetensors(killed.checkpoint(4).join(OPTIMIZER)).expect("tensors");
+    let reference = optimizer
+        .iter()
+        .filter(|(name, _)| name.starts_with("reference."))
+        .count();
+    assert!(reference > 0, "the checkpoint holds the reference");
+
+    drop_tensor(&killed.checkpoint(4), OPTIMIZER, "reference.action_out_proj.weight");
+    let from = killed.checkpoint(4).display().to_string();
+    killed.assert_refused(
+        Some(&from),
+        &["runner.max_epochs=5"],
+        &["reference", "`action_out_proj.weight` is missing"],
+    );
 }
 
 /// Replaces a file of a checkpoint by one that lacks a tensor, with a fitting digest: only its content is wrong.

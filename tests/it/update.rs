@@ -211,6 +211,47 @@ fn the_size_of_a_micro_batch_changes_nothing() {
     }
 }
 
+/// Flow times and noise belong to the sample, so that a loss on the velocity does not depend on how a minibatch is cut either.
+#[test]
+fn the_size_of_a_micro_batch_changes_nothing_without_likelihood() {
+    for recipe in ["tabletop_flow_ipo", "tabletop_nft"] {
+        let run = |micro: &str| {
+            let sde = "actor.model.openpi.noise_method=\"flow_sde\"";
+            update(&plan(recipe, &["actor.optim.lr=0.1", sde, micro]), |_| {})
+        };
+        let (before, whole, report) = run("actor.micro_batch_size=64");
+        let (_, parts, report_of_parts) = run("actor.micro_batch_size=3");
+        let (moved, gap) = (largest_gap(&before, &whole), largest_gap(&whole, &parts));
+        // as above
+        assert!(moved > 1e-3 && gap < 2e-5, "{recipe}: moved {moved:.1e}, gap {gap:.1e}");
+        let losses = (report.actor.policy_loss, report_of_parts.actor.policy_loss);
+        assert!(
+            losses.0 > 0.0 && (losses.0 - losses.1).abs() < 1e-5,
+            "{recipe}: {losses:?}"
+        );
+    }
+}
+
+/// What the environment did not execute teaches nothing to a loss on the velocity.
+#[test]
+fn rows_that_were_not_executed_do_not_count_without_likelihood() {
+    let plan = plan("tabletop_nft", &["actor.optim.lr=0.1"]);
+    let executing = |most: usize| {
+        let (_, after, report) = update(&plan, |batch| {
+            batch.executed.iter_mut().for_each(|count| *count = (*count).min(most));
+        });
+        (after, report.actor.policy_loss)
+    };
+    let (whole, loss) = executing(usize::MAX);
+    let (short, _) = executing(1);
+    let (_, nothing) = executing(0);
+    assert!(loss > 0.0 && nothing.abs() < f64::EPSILON, "{loss} {nothing}");
+    assert!(
+        largest_gap(&whole, &short) > 1e-4,
+        "fewer executed rows are another loss"
+    );
+}
+
 /// Weight decay alone would move the weights if a step was taken.
 #[test]
 fn an_iteration_that_teaches_nothing_takes_no_step() {

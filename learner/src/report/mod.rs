@@ -4,6 +4,7 @@
 mod chart;
 mod html;
 mod page;
+mod plot;
 mod run;
 mod series;
 
@@ -20,12 +21,13 @@ use crate::error::{LearnerError, Result};
 const PAGE: &str = "report.html";
 
 /// Writes the page about the runs in `dirs` (each with `metrics.jsonl` and `config.toml`; `eval.json` and `eval.gif` where they
-/// are there) to `out`, else to `report.html` in the folder that holds the first run, and returns where it is.
+/// are there) to `out`, else to `report.html` in the folder that holds the first run, and returns where it is. `picture` is a PNG of the
+/// success curves.
 ///
 /// # Errors
 /// No run or the same one twice, a run without success values, a file that cannot be read or is malformed, or the page cannot be
 /// written; then no page is left.
-pub fn write(dirs: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
+pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Result<PathBuf> {
     let mut full = Vec::new();
     for dir in dirs {
         let path = dir.canonicalize().map_err(|e| LearnerError::Run {
@@ -55,6 +57,9 @@ pub fn write(dirs: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
     };
     let out = out.map_or_else(|| parent.unwrap_or_default().join(PAGE), Path::to_owned);
     write_atomic(&out, page::page(&runs).as_bytes())?;
+    if let Some(picture) = picture {
+        plot::draw(&runs, picture)?;
+    }
     Ok(out)
 }
 
