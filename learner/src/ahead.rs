@@ -165,3 +165,82 @@ impl Ahead {
         Ok(success_rate(&seen))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use policy::config::RunConfig;
+
+    use super::*;
+
+    fn plan(staleness: u32) -> RunPlan {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tabletop_async.toml");
+        let overrides = [
+            format!("rollout.max_staleness={staleness}"),
+            "runner.max_epochs=6".to_owned(),
+            "env.train.total_num_envs=4".to_owned(),
+            "env.train.rollout_epoch=2".to_owned(),
+        ];
+        RunPlan::new(RunConfig::load(&path, &overrides).expect("configuration")).expect("plan")
+    }
+
+    fn finished(reset: Reset) -> Trajectory {
+        Trajectory {
+            id: 1,
+            engine: "e".to_owned(),
+            order: 1,
+            reset,
+            mode: Mode::Train,
+            prompt: String::new(),
+            chunks: Vec::new(),
+            terminated: true,
+            success: false,
+            final_value: None,
+        }
+    }
+
+    #[test]
+    fn an_iteration_is_ordered_once_as_soon_as_the_oldest_version_that_it_may_read_is_there() {
+        let plan = plan(2);
+        let mut ahead = Ahead::new(1);
+        let mut windows = Vec::new();
+        for (version, count) in [(1, 3), (2, 1), (3, 1), (4, 0)] {
+            let batches = ahead.batches(&plan, version);
+            assert_eq!(batches.len(), count, "version {version}");
+            for batch in batches {
+                // the episodes are those of synchronous training
+                assert_eq!(batch.resets, training_resets(&plan, batch.newest as u32, 0, 8));
+                assert_eq!((batch.resets.len(), batch.mode), (8, Mode::Train));
+                assert!(batch.oldest <= version, "it may begin");
+                windows.push((batch.oldest, batch.newest));
+            }
+        }
+        // iterations 1 to 5 of 0 to 5; a version is at most two behind
+        assert_eq!(windows, [(0, 1), (0, 2), (1, 3), (2, 4), (3, 5)]);
+    }
+
+    #[test]
+    fn every_episode_is_kept_for_its_own_iteration_in_whatever_order_they_come() {
+        let plan = plan(1);
+        let mut ahead = Ahead::new(0);
+        let [first, second] = ahead.batches(&plan, 0).try_into().expect("two iterations");
+        let own = |batch: &Batch| {
+            batch
+                .resets
+                .clone()
+                .into_iter()
+                .zip(std::iter::repeat(batch.newest as u32))
+        };
+        for (reset, iteration) in own(&second).chain(own(&first)) {
+            assert_eq!(ahead.keep(finished(reset)), Some(iteration));
+        }
+        assert_eq!(ahead.keep(finished(first.resets[0].clone())), None, "it came already");
+        let missing: Vec<_> = ahead
+            .ordered
+            .iter()
+            .map(|o| (o.missing, o.trajectories.len()))
+            .collect();
+        assert_eq!(missing, [(0, 8), (0, 8)]);
+    }
+}

@@ -9,6 +9,7 @@ mod golden {
     mod preproc;
     mod rl;
 }
+mod asynchronous;
 mod properties;
 mod refuse;
 mod report;

@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 TIMEOUT_MS = 30_000
 
 
-VERSION = 2
+VERSION = 3
 
 
 def frame(message, version=VERSION):
