@@ -30,7 +30,7 @@ use crate::{
     rollout::{RolloutBatch, failure_rate},
     sampling::sample,
     sft::sft,
-    update::Updater,
+    update::{Updater, check_loss},
 };
 
 /// Seeds of the data sets, apart from the run's own.
@@ -168,6 +168,7 @@ impl Ring {
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     libtorch(plan)?;
     check_estimator(plan)?;
+    check_loss(plan)?;
     let config = &plan.config;
     let dir = config.runner.output_dir.clone();
     let from = resume::find(plan, resume)?;
