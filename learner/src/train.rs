@@ -45,6 +45,15 @@ fn libtorch(plan: &RunPlan) -> Result<()> {
     check_seed(plan)
 }
 
+/// Refuses names and parameters that no method knows, before anything starts.
+///
+/// # Errors
+/// Names the key and what is registered.
+pub fn check(plan: &RunPlan) -> Result<()> {
+    check_estimator(plan)?;
+    check_loss(plan).map(|_loss| ())
+}
+
 /// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
 fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
     libtorch(plan)?;
@@ -167,8 +176,7 @@ impl Ring {
 /// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     libtorch(plan)?;
-    check_estimator(plan)?;
-    check_loss(plan)?;
+    check(plan)?;
     let config = &plan.config;
     let dir = config.runner.output_dir.clone();
     let from = resume::find(plan, resume)?;
