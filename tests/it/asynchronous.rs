@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
-use integration_tests::ring::{Engine, Worker, plan};
+use integration_tests::ring::{Engine, Worker, fixed_endpoint, plan};
 use learner::{
     ahead::Ahead,
     checkpoint::{self, MODEL},
@@ -31,24 +31,27 @@ use wire::{
 
 const DECOUPLED: &str = "algorithm.loss_type=\"decoupled_actor_critic\"";
 
-/// Every record is of a version within the bound, an episode's versions only rise, no episode is lost, and records of an older
-/// version than the one in training do come.
+/// Every record is of a version within the bound, an episode's versions only rise, no episode is lost though the engine is killed in
+/// the middle, and records of an older version than the one in training do come.
 #[test]
 fn records_are_within_the_bound_and_some_are_of_older_versions() {
     const BOUND: u64 = 2;
     let dir = tempfile::tempdir().expect("folder");
+    // the worker finds the next engine under the address of the first
+    let listen = format!("rollout.listen={:?}", fixed_endpoint());
     let overrides = [
         DECOUPLED,
         "rollout.max_staleness=2",
         "runner.max_epochs=6",
         "env.train.total_num_envs=24",
+        &listen,
     ];
     let plan = plan(dir.path(), &overrides);
     tch::set_num_threads(1);
     let store = ParamStore::random(&plan.dims, &plan.heads, 12, Device::Cpu).expect("weights");
     let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network");
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
-    let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
+    let mut engine = Engine::start(&plan, dir.path(), &hub.endpoint);
     let _worker = Worker::start(&engine.listen, 8);
     let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
     let (mut none, mut ahead) = (Children::default(), Ahead::new(0));
@@ -61,6 +64,10 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
         ahead.order(&hub, &plan, version).expect("orders");
         if iteration % 2 == 1 {
             ahead.evaluate(&hub, &mut none, version, 8).expect("evaluation");
+        }
+        if iteration == 2 {
+            engine.kill();
+            engine = Engine::start(&plan, dir.path(), &hub.endpoint);
         }
         let got = ahead.sample(&hub, &mut none, &plan, iteration).expect("episodes");
         let envs: BTreeSet<u32> = got.used.trajectories.iter().map(|t| t.reset.env).collect();
