@@ -1,8 +1,8 @@
-//! Asynchronous training: episodes of later iterations are ordered while an earlier one trains, so that the engine never waits
-//! for an update.
+//! Asynchronous training: episodes of later iterations are ordered before an earlier one is trained, so that the engine has work
+//! during the update.
 //!
-//! The episodes of iteration `i` are ordered as soon as version `i - max_staleness` is published, and the update `i` takes
-//! exactly those: none of its records is older, and an episode is not left out for being long.
+//! The episodes of iteration `i` are ordered as soon as version `i - max_staleness` is published, and its update takes exactly
+//! these: none of its records is older, and no episode is left out for being long.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -87,14 +87,18 @@ impl Wanted {
         }
     }
 
-    /// A chunk's version that the batch does not allow, if there is one.
-    fn forbidden(&self, trajectory: &Trajectory, announced: Option<u64>) -> Option<u64> {
-        // what a learner that was replaced has announced is not this one's
+    /// Refuses an episode with a chunk of a version that the batch does not allow, or that was not announced: an engine may have
+    /// it from a learner that was replaced.
+    fn check(&self, trajectory: &Trajectory, announced: Option<u64>) -> Result<(), String> {
         let newest = self.newest.min(announced.unwrap_or(0));
-        let records = trajectory.chunks.iter().filter_map(|chunk| chunk.record.as_deref());
-        records
-            .map(|record| record.version)
-            .find(|version| !(self.oldest..=newest).contains(version))
+        let mut records = trajectory.chunks.iter().filter_map(|chunk| chunk.record.as_deref());
+        match records.find(|record| !(self.oldest..=newest).contains(&record.version)) {
+            Some(record) => Err(format!(
+                "its chunk {} is of version {}, expected {} to {newest}",
+                record.key.chunk, record.version, self.oldest
+            )),
+            None => Ok(()),
+        }
     }
 }
 
@@ -293,12 +297,9 @@ impl State {
             .iter()
             .position(|batch| batch.mode == trajectory.mode && batch.episodes.contains_key(&key))?;
         let batch = self.wanted.get_mut(place)?;
-        if let Some(version) = batch.forbidden(&trajectory, announced) {
-            tracing::warn!(
-                "an episode with a chunk of version {version} is left out and ordered again: expected {} to {}",
-                batch.oldest,
-                batch.newest
-            );
+        if let Err(reason) = batch.check(&trajectory, announced) {
+            let Reset { env, episode, .. } = trajectory.reset;
+            tracing::warn!("episode {episode} of env {env} is left out and ordered again: {reason}");
             if let Some((_, owner)) = batch.episodes.get_mut(&key) {
                 *owner = None;
             }
