@@ -69,8 +69,8 @@ struct Wanted {
     oldest: u64,
     newest: u64,
     mode: Mode,
-    /// Episodes still wanted and which engine has them.
-    episodes: BTreeMap<EpisodeKey, (Reset, Option<Peer>)>,
+    /// Episodes still wanted, which engine has them and since which order.
+    episodes: BTreeMap<EpisodeKey, (Reset, Option<(Peer, u64)>)>,
 }
 
 impl Wanted {
@@ -110,6 +110,9 @@ struct State {
     /// What is wanted, the first first; evaluations stand before training.
     wanted: Vec<Wanted>,
     orders: u64,
+    /// Engines that know what is wanted from them: they are told only what is wanted beside it, so that an episode whose
+    /// trajectory is on its way is not made twice.
+    told: BTreeSet<Peer>,
     /// Acknowledged trajectories by engine session, to drop repetitions.
     seen: BTreeSet<(String, u64)>,
 }
@@ -138,6 +141,7 @@ impl Hub {
             announce: None,
             wanted: Vec::new(),
             orders: 0,
+            told: BTreeSet::new(),
             seen: BTreeSet::new(),
         };
         std::thread::spawn(move || runtime.block_on(state.run(receiver, command_receiver)));
@@ -220,6 +224,7 @@ impl State {
                     }
                     Some(Command::Order(batch)) => {
                         self.wanted = vec![Wanted::new(batch)];
+                        self.told.clear();
                         self.hand_out().await;
                     }
                     Some(Command::Add(batch)) => {
@@ -314,8 +319,9 @@ impl State {
 
     /// What an engine had is wanted from others.
     fn release(&mut self, peer: &Peer) {
+        self.told.remove(peer);
         for (_, owner) in self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut()) {
-            if owner.as_ref() == Some(peer) {
+            if owner.as_ref().is_some_and(|(owner, _)| owner == peer) {
                 *owner = None;
             }
         }
@@ -329,11 +335,17 @@ impl State {
         if peers.is_empty() || free.peek().is_none() {
             return;
         }
-        for ((_, owner), peer) in free.zip(peers.iter().cycle()) {
-            *owner = Some(peer.clone());
-        }
         self.orders += 1;
+        let number = self.orders;
+        for ((_, owner), peer) in free.zip(peers.iter().cycle()) {
+            *owner = Some((peer.clone(), number));
+        }
         for peer in peers {
+            let replaces = self.told.insert(peer.clone());
+            let tell = |owner: &Option<(Peer, u64)>| {
+                let owner = owner.as_ref().filter(|(owner, _)| *owner == peer);
+                owner.is_some_and(|(_, since)| replaces || *since == number)
+            };
             let batch_of = |wanted: &Wanted| Batch {
                 oldest: wanted.oldest,
                 newest: wanted.newest,
@@ -341,15 +353,20 @@ impl State {
                 resets: wanted
                     .episodes
                     .values()
-                    .filter(|(_, owner)| owner.as_ref() == Some(&peer))
+                    .filter(|(_, owner)| tell(owner))
                     .map(|(reset, _)| reset.clone())
                     .collect(),
             };
-            let order = Order {
-                order: self.orders,
-                batches: self.wanted.iter().map(batch_of).collect(),
-            };
-            self.send(&peer, &FromLearner::Order(order)).await;
+            let batches = self.wanted.iter().map(batch_of);
+            let batches: Vec<Batch> = batches.filter(|batch| !batch.resets.is_empty()).collect();
+            if replaces || !batches.is_empty() {
+                let order = Order {
+                    order: number,
+                    replaces,
+                    batches,
+                };
+                self.send(&peer, &FromLearner::Order(order)).await;
+            }
         }
     }
 

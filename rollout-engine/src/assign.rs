@@ -68,6 +68,7 @@ struct Wanted {
 #[derive(Debug)]
 struct Episode {
     order: u64,
+    generation: u64,
     wanted: Wanted,
     prompt: String,
     /// Oldest and newest version of its chunks, once the first is made.
@@ -124,6 +125,8 @@ pub struct Assign<P> {
     shape: Option<Shape>,
     live: Option<u64>,
     order: Option<Order>,
+    /// Counts the orders that replaced what was wanted; episodes of an earlier generation are not wanted any more.
+    generation: u64,
     pending: VecDeque<Wanted>,
     clients: BTreeMap<P, Client>,
     /// Whose chunk a ticket asks for.
@@ -146,6 +149,7 @@ impl<P: Ord + Clone> Assign<P> {
             shape: None,
             live: None,
             order: None,
+            generation: 0,
             pending: VecDeque::new(),
             clients: BTreeMap::new(),
             tickets: BTreeMap::new(),
@@ -219,8 +223,9 @@ impl<P: Ord + Clone> Assign<P> {
         self.hand_out();
     }
 
-    /// An order of the learner: replaces the pending resets; the same order again changes nothing. An episode that runs
-    /// already and is wanted again (the learner spreads episodes anew when engines come and go) goes on for the new order.
+    /// An order of the learner: replaces the pending resets, or adds to them; the same order again changes nothing. An episode
+    /// that runs already and is wanted again (the learner spreads episodes anew when engines come and go) goes on for the new
+    /// order.
     pub fn take_order(&mut self, order: Order) {
         if self.order.as_ref() == Some(&order) {
             return;
@@ -232,7 +237,17 @@ impl<P: Ord + Clone> Assign<P> {
                 versions: batch.oldest..=batch.newest,
             })
         });
-        self.pending = wanted.collect();
+        if order.replaces {
+            self.generation += 1;
+            self.pending = wanted.collect();
+        } else {
+            let (evaluation, training): (Vec<_>, Vec<_>) = wanted.partition(|wanted| wanted.mode == Mode::Eval);
+            evaluation
+                .into_iter()
+                .rev()
+                .for_each(|wanted| self.pending.push_front(wanted));
+            self.pending.extend(training);
+        }
         let slots = self
             .clients
             .values_mut()
@@ -253,6 +268,7 @@ impl<P: Ord + Clone> Assign<P> {
             {
                 episode.wanted = wanted;
                 episode.order = order.order;
+                episode.generation = self.generation;
             }
         }
         self.order = Some(order);
@@ -315,7 +331,7 @@ impl<P: Ord + Clone> Assign<P> {
 
     /// The episode begins anew in the next idle slot, unless its order was replaced.
     fn requeue(&mut self, episode: Episode) {
-        if self.order_number() == Some(episode.order) {
+        if self.generation == episode.generation {
             self.pending.push_front(episode.wanted);
             self.restarted += 1;
         }
@@ -564,6 +580,7 @@ impl<P: Ord + Clone> Assign<P> {
                 self.effects.commands.entry(peer.clone()).or_default().push(command);
                 *slot = Slot::Resetting(Episode {
                     order,
+                    generation: self.generation,
                     wanted,
                     prompt: String::new(),
                     made_by: None,

@@ -188,8 +188,8 @@ fn episode(id: u64, env: u32, version: u64) -> ToLearner {
     }))
 }
 
-/// An episode whose version is too old, or was never announced by this learner, is counted and ordered again; an evaluation stands
-/// before the training that is wanted already.
+/// An engine is told only what is wanted beside what it knows, and everything when it comes back. An episode whose version is too
+/// old, or was never announced by this learner, is counted and ordered again.
 #[test]
 fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
@@ -201,14 +201,7 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
     };
     let (soon, later) = (batch(0, 1, Mode::Train, 4), batch(1, 2, Mode::Train, 5));
     let evaluation = batch(0, 0, Mode::Eval, 6);
-    let event = || loop {
-        match hub.next(Duration::from_secs(30)).expect("hub").expect("an event") {
-            HubEvent::State(_) => {}
-            HubEvent::Stale => return None,
-            HubEvent::Trajectory(trajectory) => return Some((trajectory.id, trajectory.reset.env)),
-            other => panic!("{other:?}"),
-        }
-    };
+    let event = || hub.next(Duration::from_secs(30)).expect("hub").expect("an event");
     // the sockets go on while this thread waits for an event
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -216,28 +209,43 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
         .build()
         .expect("runtime");
     runtime.block_on(async {
-        for wanted in [&soon, &later, &evaluation] {
-            hub.add(wanted.clone()).expect("taken");
-        }
         let mut engine = Played::connect(&hub.endpoint).await;
-        let mut order = engine.order().await;
-        // the connection may have been made before all three were taken
-        while order.batches.len() < 3 {
-            order = engine.order().await;
+        assert!(matches!(event(), HubEvent::State(_)));
+        for (wanted, first) in [(&soon, true), (&later, false), (&evaluation, false)] {
+            hub.add(wanted.clone()).expect("taken");
+            let order = engine.order().await;
+            assert_eq!((order.replaces, order.batches), (first, vec![wanted.clone()]));
         }
-        let all = [&evaluation, &soon, &later].map(Clone::clone);
-        assert_eq!(order.batches, all);
         // this learner has announced nothing after version 0
-        for (id, env, version) in [(1, 4, 1), (2, 5, 0)] {
+        for (id, env, version, wanted) in [(1, 4, 1, &soon), (2, 5, 0, &later)] {
             engine.send(episode(id, env, version)).await;
-            assert_eq!(event(), None, "environment {env}, version {version}");
-            assert_eq!(engine.order().await.batches, all, "wanted as before");
+            assert!(
+                matches!(event(), HubEvent::Stale),
+                "environment {env}, version {version}"
+            );
+            let order = engine.order().await;
+            assert_eq!((order.replaces, order.batches), (false, vec![wanted.clone()]));
         }
+        let mut next = Played::connect(&hub.endpoint).await;
+        drop(engine);
+        let mut order = next.order().await;
+        while order.batches.len() < 3 {
+            // it was there before the first one was found to be gone
+            order = next.order().await;
+        }
+        assert_eq!(order.batches, [&evaluation, &soon, &later].map(Clone::clone));
         // what came already is not taken for an answer, the next one is
         for id in [1, 3] {
-            engine.send(episode(id, 4, 0)).await;
+            next.send(episode(id, 4, 0)).await;
         }
-        assert_eq!(event(), Some((3, 4)));
+        let came = loop {
+            match event() {
+                HubEvent::Trajectory(trajectory) => break (trajectory.id, trajectory.reset.env),
+                HubEvent::State(_) | HubEvent::Gone => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(came, (3, 4));
     });
 }
 

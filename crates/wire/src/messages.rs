@@ -375,12 +375,15 @@ pub struct Batch {
     pub resets: Vec<Reset>,
 }
 
-/// All episodes that the learner wants from an engine. A new order replaces the pending resets of an older one.
+/// Episodes that the learner wants from an engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
     /// Number of the order, rising.
     pub order: u64,
+    /// Whether this is all that is wanted from the engine, so that what it has pending is dropped; otherwise it is wanted too,
+    /// evaluations before and training after what is pending.
+    pub replaces: bool,
     /// The first that may begin begins first.
     pub batches: Vec<Batch>,
 }

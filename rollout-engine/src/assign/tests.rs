@@ -35,6 +35,7 @@ fn batch(oldest: u64, newest: u64, mode: Mode, envs: &[u32]) -> Batch {
 fn order(number: u64, version: u64, mode: Mode, envs: &[u32]) -> Order {
     Order {
         order: number,
+        replaces: true,
         batches: vec![batch(version, version, mode, envs)],
     }
 }
@@ -313,6 +314,7 @@ fn episodes_wait_for_exactly_their_version() {
 fn window(number: u64) -> Order {
     Order {
         order: number,
+        replaces: true,
         batches: vec![batch(0, 1, Mode::Train, &[4]), batch(1, 2, Mode::Train, &[5, 6])],
     }
 }
@@ -425,10 +427,42 @@ fn resets_are_handed_out_within_the_bound_and_parked_beyond_it() {
     // an evaluation of a version that is not live holds up no training
     assign.take_order(Order {
         order: 2,
+        replaces: true,
         batches: vec![batch(2, 2, Mode::Eval, &[8]), batch(1, 2, Mode::Train, &[5, 6, 7])],
     });
     assert_eq!(resets(&assign.take_effects(), 1), [7]);
     assert!(assign.parked(), "the evaluation waits for its version");
+}
+
+#[test]
+fn an_order_that_adds_keeps_what_is_pending_and_running() {
+    let mut assign = ready(1);
+    assign.take_order(order(1, 0, Mode::Train, &[4, 5]));
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+    let mut more = order(2, 0, Mode::Train, &[6]);
+    more.batches.push(batch(0, 0, Mode::Eval, &[8, 9]));
+    more.replaces = false;
+    assign.take_order(more);
+    assert_eq!(assign.pending(), 4);
+    // the running episode is still wanted: broken off, it begins anew
+    assign.reports(&1, idle(1));
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+    let mut begun = Vec::new();
+    for _ in 0..4 {
+        act_once(&mut assign);
+        assign.reports(
+            &1,
+            vec![SlotReport {
+                slot: 0,
+                outcome: outcome(true, false),
+                observation: None,
+            }],
+        );
+        let effects = assign.take_effects();
+        assert_eq!(effects.trajectories.len(), 1);
+        begun.extend(resets(&effects, 1));
+    }
+    assert_eq!(begun, [8, 9, 5, 6], "evaluations first");
 }
 
 #[test]
@@ -440,6 +474,7 @@ fn a_new_order_keeps_only_the_running_episodes_that_it_allows() {
         act_once(&mut assign);
         assign.take_order(Order {
             order: 2,
+            replaces: true,
             batches: vec![batch(oldest, newest, Mode::Train, &[4])],
         });
         // its first chunk is of version 0
