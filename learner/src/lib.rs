@@ -4,6 +4,7 @@
 //! advantages, minibatches, network, log-probability, loss, optimizer, update, and what is written down.
 
 pub mod advantage;
+pub mod bench;
 pub mod checkpoint;
 pub mod dataset;
 pub mod error;
@@ -21,8 +22,10 @@ pub mod native;
 pub mod observation;
 pub mod optim;
 pub mod picture;
+pub mod prefix_store;
 pub mod pretrain;
 pub mod publish;
+pub mod records;
 pub mod reference;
 pub mod report;
 pub mod resume;
