@@ -84,6 +84,11 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
             };
             let policy = network(&plan)?;
             let report = Updater::new(&plan, &policy)?.update(&policy, &batch, iteration)?;
+            if report.updates == 0 {
+                return Err(LearnerError::Missing(format!(
+                    "none of the {records} drawn records taught anything, so nothing was measured: use more with `--records`"
+                )));
+            }
             runs.push((report.prefix_seconds + report.update_seconds, report.prefix_cache_bytes));
             let parts = [Part::Expert, Part::NoiseHead, Part::ValueHead];
             let all = parts.into_iter().flat_map(|part| policy.store().export(part));
@@ -170,6 +175,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn episodes(plan: &RunPlan, policy: &Pi0, records: usize) -> Result<Vec<Trajectory>> {
     let seed = plan.config.runner.seed;
     let numbers: Vec<usize> = (0..records).collect();
+    // what is left over joins the last whole group
+    let group = plan.config.algorithm.group_size.max(1);
+    let last_group = (records / group).saturating_sub(1);
     let mut all = Vec::with_capacity(records);
     for part in numbers.chunks(plan.config.actor.micro_batch_size) {
         let keys: Vec<NoiseKey> = part
@@ -198,9 +206,9 @@ fn episodes(plan: &RunPlan, policy: &Pi0, records: usize) -> Result<Vec<Trajecto
                     seed,
                     env: *env as u32,
                     episode: 0,
-                    reset_state: None,
+                    reset_state: Some((env / group).min(last_group) as u64),
                     task: None,
-                    group: Some((env / plan.config.algorithm.group_size.max(1)) as u32),
+                    group: None,
                     video: false,
                 },
                 mode: Mode::Train,

@@ -9,6 +9,8 @@ mod golden {
     mod preproc;
     mod rl;
 }
+mod mdp;
+mod prefix_store;
 mod properties;
 mod refuse;
 mod report;
