@@ -11,6 +11,7 @@ pub mod error;
 pub mod evaluate;
 pub mod filter;
 pub mod hub;
+pub mod inspect;
 pub mod labels;
 pub mod launch;
 pub mod logprob;

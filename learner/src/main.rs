@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{bench, native, report, resume::Resume, train};
+use learner::{bench, inspect, native, report, resume::Resume, train};
 use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
@@ -26,6 +26,15 @@ struct Config {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Print what a configuration amounts to: sizes, batch arithmetic, what each key does, what differs from the reference. Starts
+    /// nothing and needs no checkpoint.
+    Inspect {
+        /// The configuration.
+        config: PathBuf,
+        /// Override a key, like `--set algorithm.gamma=0.99`; may be repeated.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+    },
     /// Pre-train (when configured) and fine-tune on demonstrations; writes `OUTPUT_DIR/sft/model.safetensors`.
     Sft(Config),
     /// Train with online RL from the SFT checkpoint; publishes a policy version per iteration.
@@ -86,6 +95,11 @@ fn plan(config: &Config) -> anyhow::Result<RunPlan> {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
+        Command::Inspect { config, overrides } => {
+            let plan = plan(&Config { config, overrides })?;
+            train::check(&plan)?;
+            Ok(std::io::stdout().write_all(inspect::describe(&plan)?.as_bytes())?)
+        }
         Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),
         Command::Train { config, resume } => Ok(train::train(&plan(&config)?, resume.as_ref())?),
         Command::Eval {
@@ -135,6 +149,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
     native::register_cuda();

@@ -203,7 +203,11 @@ fn check_length(plan: &RunPlan, found: &Checkpoint) -> Result<()> {
 }
 
 /// Every key of a configuration by its path, with its value as TOML.
-fn flat(config: &RunConfig) -> Result<BTreeMap<String, String>> {
+/// Every key of a configuration as a dotted path, with its value as TOML writes it.
+///
+/// # Errors
+/// None for a configuration that was read.
+pub(crate) fn flat(config: &RunConfig) -> Result<BTreeMap<String, String>> {
     let table: toml::Table = config
         .to_toml()?
         .parse()

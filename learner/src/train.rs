@@ -30,7 +30,7 @@ use crate::{
     rollout::{RolloutBatch, failure_rate},
     sampling::sample,
     sft::sft,
-    update::Updater,
+    update::{Updater, check_loss},
 };
 
 /// Seeds of the data sets, apart from the run's own.
@@ -43,6 +43,15 @@ const VIDEOS: usize = 12;
 fn libtorch(plan: &RunPlan) -> Result<()> {
     tch::set_num_threads(plan.config.actor.threads as i32);
     check_seed(plan)
+}
+
+/// Refuses names and parameters that no method knows, before anything starts.
+///
+/// # Errors
+/// Names the key and what is registered.
+pub fn check(plan: &RunPlan) -> Result<()> {
+    check_estimator(plan)?;
+    check_loss(plan).map(|_loss| ())
 }
 
 /// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
@@ -167,7 +176,7 @@ impl Ring {
 /// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     libtorch(plan)?;
-    check_estimator(plan)?;
+    check(plan)?;
     let config = &plan.config;
     let dir = config.runner.output_dir.clone();
     let from = resume::find(plan, resume)?;

@@ -20,7 +20,7 @@ use crate::{
     prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
-    update_velocity::VelocityObjective,
+    update_velocity::{self, VelocityObjective},
 };
 
 /// Trains a policy on rollouts.
@@ -105,6 +105,29 @@ fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> Pa
     }
 }
 
+/// Refuses an `algorithm.loss_type` that is not registered, or whose parameters are wrong, before anything starts. A loss on the
+/// velocity takes the place of the one that is returned.
+///
+/// # Errors
+/// Lists the registered names, or says what is wrong with a parameter.
+pub fn check_loss(plan: &RunPlan) -> Result<PolicyLossFn> {
+    let name = plan.config.algorithm.loss_type.as_str();
+    let likelihood = match update_velocity::method(plan)? {
+        Some(_) => policy_loss("actor"),
+        None => policy_loss(name),
+    };
+    likelihood.ok_or_else(|| {
+        let likelihood = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n);
+        let known: Vec<&str> = likelihood
+            .chain(crate::velocity::VELOCITY_LOSSES.iter().map(|(n, _)| *n))
+            .collect();
+        LearnerError::Missing(format!(
+            "`algorithm.loss_type` is `{name}`, expected one of {}",
+            known.join(", ")
+        ))
+    })
+}
+
 impl Updater {
     /// The optimizers and settings of a plan.
     ///
@@ -113,23 +136,8 @@ impl Updater {
     pub fn new(plan: &RunPlan, policy: &Pi0) -> Result<Self> {
         let (algorithm, optim) = (&plan.config.algorithm, &plan.config.actor.optim);
         let model = &plan.config.actor.model;
+        let loss = check_loss(plan)?;
         let velocity = VelocityObjective::new(plan, policy)?;
-        let likelihood = policy_loss(if velocity.is_some() {
-            "actor"
-        } else {
-            &algorithm.loss_type
-        });
-        let loss = likelihood.ok_or_else(|| {
-            let known = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n);
-            let known: Vec<&str> = known
-                .chain(crate::velocity::VELOCITY_LOSSES.iter().map(|(n, _)| *n))
-                .collect();
-            LearnerError::Missing(format!(
-                "`algorithm.loss_type` is `{}`, expected one of {}",
-                algorithm.loss_type,
-                known.join(", ")
-            ))
-        })?;
         let adam = AdamWSettings {
             beta1: optim.betas[0],
             beta2: optim.betas[1],

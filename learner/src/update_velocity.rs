@@ -38,31 +38,40 @@ pub(crate) struct Credit {
     pub(crate) displacement: f64,
 }
 
+/// The method of a plan; `None` where the loss needs likelihoods.
+///
+/// # Errors
+/// A section without its loss or the reverse, or parameters that the method refuses.
+pub(crate) fn method(plan: &RunPlan) -> Result<Option<Box<dyn VelocityLoss>>> {
+    let algorithm = &plan.config.algorithm;
+    let name = &algorithm.loss_type;
+    let missing = |text: String| Err(LearnerError::Missing(text));
+    match (velocity_loss(name), &algorithm.velocity) {
+        (None, None) => Ok(None),
+        (Some(_), None) => missing(format!(
+            "`algorithm.velocity` is missing, `loss_type = \"{name}\"` needs `reference` and `params`"
+        )),
+        (None, Some(_)) => missing(format!(
+            "`algorithm.velocity` is given, but `algorithm.loss_type` is `{name}`: remove the section or set one of {}",
+            VELOCITY_LOSSES.map(|(known, _)| known).join(", ")
+        )),
+        (Some(build), Some(velocity)) => build(&velocity.params)
+            .map(Some)
+            .map_err(|detail| LearnerError::Missing(format!("`algorithm.velocity.params` of `{name}`: {detail}"))),
+    }
+}
+
 impl VelocityObjective {
-    /// The method of a plan; `None` where the loss needs likelihoods.
+    /// The method of a plan beside `policy`; `None` where the loss needs likelihoods.
     ///
     /// # Errors
-    /// An unknown name, a section without its loss or the reverse, or parameters that the method refuses.
+    /// See [`method`].
     pub(crate) fn new(plan: &RunPlan, policy: &Pi0) -> Result<Option<Self>> {
-        let algorithm = &plan.config.algorithm;
-        let name = &algorithm.loss_type;
-        let missing = |text: String| Err(LearnerError::Missing(text));
-        match (velocity_loss(name), &algorithm.velocity) {
-            (None, None) => Ok(None),
-            (Some(_), None) => missing(format!(
-                "`algorithm.velocity` is missing, `loss_type = \"{name}\"` needs `reference` and `params`"
-            )),
-            (None, Some(_)) => missing(format!(
-                "`algorithm.velocity` is given, but `loss_type` is `{name}`: remove the section or set one of {}",
-                VELOCITY_LOSSES.map(|(known, _)| known).join(", ")
-            )),
-            (Some(build), Some(velocity)) => {
-                let method = build(&velocity.params)
-                    .map_err(|detail| LearnerError::Missing(format!("`algorithm.velocity.params`: {detail}")))?;
-                let reference = Reference::new(velocity.reference, policy)?;
-                Ok(Some(Self { method, reference }))
-            }
-        }
+        let Some((method, config)) = method(plan)?.zip(plan.config.algorithm.velocity.as_ref()) else {
+            return Ok(None);
+        };
+        let reference = Reference::new(config.reference, policy)?;
+        Ok(Some(Self { method, reference }))
     }
 
     /// Whether the records can teach anything.

@@ -144,6 +144,7 @@ impl Coverage {
         for (case, why) in &self.differs {
             println!("  {case}: {why}");
         }
+        crate::differences::check_cases(stem, &self.differs);
         let left_out: BTreeSet<&str> = self.not_offered.iter().map(|(_, function)| function.as_str()).collect();
         assert_eq!(
             left_out.into_iter().collect::<Vec<_>>(),

@@ -1,0 +1,274 @@
+//! What a configuration amounts to, for a person, before anything starts: sizes, the arithmetic of batches, how chunks are sampled,
+//! what each key does, and where the run differs from the reference on purpose.
+
+mod differences;
+mod keys;
+
+use policy::{
+    dims::Variant,
+    flow::{Mdp, NoiseMethod, Schedule},
+    params::{ParamSpec, Part, params},
+    plan::RunPlan,
+};
+
+use crate::{error::Result, minibatch::minibatch_count, resume::flat, sampling::group_count};
+
+/// Bytes of an f32.
+const F32: usize = 4;
+/// Values longer than this push their explanation to the next line.
+const VALUE_WIDTH: usize = 44;
+
+/// The whole text.
+///
+/// # Errors
+/// None for a plan that was made from a file.
+pub fn describe(plan: &RunPlan) -> Result<String> {
+    let flat = flat(&plan.config)?;
+    let loss = plan.config.algorithm.loss_type.as_str();
+    let mut lines = vec![format!("configuration digest {}", plan.config_digest)];
+    section(&mut lines, "policy", policy(plan));
+    section(&mut lines, "sampling", sampling(plan));
+    section(&mut lines, "an iteration", iteration(plan));
+    let mut explained = Vec::new();
+    for (key, value) in &flat {
+        let meaning = keys::meaning(key, loss).unwrap_or("checked by the environment or the method");
+        let left = format!("{key} = {value}");
+        if left.len() > VALUE_WIDTH {
+            explained.push(left);
+            explained.push(format!("{:VALUE_WIDTH$}  {meaning}", ""));
+        } else {
+            explained.push(format!("{left:VALUE_WIDTH$}  {meaning}"));
+        }
+    }
+    section(&mut lines, "keys (configs/README.md)", explained);
+    section(
+        &mut lines,
+        "differences from the reference that apply (docs/differences.md)",
+        differences::applying(&flat),
+    );
+    Ok(lines.join("\n") + "\n")
+}
+
+fn section(lines: &mut Vec<String>, title: &str, body: Vec<String>) {
+    lines.push(String::new());
+    lines.push(title.to_owned());
+    lines.extend(body.into_iter().map(|line| format!("  {line}")));
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .filter_map(|group| std::str::from_utf8(group).ok())
+        .collect();
+    groups.join(",")
+}
+
+fn bytes(count: usize) -> String {
+    let count = count as f64;
+    match count {
+        c if c < 1e6 => format!("{:.1} kB", c / 1e3),
+        c if c < 1e9 => format!("{:.1} MB", c / 1e6),
+        c => format!("{:.2} GB", c / 1e9),
+    }
+}
+
+fn policy(plan: &RunPlan) -> Vec<String> {
+    let dims = &plan.dims;
+    let specs = params(dims, &plan.heads);
+    let elements = |wanted: &dyn Fn(&ParamSpec) -> bool| -> usize {
+        let chosen = specs.iter().filter(|spec| wanted(spec));
+        chosen.map(|spec| spec.shape.iter().product::<usize>()).sum()
+    };
+    let part = |part: Part| elements(&|spec| spec.part == part);
+    let tower = elements(&|spec| spec.part == Part::Vlm && spec.name.contains("vision_tower"));
+    let trained = part(Part::Expert) + part(Part::NoiseHead) + part(Part::ValueHead);
+    let all = trained + part(Part::Vlm);
+    let reference = if plan.config.algorithm.velocity.is_some() {
+        part(Part::Expert)
+    } else {
+        0
+    };
+    let variant = match dims.variant {
+        Variant::Pi0 => "pi0",
+        Variant::Pi05 => "pi0.5",
+    };
+    let mut lines = vec![
+        format!(
+            "{}, {} camera(s) of {} px, {} prefix tokens ({} of the prompt), horizon {} of which {} are executed, action width {} of {}",
+            variant,
+            dims.cameras,
+            dims.vision.image_size,
+            dims.cameras * dims.vision.tokens() + dims.prompt_len,
+            dims.prompt_len,
+            dims.action_horizon,
+            plan.config.actor.model.num_action_chunks,
+            plan.config.actor.model.env_action_dim,
+            dims.action_dim
+        ),
+        format!("{:>15}  image tower", grouped(tower)),
+        format!(
+            "{:>15}  language model and projector, frozen as the tower is",
+            grouped(part(Part::Vlm) - tower)
+        ),
+        format!("{:>15}  action expert and projections", grouped(part(Part::Expert))),
+    ];
+    for (head, name) in [(Part::NoiseHead, "noise head"), (Part::ValueHead, "value head")] {
+        if part(head) > 0 {
+            lines.push(format!("{:>15}  {name}", grouped(part(head))));
+        }
+    }
+    lines.push(format!("{:>15}  in all, {} trained", grouped(all), grouped(trained)));
+    lines.push(format!(
+        "learner: {} of weights, {} of gradients and two moments{}; engine: {} of weights; all f32",
+        bytes(all * F32),
+        bytes(3 * trained * F32),
+        if reference > 0 {
+            format!(", {} of the reference policy", bytes(reference * F32))
+        } else {
+            String::new()
+        },
+        bytes(all * F32)
+    ));
+    lines
+}
+
+fn sampling(plan: &RunPlan) -> Vec<String> {
+    let sampling = plan.sampling(0);
+    let schedule = Schedule::of(&sampling);
+    let which = match sampling.mdp {
+        Mdp::Hybrid => "one stochastic step per chunk, drawn for each environment",
+        Mdp::Joint => "all steps stochastic, one likelihood per chunk",
+        Mdp::TwoLayer => "all steps stochastic, each a transition of its own",
+    };
+    let mut lines = vec![format!(
+        "{}, {} denoise steps; {}",
+        sampling.noise_method.name(),
+        sampling.num_steps,
+        if schedule.drawable == 0 {
+            "all deterministic"
+        } else {
+            which
+        }
+    )];
+    for (k, row) in schedule.stochastic.iter().enumerate() {
+        let std = match (&plan.heads.noise, k < schedule.drawable) {
+            (_, false) => "deterministic".to_owned(),
+            (Some(head), true) => format!("std learnt, {} to {}", head.std_range[0], head.std_range[1]),
+            (None, true) => format!("std {:.3} in model units", row.std),
+        };
+        lines.push(format!("step {k}: t {:.3} to {:.3}, {std}", row.t, row.t_next));
+    }
+    if let Some(anneal) = &plan.config.actor.model.openpi.noise_anneal {
+        lines.push(format!(
+            "version 0; the level goes from {} to {} until version {}",
+            anneal.start, anneal.end, anneal.steps
+        ));
+    } else if sampling.noise_method == NoiseMethod::FlowSde || sampling.noise_method == NoiseMethod::FlowCps {
+        lines.push(format!("noise level {}", sampling.noise_level));
+    }
+    lines
+}
+
+/// Numbers of an iteration; those of records are the most that can come, when the environment says how long an episode is.
+struct Arithmetic {
+    episodes: usize,
+    /// Most chunks of an episode.
+    chunks: Option<usize>,
+    /// Samples per record.
+    samples: usize,
+    /// Expert passes per sample.
+    passes: usize,
+}
+
+impl Arithmetic {
+    fn new(plan: &RunPlan) -> Self {
+        let config = &plan.config;
+        let train = &config.env.train;
+        let steps = config
+            .env
+            .params
+            .get("max_episode_steps")
+            .and_then(toml::Value::as_integer);
+        let schedule = Schedule::of(&plan.sampling(0));
+        let two_layer = config.actor.model.openpi.mdp == Mdp::TwoLayer;
+        Self {
+            episodes: train.total_num_envs * train.rollout_epoch,
+            chunks: steps
+                .and_then(|s| usize::try_from(s).ok())
+                .map(|s| s.div_ceil(config.actor.model.num_action_chunks)),
+            samples: if two_layer { schedule.stochastic_steps() } else { 1 },
+            passes: if two_layer || config.algorithm.velocity.is_some() {
+                1
+            } else {
+                schedule.stochastic_steps()
+            },
+        }
+    }
+
+    /// Optimizer steps of an epoch over so many samples.
+    fn steps(plan: &RunPlan, samples: usize) -> usize {
+        minibatch_count(samples, plan.config.actor.global_batch_size)
+    }
+}
+
+fn iteration(plan: &RunPlan) -> Vec<String> {
+    let config = &plan.config;
+    let train = &config.env.train;
+    let a = Arithmetic::new(plan);
+    let mut lines = vec![format!(
+        "{} environments x {} episode(s) = {} episodes, {} group(s) of {}",
+        train.total_num_envs,
+        train.rollout_epoch,
+        a.episodes,
+        group_count(plan),
+        config.algorithm.group_size
+    )];
+    let dims = &plan.dims;
+    let tokens = dims.cameras * dims.vision.tokens() + dims.prompt_len;
+    let cache = 2 * dims.depth * dims.kv_heads * tokens * dims.head_dim * F32;
+    let (global, micro, epochs) = (
+        config.actor.global_batch_size,
+        config.actor.micro_batch_size,
+        config.algorithm.update_epoch as usize,
+    );
+    if let Some(chunks) = a.chunks {
+        let records = a.episodes * chunks;
+        let samples = records * a.samples;
+        let steps = Arithmetic::steps(plan, samples);
+        lines.extend([
+            format!("x at most {chunks} chunks = {} records, at most; x {} = {} samples", grouped(records), a.samples, grouped(samples)),
+            format!(
+                "{} samples / {global} = {steps} optimizer step(s) of about {} samples, each in {} part(s) of at most {micro}",
+                grouped(samples),
+                samples.div_ceil(steps.max(1)),
+                samples.div_ceil(steps.max(1)).div_ceil(micro)
+            ),
+            format!(
+                "x {epochs} epochs = {} optimizer steps per iteration, x {} iterations = {}",
+                steps * epochs,
+                config.runner.max_epochs,
+                grouped(steps * epochs * config.runner.max_epochs as usize)
+            ),
+            format!("prefix of all records: {} (keys and values)", bytes(cache * records)),
+        ]);
+    } else {
+        lines.push(format!(
+            "the environment's `max_episode_steps` is not in `env.params`: the number of records is known when the episodes end; \
+             about {global} samples per optimizer step in parts of at most {micro}, {epochs} epochs"
+        ));
+    }
+    lines.push(format!(
+        "expert passes: {} per chunk in the rollout, {} per sample and epoch in the update; prefix {} per record",
+        config.actor.model.num_steps,
+        a.passes,
+        bytes(cache)
+    ));
+    lines
+}
+
+#[cfg(test)]
+mod tests;

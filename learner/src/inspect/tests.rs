@@ -1,0 +1,117 @@
+//! The description against numbers counted by hand, and every key of every recipe against its explanation.
+
+use std::path::{Path, PathBuf};
+
+use policy::config::RunConfig;
+
+use super::*;
+
+fn configs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
+}
+
+fn plan(name: &str, overrides: &[&str]) -> RunPlan {
+    let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
+    RunPlan::new(RunConfig::load(&configs().join(name), &overrides).expect("configuration")).expect("plan")
+}
+
+#[test]
+fn every_key_of_every_recipe_is_explained() {
+    let mut seen = 0;
+    for entry in std::fs::read_dir(configs()).expect("folder") {
+        let path = entry.expect("entry").path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let config = RunConfig::load(&path, &[]).expect("configuration");
+        for key in flat(&config).expect("keys").keys() {
+            assert!(
+                keys::meaning(key, &config.algorithm.loss_type).is_some(),
+                "{}: `{key}` is not explained in configs/README.md",
+                path.display()
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 500, "{seen} keys");
+    assert_eq!(keys::meaning("algorithm.gama", "actor"), None);
+    let params = |loss| keys::meaning("algorithm.velocity.params.t_min", loss).expect("explained");
+    assert!(params("nft").contains("branches") && params("flow_ipo").contains("sharpness"));
+    assert!(
+        keys::meaning("sft.optim.clip_grad", "actor")
+            .expect("explained")
+            .contains("gradient norm")
+    );
+}
+
+#[test]
+fn the_arithmetic_is_that_of_the_quickstart() {
+    let text = describe(&plan("quickstart.toml", &[])).expect("text");
+    // 40 env steps in chunks of 4; 2560 / 800 = 3.2, so 3 steps of 854 in parts of at most 400; 4 epochs, 120 iterations
+    for fact in [
+        "256 environments x 1 episode(s) = 256 episodes, 256 group(s) of 1",
+        "x at most 10 chunks = 2,560 records, at most; x 1 = 2,560 samples",
+        "2,560 samples / 800 = 3 optimizer step(s) of about 854 samples, each in 3 part(s) of at most 400",
+        "x 4 epochs = 12 optimizer steps per iteration, x 120 iterations = 1,440",
+        "20 prefix tokens (4 of the prompt)",
+        // 2 tensors x 3 layers x 1 head x 20 tokens x 32 x 4 bytes
+        "prefix 15.4 kB per record",
+        "step 0: t 1.000 to 0.750, std 0.800",
+        "4 per chunk in the rollout, 1 per sample and epoch in the update",
+    ] {
+        assert!(text.contains(fact), "`{fact}` is not in:\n{text}");
+    }
+    let two_layer = describe(&plan("tabletop_two_layer.toml", &[])).expect("text");
+    assert!(
+        two_layer.contains("= 2,560 records, at most; x 4 = 10,240 samples"),
+        "{two_layer}"
+    );
+}
+
+#[test]
+fn the_published_sizes_have_the_published_number_of_weights() {
+    let full = [
+        "vocab=257152",
+        "vlm={width=2048,mlp=16384}",
+        "expert={width=1024,mlp=4096}",
+        "depth=18",
+        "heads=8",
+        "head_dim=256",
+        "vision={width=1152,mlp=4304,depth=27,heads=16,image_size=224,patch=14}",
+        "cameras=[\"a\",\"b\",\"c\"]",
+        "prompt_len=48",
+        "action_dim=32",
+        "action_horizon=50",
+    ];
+    let keys: Vec<String> = full.iter().map(|key| format!("actor.model.{key}")).collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let text = describe(&plan("tabletop_grpo.toml", &keys)).expect("text");
+    // 400M SigLIP-So400m/14, 2.5B Gemma, 300M expert
+    let count = |name: &str| -> f64 {
+        let line = text
+            .lines()
+            .find(|line| line.ends_with(name))
+            .unwrap_or_else(|| panic!("{name}: {text}"));
+        let number = line.split_whitespace().next().expect("number").replace(',', "");
+        number.parse().expect("number")
+    };
+    let near = |found: f64, published: f64| (found / published - 1.0).abs() < 0.04;
+    assert!(near(count("image tower"), 412e6), "{text}");
+    assert!(near(count("frozen as the tower is"), 2.51e9), "{text}");
+    assert!(near(count("action expert and projections"), 311e6), "{text}");
+}
+
+#[test]
+fn differences_are_those_of_the_configuration() {
+    let text = |name: &str| describe(&plan(name, &[])).expect("text");
+    let (ppo, grpo, ipo) = (
+        text("quickstart.toml"),
+        text("tabletop_grpo.toml"),
+        text("tabletop_flow_ipo.toml"),
+    );
+    assert!(ppo.contains("mean of `V_vlm` over a padded prompt: reference -0.0272, here -0.0409"));
+    assert!(ppo.contains("an unknown or misplaced key") && !ppo.contains("GRPO with a group of 1"));
+    assert!(grpo.contains("GRPO with a group of 1") && grpo.contains("`filter_rewards`: reference groups are masked"));
+    assert!(!grpo.contains("V_vlm` over a padded prompt"));
+    assert!(ipo.contains("padded steps count"));
+}
