@@ -5,6 +5,7 @@
 
 pub mod advantage;
 pub mod ahead;
+pub mod bench;
 pub mod checkpoint;
 pub mod dataset;
 pub mod error;
@@ -23,8 +24,10 @@ pub mod native;
 pub mod observation;
 pub mod optim;
 pub mod picture;
+pub mod prefix_store;
 pub mod pretrain;
 pub mod publish;
+pub mod records;
 pub mod reference;
 pub mod report;
 pub mod resume;

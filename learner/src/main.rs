@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{inspect, native, report, resume::Resume, train};
+use learner::{bench, inspect, native, report, resume::Resume, train};
 use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
@@ -63,6 +63,17 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Measure the update with the prefix cache in memory, on disk and off, on drawn observations of the configured sizes.
+    Bench {
+        #[command(flatten)]
+        config: Config,
+        /// Chunk records of the iteration.
+        #[arg(long, default_value_t = 512)]
+        records: usize,
+        /// Updates of each kind.
+        #[arg(long, default_value_t = 3)]
+        repeats: usize,
+    },
     /// Write one HTML page about several runs: success curves, final numbers, evaluation videos, configuration differences.
     Report {
         /// Folder of a run (`runner.output_dir`); runs that differ only in `runner.seed` become one curve with its range.
@@ -118,6 +129,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
                 write_atomic(&path, &serde_json::to_vec_pretty(&list)?)?;
             }
             Ok(())
+        }
+        Command::Bench {
+            config,
+            records,
+            repeats,
+        } => {
+            let table = bench::update(&plan(&config)?, records, repeats)?;
+            Ok(write!(std::io::stdout(), "{table}")?)
         }
         Command::Report { run, out, picture } => {
             let page = report::write(&run, out.as_deref(), picture.as_deref())?;

@@ -20,7 +20,9 @@ use crate::{
 
 /// Keys that may differ between a checkpoint and the run that goes on from it: they change no weight, but for `max_epochs`, see
 /// [`find`].
-pub const FREE_KEYS: [&str; 10] = [
+pub const FREE_KEYS: [&str; 12] = [
+    "actor.prefix_cache",
+    "actor.prefix_cache_mb",
     "learner.listen",
     "rollout.http",
     "rollout.listen",
@@ -245,6 +247,8 @@ mod tests {
     fn keys_that_change_no_weight_may_differ_and_all_others_are_named_with_both_values() {
         let run = plan(&[]);
         let free = plan(&[
+            "actor.prefix_cache=\"disk\"",
+            "actor.prefix_cache_mb=7",
             "runner.max_epochs=9",
             "runner.output_dir=\"elsewhere\"",
             "runner.save_interval=3",
@@ -278,7 +282,12 @@ mod tests {
 
     #[test]
     fn every_free_key_is_a_key() {
-        let keys = flat(&plan(&["runner.keep_last=2"]).config).expect("keys");
+        let optional = [
+            "runner.keep_last=2",
+            "actor.prefix_cache=\"memory\"",
+            "actor.prefix_cache_mb=7",
+        ];
+        let keys = flat(&plan(&optional).config).expect("keys");
         for key in FREE_KEYS {
             assert!(keys.contains_key(key), "{key}");
         }

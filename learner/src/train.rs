@@ -288,6 +288,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
                 ("rollout_seconds", got.used.seconds),
                 ("wait_seconds", got.used.waited),
                 ("reload_seconds", got.used.reload_seconds),
+                ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
                 ("prefix_seconds", report.prefix_seconds),
                 ("update_seconds", report.update_seconds),
                 ("publish_seconds", publishing.elapsed().as_secs_f64()),

@@ -1,7 +1,7 @@
 //! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
 
 use policy::{
-    config::{JointLogprob, LogprobType, LossAgg},
+    config::{JointLogprob, LogprobType, LossAgg, PrefixCachePlace},
     params::{CriticInput as CriticReads, Part, ValueSteps},
     plan::RunPlan,
 };
@@ -15,15 +15,13 @@ use crate::{
         PolicyLossFn, PolicySettings, aggregate_logprob, interpolated_proximal, policy_loss,
     },
     minibatch::{MicroBatch, ShuffleSeed, micro_batches, minibatches, permutation},
-    model::{Pi0, PrefixCache},
+    model::Pi0,
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
+    prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
     update_velocity::{self, VelocityObjective},
 };
-
-/// Rows of one frozen prefix pass.
-const PREFIX_ROWS: i64 = 256;
 
 /// Trains a policy on rollouts.
 #[derive(Debug)]
@@ -44,6 +42,8 @@ pub struct Updater {
     rise: Schedule,
     /// Learning-rate factor over the iterations.
     fall: Schedule,
+    /// Largest size of an iteration's prefixes that a warning has named.
+    warned_of: u64,
 }
 
 /// Means over the minibatches of an iteration; every number is over valid records only.
@@ -84,7 +84,9 @@ pub struct UpdateReport {
     pub records: usize,
     /// Whether `target_kl` ended the iteration early.
     pub stopped_early: bool,
-    /// Seconds of the frozen prefix.
+    /// Bytes of the frozen prefixes that were kept.
+    pub prefix_cache_bytes: u64,
+    /// Seconds until the frozen prefixes were kept; prefixes that are not kept run during the updates.
     pub prefix_seconds: f64,
     /// Seconds of the updates.
     pub update_seconds: f64,
@@ -198,6 +200,7 @@ impl Updater {
             critic,
             rise: Schedule::warmup(u64::from(optim.lr_warmup_steps), Decay::Constant),
             fall: Schedule::warmup(0, decay),
+            warned_of: 0,
             plan: plan.clone(),
         })
     }
@@ -240,18 +243,20 @@ impl Updater {
         self.settings.actor.episode_steps = by_episode.then_some(batch.policy_episodes.steps);
         self.settings.critic.episode_steps = by_episode.then_some(batch.value_episodes.steps);
         let begin = std::time::Instant::now();
-        let (cache, pooled) = batch.observations.frozen_prefix(policy, PREFIX_ROWS)?;
+        let prefixes = PrefixStore::fill(&self.plan, policy, &batch.observations)?;
+        self.warn_of_bound(&prefixes);
         if let Some(velocity) = &mut self.velocity {
             velocity.reference.begin(policy);
         }
         let credit = match &self.velocity {
-            Some(velocity) => Some(velocity.credit(&self.plan, batch, &cache, PREFIX_ROWS)?),
+            Some(velocity) => Some(velocity.credit(&self.plan, batch, &prefixes)?),
             None => None,
         };
         let mut report = UpdateReport {
             credit: credit.as_ref().map_or(0.0, |credit| credit.mean),
             displacement: credit.as_ref().map_or(0.0, |credit| credit.displacement),
             records: batch.observations.len() as usize,
+            prefix_cache_bytes: prefixes.bytes()?,
             prefix_seconds: begin.elapsed().as_secs_f64(),
             ..UpdateReport::default()
         };
@@ -296,7 +301,7 @@ impl Updater {
                 for part in micro_batches(minibatch, micro) {
                     if let (Some(velocity), Some(credit)) = (&self.velocity, &credit) {
                         let key = (seed, u64::from(iteration), u64::from(epoch));
-                        let loss = velocity.loss(policy, batch, &cache, credit, part.rows, key)?;
+                        let loss = velocity.loss(policy, batch, &prefixes, credit, part.rows, key)?;
                         (&loss * part.weight).backward();
                         actor.policy_loss += loss.double_value(&[]) * part.weight;
                         continue;
@@ -310,7 +315,7 @@ impl Updater {
                     let objective = Objective { loss, warming, share };
                     let rows: Vec<i64> = part.rows.iter().map(|r| *r as i64).collect();
                     let rows = Tensor::from_slice(&rows).to_device(policy.device());
-                    let out = self.forward(policy, &table, batch, &cache, &pooled, &rows, objective)?;
+                    let out = self.forward(policy, &table, batch, &prefixes, &rows, objective)?;
                     (&out.loss * part.weight).backward();
                     if first {
                         report.logprob_gap = report.logprob_gap.max(out.logprob_gap);
@@ -367,18 +372,35 @@ impl Updater {
         Ok(report)
     }
 
+    /// Warns of records that the prefix cache has no place for, when there are more than ever before.
+    fn warn_of_bound(&mut self, prefixes: &PrefixStore<'_>) {
+        let (place, bound) = self.plan.prefix_cache();
+        let wanted = prefixes.wanted_bytes();
+        if place == PrefixCachePlace::Off || wanted <= bound.max(self.warned_of) {
+            return;
+        }
+        self.warned_of = wanted;
+        tracing::warn!(
+            "the prefix cache keeps {} records; the prefixes of the others run again in every epoch: all of them take {} MB, \
+             `actor.prefix_cache_mb` is {}",
+            prefixes.held(),
+            wanted.div_ceil(1_000_000),
+            bound / 1_000_000
+        );
+    }
+
     fn forward(
         &self,
         policy: &Pi0,
         table: &StepTable,
         batch: &RolloutBatch,
-        cache: &PrefixCache,
-        pooled: &Tensor,
+        prefixes: &PrefixStore<'_>,
         rows: &Tensor,
         Objective { loss, warming, share }: Objective,
     ) -> Result<Pass> {
         let pick = |t: &Tensor| t.index_select(0, rows);
         let record = pick(&batch.record);
+        let (cache, pooled) = prefixes.rows(&record)?;
         let seen = |t: &Tensor| t.index_select(0, &record);
         let (old_value, returns) = (pick(&batch.old_value), pick(&batch.returns));
         let old_logprob = aggregate_logprob(&pick(&batch.old_logprob), self.level)?;
@@ -402,8 +424,14 @@ impl Updater {
             // each sample's S stochastic steps as rows of their own
             let step = pick(&batch.step);
             let (samples, steps) = (step.size()[0], step.size()[1]);
-            let each = |t: Tensor| t.repeat_interleave_self_int(steps, 0, None);
-            let record = each(record.shallow_clone());
+            let each = |t: &Tensor| t.repeat_interleave_self_int(steps, 0, None);
+            let record = each(&record);
+            let repeated = if steps == 1 {
+                None
+            } else {
+                let own = Tensor::arange(samples, (Kind::Int64, policy.device()));
+                Some(cache.index_select(&each(&own))?)
+            };
             let step = step.view(-1);
             let (x, x_next) = (
                 batch.chain.index(&[Some(&record), Some(&step)]),
@@ -419,7 +447,7 @@ impl Updater {
             let out = transition(
                 policy,
                 table,
-                &cache.index_select(&record)?,
+                repeated.as_ref().unwrap_or(&cache),
                 inputs,
                 self.executed,
                 detach,
@@ -447,17 +475,10 @@ impl Updater {
         }
         if path {
             let (state, chain) = (seen(&batch.observations.state), seen(&batch.chain));
-            value = path_value(
-                policy,
-                table,
-                &cache.index_select(&record)?,
-                Some(&state),
-                &chain,
-                detach,
-            )?;
+            value = path_value(policy, table, &cache, Some(&state), &chain, detach)?;
         }
         if head.is_some_and(|h| h.input == CriticReads::Vlm) {
-            value = Some(policy.value_vlm(&seen(pooled), &seen(&batch.observations.state))?);
+            value = Some(policy.value_vlm(&pooled, &seen(&batch.observations.state))?);
         }
         let fresh = pick(&batch.version)
             .eq(batch.trained_version as i64 - 1)

@@ -11,7 +11,8 @@ use tch::{Kind, Tensor, no_grad};
 use crate::{
     error::{LearnerError, Result},
     logprob::Executed,
-    model::{Pi0, PrefixCache},
+    model::Pi0,
+    prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
     velocity::{Episodes, VELOCITY_LOSSES, Velocities, VelocityLoss, velocity_loss},
@@ -78,14 +79,8 @@ impl VelocityObjective {
         batch.informative || !self.method.reads_advantage()
     }
 
-    /// Gives credit to the samples of an iteration. The reference acts on the recorded initial noise, by ODE, in parts of `rows`.
-    pub(crate) fn credit(
-        &self,
-        plan: &RunPlan,
-        batch: &RolloutBatch,
-        cache: &PrefixCache,
-        rows: i64,
-    ) -> Result<Credit> {
+    /// Gives credit to the samples of an iteration. The reference acts on the recorded initial noise, by ODE.
+    pub(crate) fn credit(&self, plan: &RunPlan, batch: &RolloutBatch, prefixes: &PrefixStore<'_>) -> Result<Credit> {
         let model = &plan.config.actor.model;
         let (chunk, width) = (model.num_action_chunks, model.env_action_dim);
         let (horizon, action_dim) = (plan.dims.action_horizon, plan.dims.action_dim);
@@ -103,7 +98,7 @@ impl VelocityObjective {
                 action_chunk: chunk,
                 env_action_dim: width,
             };
-            self.displacement(plan, batch, cache, rows, executed)?
+            self.displacement(plan, batch, prefixes, executed)?
         } else {
             Vec::new()
         };
@@ -128,14 +123,13 @@ impl VelocityObjective {
         &self,
         plan: &RunPlan,
         batch: &RolloutBatch,
-        cache: &PrefixCache,
-        rows: i64,
+        prefixes: &PrefixStore<'_>,
         executed: Executed,
     ) -> Result<Vec<f32>> {
         let model = &plan.config.actor.model;
         let schedule = Schedule::new(model.openpi.noise_method, model.num_steps, 0.0, false);
         let (chunk, width) = (executed.action_chunk as i64, executed.env_action_dim as i64);
-        let samples = batch.len() as i64;
+        let (samples, rows) = (batch.len() as i64, prefixes.pass_rows());
         let mut distances = Vec::with_capacity(batch.len());
         let mut from = 0;
         while from < samples {
@@ -143,7 +137,7 @@ impl VelocityObjective {
             let chain = batch.chain.index_select(0, &record);
             let state = batch.observations.state.index_select(0, &record);
             let sample = self.reference.policy().sample(
-                &cache.index_select(&record)?,
+                &prefixes.rows(&record)?.0,
                 Some(&state),
                 &chain.select(1, 0),
                 &schedule,
@@ -167,7 +161,7 @@ impl VelocityObjective {
         &self,
         policy: &Pi0,
         batch: &RolloutBatch,
-        cache: &PrefixCache,
+        prefixes: &PrefixStore<'_>,
         credit: &Credit,
         rows: &[usize],
         (seed, iteration, epoch): (u64, u64, u64),
@@ -192,7 +186,7 @@ impl VelocityObjective {
         let record = batch.record.index_select(0, &index);
         let actions = batch.chain.select(1, -1).index_select(0, &record);
         let state = batch.observations.state.index_select(0, &record);
-        let cache = cache.index_select(&record)?;
+        let (cache, _) = prefixes.rows(&record)?;
         let t = times.to_kind(Kind::Float).view([-1, 1, 1]);
         let x_t = &actions * (1.0 - &t) + &noise * &t;
         let velocity = policy.velocity(&cache, Some(&state), &x_t, &times)?.v_t;

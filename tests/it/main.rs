@@ -11,6 +11,8 @@ mod golden {
     mod rl;
 }
 mod asynchronous;
+mod mdp;
+mod prefix_store;
 mod properties;
 mod refuse;
 mod report;

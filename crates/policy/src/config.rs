@@ -111,6 +111,29 @@ pub struct SftConfig {
     pub optim: StageOptim,
 }
 
+/// Where the frozen vision-language model's output for a record is kept until the iteration ends. No place changes a result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixCachePlace {
+    /// Main memory.
+    Memory,
+    /// A file in the run's folder.
+    Disk,
+    /// Nowhere: the prefix runs again for every micro-batch.
+    Off,
+}
+
+impl PrefixCachePlace {
+    /// Its name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Disk => "disk",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// `[actor]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -121,6 +144,10 @@ pub struct ActorConfig {
     pub micro_batch_size: usize,
     /// Threads of libtorch.
     pub threads: usize,
+    /// Where the frozen prefixes of an iteration's records are kept; absent: in memory.
+    pub prefix_cache: Option<PrefixCachePlace>,
+    /// Largest size of the kept prefixes in megabytes (10^6 bytes).
+    pub prefix_cache_mb: Option<u64>,
     /// Network.
     pub model: ModelConfig,
     /// Optimizer of RL.
@@ -631,13 +658,15 @@ impl RunConfig {
         })
     }
 
-    /// SHA-256 of the effective configuration without the run's folder and endpoints, which change no result.
+    /// SHA-256 of the effective configuration without the run's folder, endpoints and prefix cache, which change no result.
     ///
     /// # Errors
     /// See [`RunConfig::to_toml`].
     pub fn digest(&self) -> Result<String, ConfigError> {
         let mut neutral = self.clone();
         neutral.runner.output_dir = PathBuf::new();
+        neutral.actor.prefix_cache = None;
+        neutral.actor.prefix_cache_mb = None;
         neutral.learner.listen = String::new();
         neutral.rollout.listen = String::new();
         neutral.rollout.http = String::new();

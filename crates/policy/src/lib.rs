@@ -4,6 +4,7 @@
 pub mod bundle;
 pub mod config;
 pub mod dims;
+pub mod flops;
 pub mod flow;
 pub mod image;
 pub mod logprob;

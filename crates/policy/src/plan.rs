@@ -1,13 +1,18 @@
 //! The checked plan of a run: sizes derived once, contradictions refused before anything starts.
 
 use crate::{
-    config::{ConfigError, ModelConfig, RunConfig, TokenizerConfig, ValueHeadConfig},
+    config::{ActorConfig, ConfigError, ModelConfig, PrefixCachePlace, RunConfig, TokenizerConfig, ValueHeadConfig},
     dims::{PolicyDims, Variant},
     flow::{Mdp, NoiseMethod, Sampling, Schedule},
     norm::Normalization,
     params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps},
     prompt::Tokenizer,
 };
+
+/// Megabytes of kept prefixes where the configuration names no bound.
+pub const DEFAULT_PREFIX_CACHE_MB: u64 = 2000;
+/// Largest bound of the kept prefixes, a petabyte.
+const MAX_PREFIX_CACHE_MB: u64 = 1_000_000_000;
 
 /// What the programs below `main` take instead of the raw configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,6 +95,7 @@ impl RunPlan {
             "the largest batch",
             65_536,
         )?;
+        check_prefix_cache(&config.actor)?;
         if let Some(rows) = config.rollout.fixed_batch
             && !(2..=config.rollout.max_batch).contains(&rows)
         {
@@ -236,6 +242,19 @@ impl RunPlan {
         version.saturating_sub(u64::from(self.config.rollout.max_staleness.unwrap_or(0)))
     }
 
+    /// Where an iteration's frozen prefixes are kept, and at most how many bytes of them.
+    pub fn prefix_cache(&self) -> (PrefixCachePlace, u64) {
+        let actor = &self.config.actor;
+        let place = actor.prefix_cache.unwrap_or(PrefixCachePlace::Memory);
+        let mb = match place {
+            PrefixCachePlace::Off => 0,
+            PrefixCachePlace::Memory | PrefixCachePlace::Disk => {
+                actor.prefix_cache_mb.unwrap_or(DEFAULT_PREFIX_CACHE_MB)
+            }
+        };
+        (place, mb * 1_000_000)
+    }
+
     /// How a policy version samples.
     pub fn sampling(&self, version: u64) -> Sampling {
         let model = &self.config.actor.model;
@@ -250,6 +269,25 @@ impl RunPlan {
             mdp: model.openpi.mdp,
             safe_logprob: model.openpi.safe_get_logprob,
         }
+    }
+}
+
+fn check_prefix_cache(actor: &ActorConfig) -> Result<(), ConfigError> {
+    let key = "actor.prefix_cache_mb";
+    match (actor.prefix_cache, actor.prefix_cache_mb) {
+        (Some(PrefixCachePlace::Off), Some(_)) => Err(refuse(
+            key,
+            "given, but `actor.prefix_cache = \"off\"` keeps nothing: remove the key",
+        )),
+        (Some(PrefixCachePlace::Disk), None) => Err(refuse(
+            key,
+            "missing, `actor.prefix_cache = \"disk\"` needs the largest size of its file in megabytes",
+        )),
+        (_, Some(mb)) if !(1..=MAX_PREFIX_CACHE_MB).contains(&mb) => Err(refuse(
+            key,
+            format!("{mb}, expected 1 to {MAX_PREFIX_CACHE_MB} megabytes, or `actor.prefix_cache = \"off\"`"),
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -1,0 +1,292 @@
+//! The frozen prefixes of one iteration's records: each runs once and is kept, up to a bound, in memory or in a file.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use policy::{config::PrefixCachePlace, dims::PolicyDims, plan::RunPlan};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::{
+    error::{LearnerError, Result, io},
+    model::{Pi0, PrefixCache},
+    observation::ObservationBatch,
+};
+
+/// Most rows of one prefix pass, whatever the micro-batch.
+const MAX_PASS_ROWS: usize = 256;
+/// Bytes of a number as it is kept: f32, so that a kept prefix is the computed one bit for bit.
+const NUMBER: usize = 4;
+
+/// Prefixes of records by their number. The first records are kept, as many as the bound admits; the prefix of any other runs again
+/// each time that it is asked for.
+#[derive(Debug)]
+pub struct PrefixStore<'a> {
+    policy: &'a Pi0,
+    observations: &'a ObservationBatch,
+    layout: Layout,
+    /// Rows of one pass.
+    pass: usize,
+    /// Records that are kept: those before this number.
+    held: i64,
+    kept: Kept,
+}
+
+#[derive(Debug)]
+enum Kept {
+    Nothing,
+    /// Packed rows, f32 `[held, numbers]`, in main memory.
+    Memory(Tensor),
+    Disk(Scratch),
+}
+
+impl<'a> PrefixStore<'a> {
+    /// Runs the prefixes that are kept. Beside them no more than one pass, of at most `actor.micro_batch_size` rows, is in memory.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy, or a file that cannot be written.
+    pub fn fill(plan: &RunPlan, policy: &'a Pi0, observations: &'a ObservationBatch) -> Result<Self> {
+        let (place, bytes) = plan.prefix_cache();
+        let layout = Layout::of(policy.dims());
+        let held = (bytes / layout.bytes() as u64).min(observations.len() as u64) as i64;
+        let mut store = Self {
+            policy,
+            observations,
+            layout,
+            pass: plan.config.actor.micro_batch_size.min(MAX_PASS_ROWS),
+            held,
+            kept: Kept::Nothing,
+        };
+        let shape = [held, store.layout.numbers() as i64];
+        let mut kept = match place {
+            PrefixCachePlace::Off => return Ok(store),
+            PrefixCachePlace::Memory => Kept::Memory(Tensor::empty(shape, (Kind::Float, Device::Cpu))),
+            PrefixCachePlace::Disk => Kept::Disk(Scratch::create(&file(&plan.config.runner.output_dir))?),
+        };
+        let records: Vec<i64> = (0..held).collect();
+        for part in records.chunks(store.pass) {
+            let from = part.first().copied().unwrap_or(0);
+            let rows = store.pass(part)?;
+            match &mut kept {
+                Kept::Nothing => {}
+                Kept::Memory(all) => all.narrow(0, from, part.len() as i64).copy_(&rows),
+                Kept::Disk(scratch) => scratch.write(from as u64, &rows)?,
+            }
+        }
+        store.kept = kept;
+        Ok(store)
+    }
+
+    /// Keys, values and mask of these records (i64 `[n]`, in any order, repeated or not), and what `V_vlm` reads, `[n, vlm width]`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn rows(&self, records: &Tensor) -> Result<(PrefixCache, Tensor)> {
+        let wanted = Vec::<i64>::try_from(records)
+            .map_err(|e| LearnerError::Missing(format!("reading the records of a micro-batch: {e}")))?;
+        let packed = match &self.kept {
+            Kept::Memory(all) if wanted.iter().all(|record| *record < self.held) => {
+                all.index_select(0, &records.to_device(Device::Cpu))
+            }
+            _ => self.gather(&wanted)?,
+        };
+        self.layout.unpack(&packed.to_device(self.policy.device()))
+    }
+
+    /// Each record once: kept ones first, as the numbers rise, then the others.
+    fn gather(&self, wanted: &[i64]) -> Result<Tensor> {
+        let mut distinct = wanted.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let split = distinct.partition_point(|record| *record < self.held);
+        let (held, others) = distinct.split_at(split);
+        let mut parts = Vec::new();
+        if !held.is_empty() {
+            match &self.kept {
+                Kept::Nothing => {}
+                Kept::Memory(all) => parts.push(all.index_select(0, &Tensor::from_slice(held))),
+                Kept::Disk(scratch) => parts.push(scratch.read(held, self.layout.numbers())?),
+            }
+        }
+        for part in others.chunks(self.pass) {
+            parts.push(self.pass(part)?);
+        }
+        if parts.is_empty() {
+            return Ok(Tensor::zeros(
+                [0, self.layout.numbers() as i64],
+                (Kind::Float, Device::Cpu),
+            ));
+        }
+        let all = Tensor::cat(&parts, 0);
+        if distinct == wanted {
+            return Ok(all);
+        }
+        let position = |record: &i64| distinct.binary_search(record).map_or(-1, |at| at as i64);
+        let order: Vec<i64> = wanted.iter().map(position).collect();
+        Ok(all.index_select(0, &Tensor::from_slice(&order)))
+    }
+
+    /// One pass without gradient, packed, in main memory. A pass of one row is made of two: a matrix of one row is multiplied as a
+    /// vector, which sums in another order, and a record's prefix shall not depend on its company.
+    fn pass(&self, records: &[i64]) -> Result<Tensor> {
+        let padded: Vec<i64> = match records {
+            [one] => vec![*one, *one],
+            several => several.to_vec(),
+        };
+        no_grad(|| {
+            let rows = Tensor::from_slice(&padded).to_device(self.observations.prompt.device());
+            let prefix = self.observations.select(&rows).prefix(self.policy)?;
+            let packed = packed(&prefix.cache, &self.policy.pooled(&prefix));
+            Ok(packed.narrow(0, 0, records.len() as i64).to_device(Device::Cpu))
+        })
+    }
+
+    /// Rows of one pass.
+    pub(crate) fn pass_rows(&self) -> i64 {
+        self.pass as i64
+    }
+
+    /// Records that are kept.
+    pub fn held(&self) -> usize {
+        self.held as usize
+    }
+
+    /// Bytes that are kept.
+    ///
+    /// # Errors
+    /// The file cannot be examined.
+    pub fn bytes(&self) -> Result<u64> {
+        match &self.kept {
+            Kept::Nothing => Ok(0),
+            Kept::Memory(all) => Ok((all.numel() * NUMBER) as u64),
+            Kept::Disk(scratch) => scratch.bytes(),
+        }
+    }
+
+    /// Bytes that all records would take.
+    pub fn wanted_bytes(&self) -> u64 {
+        self.observations.len() as u64 * self.layout.bytes() as u64
+    }
+}
+
+/// The file of `actor.prefix_cache = "disk"`.
+fn file(output_dir: &Path) -> PathBuf {
+    output_dir.join("prefix_cache.bin")
+}
+
+/// How a record's prefix lies in a row of numbers: keys, values, pooled output, mask (0 or 1).
+#[derive(Debug)]
+struct Layout {
+    depth: usize,
+    kv_heads: usize,
+    tokens: usize,
+    head_dim: usize,
+    pooled: usize,
+}
+
+impl Layout {
+    fn of(dims: &PolicyDims) -> Self {
+        Self {
+            depth: dims.depth,
+            kv_heads: dims.kv_heads,
+            tokens: dims.prefix_len(),
+            head_dim: dims.head_dim,
+            pooled: dims.vlm.width,
+        }
+    }
+
+    fn keys(&self) -> usize {
+        self.depth * self.kv_heads * self.tokens * self.head_dim
+    }
+
+    fn numbers(&self) -> usize {
+        2 * self.keys() + self.pooled + self.tokens
+    }
+
+    fn bytes(&self) -> usize {
+        self.numbers() * NUMBER
+    }
+
+    fn unpack(&self, packed: &Tensor) -> Result<(PrefixCache, Tensor)> {
+        let batch = packed.size().first().copied().unwrap_or(0);
+        let [depth, kv_heads, tokens, head_dim] =
+            [self.depth, self.kv_heads, self.tokens, self.head_dim].map(|n| n as i64);
+        let (keys, pooled) = (self.keys() as i64, self.pooled as i64);
+        let cut = |from: i64, count: i64| packed.narrow(1, from, count);
+        let heads = |t: Tensor| t.view([batch, depth, kv_heads, tokens, head_dim]);
+        let cache = PrefixCache::new(
+            heads(cut(0, keys)),
+            heads(cut(keys, keys)),
+            cut(2 * keys + pooled, tokens).not_equal(0.0),
+        )?;
+        Ok((cache, cut(2 * keys, pooled)))
+    }
+}
+
+/// Rows of [`Layout`], f32 `[n, numbers]`.
+fn packed(cache: &PrefixCache, pooled: &Tensor) -> Tensor {
+    let flat = |t: &Tensor| t.flatten(1, -1).to_kind(Kind::Float);
+    Tensor::cat(&[flat(&cache.k), flat(&cache.v), flat(pooled), flat(&cache.mask)], 1)
+}
+
+/// A file that loses its name as soon as it is open, so that nothing of it stays, however the process ends.
+#[derive(Debug)]
+struct Scratch {
+    file: File,
+    path: PathBuf,
+}
+
+impl Scratch {
+    fn create(path: &Path) -> Result<Self> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(io("creating the folder of the prefix cache", dir))?;
+        }
+        if path.exists() {
+            std::fs::remove_file(path).map_err(io("removing an earlier prefix cache", path))?;
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(io("creating the prefix cache", path))?;
+        std::fs::remove_file(path).map_err(io("taking the name from the prefix cache", path))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+        })
+    }
+
+    fn write(&self, from: u64, rows: &Tensor) -> Result<()> {
+        let mut bytes = vec![0u8; rows.numel() * NUMBER];
+        rows.contiguous().copy_data_u8(&mut bytes, rows.numel());
+        let row = rows.size().get(1).copied().unwrap_or(0) as u64 * NUMBER as u64;
+        self.file.write_all_at(&bytes, from * row).map_err(io(
+            "writing the prefix cache (`actor.prefix_cache_mb` bounds its size)",
+            &self.path,
+        ))
+    }
+
+    /// Rows of `numbers` each, f32 `[n, numbers]`.
+    fn read(&self, records: &[i64], numbers: usize) -> Result<Tensor> {
+        let row = numbers * NUMBER;
+        let mut bytes = vec![0u8; records.len() * row];
+        for (record, slot) in records.iter().zip(bytes.chunks_exact_mut(row)) {
+            self.file
+                .read_exact_at(slot, *record as u64 * row as u64)
+                .map_err(io("reading the prefix cache", &self.path))?;
+        }
+        Ok(Tensor::from_data_size(
+            &bytes,
+            &[records.len() as i64, numbers as i64],
+            Kind::Float,
+        ))
+    }
+
+    fn bytes(&self) -> Result<u64> {
+        let length = self.file.metadata().map(|metadata| metadata.len());
+        length.map_err(io("examining the prefix cache", &self.path))
+    }
+}

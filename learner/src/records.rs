@@ -1,0 +1,146 @@
+//! Chunk records made in libtorch by the reference sampler, as an engine makes them: for benchmarks and for tests of the learner alone.
+
+use policy::{
+    flow::Schedule,
+    noise::{ChunkNoise, NoiseKey},
+    params::{CriticInput, ValueSteps},
+    plan::RunPlan,
+};
+use tch::{Kind, Tensor};
+use wire::{array::Array, messages::ChunkRecord};
+
+use crate::{
+    error::{LearnerError, Result},
+    logprob::{Executed, StepTable, TransitionBatch, transition},
+    model::Pi0,
+    observation::ObservationBatch,
+};
+
+/// The records of one chunk for each observation, with the noise that `keys` names, by policy version `version` in training mode.
+///
+/// # Errors
+/// Another number of keys than observations, or a shape that does not fit the policy.
+pub fn act(
+    plan: &RunPlan,
+    policy: &Pi0,
+    observations: &ObservationBatch,
+    keys: &[NoiseKey],
+    version: u64,
+) -> Result<Vec<ChunkRecord>> {
+    let dims = policy.dims();
+    let count = observations.len() as usize;
+    if keys.len() != count {
+        return Err(LearnerError::Missing(format!(
+            "{} noise keys for {count} observations, expected one each",
+            keys.len()
+        )));
+    }
+    let _guard = tch::no_grad_guard();
+    let sampling = plan.sampling(version);
+    let schedule = Schedule::of(&sampling);
+    let elements = dims.action_horizon * dims.action_dim;
+    let noise: Vec<ChunkNoise> = keys
+        .iter()
+        .map(|key| ChunkNoise::draw(*key, elements, schedule.draw()))
+        .collect();
+    let initial: Vec<f32> = noise.iter().flat_map(|n| n.initial.iter().copied()).collect();
+    let initial = Tensor::from_slice(&initial)
+        .view([count as i64, dims.action_horizon as i64, dims.action_dim as i64])
+        .to_device(policy.device());
+    let (steps_of, stochastic): (Vec<Vec<i64>>, Vec<_>) = noise
+        .into_iter()
+        .map(|n| (n.steps.iter().map(|s| s.step as i64).collect(), n.steps))
+        .unzip();
+    let (cache, pooled) = observations.frozen_prefix(policy, observations.len().max(1))?;
+    let state = Some(&observations.state);
+    let sample = policy.sample(&cache, state, &initial, &schedule, &stochastic)?;
+    let table = StepTable::of(&sampling, dims.expert.width, policy.device());
+    let model = &plan.config.actor.model;
+    let executed = Executed {
+        action_chunk: model.num_action_chunks,
+        env_action_dim: model.env_action_dim,
+    };
+    let rows = Tensor::arange(count as i64, (Kind::Int64, policy.device()));
+    // by stochastic step, then by record
+    let mut logprobs: Vec<Vec<f32>> = Vec::new();
+    let mut step_values: Vec<Vec<f32>> = Vec::new();
+    for s in 0..schedule.stochastic_steps() {
+        let step: Vec<i64> = steps_of.iter().filter_map(|steps| steps.get(s).copied()).collect();
+        let step = Tensor::from_slice(&step).to_device(policy.device());
+        let (x, x_next) = (
+            sample.chain.index(&[Some(&rows), Some(&step)]),
+            sample.chain.index(&[Some(&rows), Some(&(&step + 1))]),
+        );
+        let inputs = TransitionBatch {
+            state,
+            x: &x,
+            x_next: &x_next,
+            step: &step,
+        };
+        let out = transition(policy, &table, &cache, inputs, executed, true)?;
+        logprobs.push(floats(&out.logprob)?);
+        step_values.extend(out.value.map(|value| floats(&value)).transpose()?);
+    }
+    let values: Vec<Vec<f32>> = match &plan.heads.value {
+        None => Vec::new(),
+        Some(head) if head.input == CriticInput::Vlm => vec![floats(&policy.value_vlm(&pooled, &observations.state)?)?],
+        Some(head) if head.steps == ValueSteps::Path => {
+            let mean = sample.values.map(|values| values.mean_dim(1, false, Kind::Float));
+            vec![mean.map(|mean| floats(&mean)).transpose()?.unwrap_or_default()]
+        }
+        Some(_) => step_values,
+    };
+    let (side, chain) = (
+        dims.vision.image_size,
+        [model.num_steps + 1, dims.action_horizon, dims.action_dim],
+    );
+    let chunk = executed.action_chunk * executed.env_action_dim;
+    keys.iter()
+        .zip(steps_of)
+        .enumerate()
+        .map(|(at, (key, steps))| {
+            let row = |t: &Tensor| t.get(at as i64);
+            let shape = [steps.len(), executed.action_chunk, executed.env_action_dim];
+            let logprob: Vec<f32> = logprobs
+                .iter()
+                .flat_map(|step| step.chunks(chunk).nth(at).unwrap_or_default())
+                .copied()
+                .collect();
+            Ok(ChunkRecord {
+                key: *key,
+                version,
+                images: Array::u8(&[dims.cameras, side, side, 3], bytes(&row(&observations.images))),
+                image_mask: bytes(&row(&observations.image_mask).to_kind(Kind::Uint8))
+                    .iter()
+                    .map(|v| *v != 0)
+                    .collect(),
+                prompt: whole(&row(&observations.prompt))?,
+                prompt_mask: bytes(&row(&observations.prompt_mask).to_kind(Kind::Uint8))
+                    .iter()
+                    .map(|v| *v != 0)
+                    .collect(),
+                state: Array::f32(&[dims.action_dim], &floats(&row(&observations.state))?),
+                logprob: (!steps.is_empty()).then(|| Array::f32(&shape, &logprob)),
+                denoise_steps: steps.iter().map(|step| *step as u32).collect(),
+                chain: Array::f32(&chain, &floats(&row(&sample.chain))?),
+                values: values.iter().filter_map(|step| step.get(at).copied()).collect(),
+            })
+        })
+        .collect()
+}
+
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    let mut out = vec![0u8; tensor.numel()];
+    tensor.contiguous().copy_data_u8(&mut out, tensor.numel());
+    out
+}
+
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    let flat = tensor.to_kind(Kind::Float).contiguous().view(-1);
+    Vec::try_from(flat).map_err(|e| LearnerError::Missing(format!("reading a record's numbers: {e}")))
+}
+
+fn whole(tensor: &Tensor) -> Result<Vec<i64>> {
+    Vec::try_from(tensor.contiguous().view(-1))
+        .map_err(|e| LearnerError::Missing(format!("reading a record's prompt: {e}")))
+}
