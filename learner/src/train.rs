@@ -170,8 +170,8 @@ impl Ring {
     }
 }
 
-/// Online RL from the SFT checkpoint, or on from a checkpoint of RL: a run that was killed and goes on gives the same weights, bit
-/// for bit on a CPU, as one that was not.
+/// Online RL from the SFT checkpoint, or on from a checkpoint of RL: a synchronous run that was killed and goes on gives the same
+/// weights, bit for bit on a CPU, as one that was not.
 ///
 /// # Errors
 /// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
