@@ -242,10 +242,9 @@ impl<P: Ord + Clone> Assign<P> {
             self.pending = wanted.collect();
         } else {
             let (evaluation, training): (Vec<_>, Vec<_>) = wanted.partition(|wanted| wanted.mode == Mode::Eval);
-            evaluation
-                .into_iter()
-                .rev()
-                .for_each(|wanted| self.pending.push_front(wanted));
+            for wanted in evaluation.into_iter().rev() {
+                self.pending.push_front(wanted);
+            }
             self.pending.extend(training);
         }
         let slots = self
