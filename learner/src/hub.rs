@@ -15,7 +15,8 @@ use policy::bundle::{Bundle, MANIFEST, describe_file};
 use tokio::sync::mpsc;
 use wire::{
     messages::{
-        Announce, EngineState, Fetch, FilePart, FromLearner, Mode, Order, ReloadReport, Reset, ToLearner, Trajectory,
+        Announce, Batch, EngineState, Fetch, FilePart, FromLearner, Mode, Order, ReloadReport, Reset, ToLearner,
+        Trajectory,
     },
     socket::{Peer, RouterEvent, RouterReceiver, RouterSender, bind_router},
 };
@@ -34,17 +35,18 @@ pub enum HubEvent {
     Gone,
     /// A reload went live or was refused.
     Reload(ReloadReport),
-    /// An episode of the present order.
+    /// An episode that is wanted.
     Trajectory(Box<Trajectory>),
+    /// An episode with a chunk of a version that it may not have: it is left out and ordered again.
+    Stale,
 }
 
 enum Command {
     Announce(Box<(Announce, PathBuf)>),
-    Order {
-        version: u64,
-        mode: Mode,
-        resets: Vec<Reset>,
-    },
+    /// Takes the place of all that is wanted.
+    Order(Batch),
+    /// Is wanted too.
+    Add(Batch),
 }
 
 /// A handle to the hub's thread.
@@ -62,15 +64,51 @@ fn episode_key(reset: &Reset) -> EpisodeKey {
     (reset.seed, reset.env, reset.episode)
 }
 
+/// A batch and who makes it.
+struct Wanted {
+    oldest: u64,
+    newest: u64,
+    mode: Mode,
+    /// Episodes still wanted and which engine has them.
+    episodes: BTreeMap<EpisodeKey, (Reset, Option<Peer>)>,
+}
+
+impl Wanted {
+    fn new(batch: Batch) -> Self {
+        Self {
+            oldest: batch.oldest,
+            newest: batch.newest,
+            mode: batch.mode,
+            episodes: batch
+                .resets
+                .into_iter()
+                .map(|reset| (episode_key(&reset), (reset, None)))
+                .collect(),
+        }
+    }
+
+    /// Refuses an episode with a chunk of a version that the batch does not allow, or that was not announced: an engine may have
+    /// it from a learner that was replaced.
+    fn check(&self, trajectory: &Trajectory, announced: Option<u64>) -> Result<(), String> {
+        let newest = self.newest.min(announced.unwrap_or(0));
+        let mut records = trajectory.chunks.iter().filter_map(|chunk| chunk.record.as_deref());
+        match records.find(|record| !(self.oldest..=newest).contains(&record.version)) {
+            Some(record) => Err(format!(
+                "its chunk {} is of version {}, expected {} to {newest}",
+                record.key.chunk, record.version, self.oldest
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 struct State {
     sender: RouterSender,
     events: std_mpsc::Sender<HubEvent>,
     engines: BTreeMap<Peer, EngineState>,
     announce: Option<(Announce, PathBuf)>,
-    /// Episodes still wanted and which engine has them.
-    wanted: BTreeMap<EpisodeKey, (Reset, Option<Peer>)>,
-    version: u64,
-    mode: Mode,
+    /// What is wanted, the first first; evaluations stand before training.
+    wanted: Vec<Wanted>,
     orders: u64,
     /// Acknowledged trajectories by engine session, to drop repetitions.
     seen: BTreeSet<(String, u64)>,
@@ -98,9 +136,7 @@ impl Hub {
             events: event_sender,
             engines: BTreeMap::new(),
             announce: None,
-            wanted: BTreeMap::new(),
-            version: 0,
-            mode: Mode::Eval,
+            wanted: Vec::new(),
             orders: 0,
             seen: BTreeSet::new(),
         };
@@ -133,7 +169,20 @@ impl Hub {
     /// # Errors
     /// The network thread has ended.
     pub fn order(&self, version: u64, mode: Mode, resets: Vec<Reset>) -> Result<()> {
-        self.command(Command::Order { version, mode, resets })
+        self.command(Command::Order(Batch {
+            oldest: version,
+            newest: version,
+            mode,
+            resets,
+        }))
+    }
+
+    /// Orders episodes beside those that are wanted already: an evaluation before, training after them.
+    ///
+    /// # Errors
+    /// The network thread has ended.
+    pub fn add(&self, batch: Batch) -> Result<()> {
+        self.command(Command::Add(batch))
     }
 
     fn command(&self, command: Command) -> Result<()> {
@@ -169,10 +218,13 @@ impl State {
                             self.send_announce(&peer).await;
                         }
                     }
-                    Some(Command::Order { version, mode, resets }) => {
-                        self.version = version;
-                        self.mode = mode;
-                        self.wanted = resets.into_iter().map(|r| (episode_key(&r), (r, None))).collect();
+                    Some(Command::Order(batch)) => {
+                        self.wanted = vec![Wanted::new(batch)];
+                        self.hand_out().await;
+                    }
+                    Some(Command::Add(batch)) => {
+                        let place = if batch.mode == Mode::Eval { 0 } else { self.wanted.len() };
+                        self.wanted.insert(place, Wanted::new(batch));
                         self.hand_out().await;
                     }
                 },
@@ -212,10 +264,14 @@ impl State {
             ToLearner::Reload(report) => self.events.send(HubEvent::Reload(report)),
             ToLearner::Trajectory(trajectory) => {
                 let id = trajectory.id;
-                let fresh = self.seen.insert((trajectory.engine.clone(), id));
-                let wanted = self.wanted.remove(&episode_key(&trajectory.reset)).is_some();
-                if fresh && wanted {
-                    self.events.send(HubEvent::Trajectory(trajectory))?;
+                if self.seen.insert((trajectory.engine.clone(), id))
+                    && let Some(event) = self.claim(trajectory)
+                {
+                    let stale = matches!(event, HubEvent::Stale);
+                    self.events.send(event)?;
+                    if stale {
+                        self.hand_out().await;
+                    }
                 }
                 self.send(&peer, &FromLearner::Ack(vec![id])).await;
                 Ok(())
@@ -232,9 +288,33 @@ impl State {
         }
     }
 
+    /// What a new trajectory is to the training thread; `None`: nobody wants it.
+    fn claim(&mut self, trajectory: Box<Trajectory>) -> Option<HubEvent> {
+        let key = episode_key(&trajectory.reset);
+        let announced = self.announce.as_ref().map(|(announce, _)| announce.version);
+        let place = self
+            .wanted
+            .iter()
+            .position(|batch| batch.mode == trajectory.mode && batch.episodes.contains_key(&key))?;
+        let batch = self.wanted.get_mut(place)?;
+        if let Err(reason) = batch.check(&trajectory, announced) {
+            let Reset { env, episode, .. } = trajectory.reset;
+            tracing::warn!("episode {episode} of env {env} is left out and ordered again: {reason}");
+            if let Some((_, owner)) = batch.episodes.get_mut(&key) {
+                *owner = None;
+            }
+            return Some(HubEvent::Stale);
+        }
+        batch.episodes.remove(&key);
+        if batch.episodes.is_empty() {
+            self.wanted.remove(place);
+        }
+        Some(HubEvent::Trajectory(trajectory))
+    }
+
     /// What an engine had is wanted from others.
     fn release(&mut self, peer: &Peer) {
-        for (_, owner) in self.wanted.values_mut() {
+        for (_, owner) in self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut()) {
             if owner.as_ref() == Some(peer) {
                 *owner = None;
             }
@@ -244,26 +324,30 @@ impl State {
     /// Spreads the episodes that no engine has over the engines that are there, and sends each its order.
     async fn hand_out(&mut self) {
         let peers: Vec<Peer> = self.engines.keys().cloned().collect();
-        if peers.is_empty() || self.wanted.values().all(|(_, owner)| owner.is_some()) {
+        let all = self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut());
+        let mut free = all.filter(|(_, owner)| owner.is_none()).peekable();
+        if peers.is_empty() || free.peek().is_none() {
             return;
         }
-        let free = self.wanted.values_mut().filter(|(_, owner)| owner.is_none());
         for ((_, owner), peer) in free.zip(peers.iter().cycle()) {
             *owner = Some(peer.clone());
         }
         self.orders += 1;
         for peer in peers {
-            let resets: Vec<Reset> = self
-                .wanted
-                .values()
-                .filter(|(_, owner)| owner.as_ref() == Some(&peer))
-                .map(|(reset, _)| reset.clone())
-                .collect();
+            let batch_of = |wanted: &Wanted| Batch {
+                oldest: wanted.oldest,
+                newest: wanted.newest,
+                mode: wanted.mode,
+                resets: wanted
+                    .episodes
+                    .values()
+                    .filter(|(_, owner)| owner.as_ref() == Some(&peer))
+                    .map(|(reset, _)| reset.clone())
+                    .collect(),
+            };
             let order = Order {
                 order: self.orders,
-                version: self.version,
-                mode: self.mode,
-                resets,
+                batches: self.wanted.iter().map(batch_of).collect(),
             };
             self.send(&peer, &FromLearner::Order(order)).await;
         }

@@ -4,6 +4,7 @@
 //! advantages, minibatches, network, log-probability, loss, optimizer, update, and what is written down.
 
 pub mod advantage;
+pub mod ahead;
 pub mod bench;
 pub mod checkpoint;
 pub mod dataset;

@@ -31,7 +31,7 @@ const SILENCE: Duration = Duration::from_mins(2);
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Episodes of an iteration, with what the reports of engines said meanwhile.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Collected {
     /// Episodes in the order of their environment and episode numbers.
     pub trajectories: Vec<Trajectory>,
@@ -39,12 +39,16 @@ pub struct Collected {
     pub reload_seconds: f64,
     /// Seconds from the order to the last episode.
     pub seconds: f64,
+    /// Seconds of these that the learner only waited.
+    pub waited: f64,
+    /// Episodes left out for their version and ordered again.
+    pub stale: usize,
 }
 
-/// Orders `resets` from `version` and waits for all of them.
+/// Orders `resets` from `version` in the place of all that is wanted, and waits for all of them.
 ///
 /// # Errors
-/// A child ends, the engine refuses the version, or nothing comes for two minutes.
+/// See [`wait`].
 pub fn collect(
     hub: &Hub,
     children: &mut Children,
@@ -53,31 +57,76 @@ pub fn collect(
     resets: Vec<Reset>,
     label: &str,
 ) -> Result<Collected> {
+    let begin = Instant::now();
     let wanted = resets.len();
+    let mut trajectories = Vec::with_capacity(wanted);
+    hub.order(version, mode, resets)?;
+    let waited = wait(hub, children, version, wanted, label, |trajectory| {
+        trajectories.push(trajectory);
+        true
+    })?;
+    trajectories.sort_by_key(|t: &Trajectory| (t.reset.env, t.reset.episode));
+    let seconds = begin.elapsed().as_secs_f64();
+    Ok(Collected {
+        trajectories,
+        reload_seconds: waited.reload_seconds.unwrap_or(0.0),
+        seconds,
+        waited: seconds,
+        stale: waited.stale,
+    })
+}
+
+/// What came beside the episodes while they were waited for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Waited {
+    /// Seconds until the version was live, from the announce; `None`: that was not reported meanwhile.
+    pub reload_seconds: Option<f64>,
+    /// Episodes left out for their version and ordered again.
+    pub stale: usize,
+}
+
+/// Waits until `wanted` episodes have come of which `take` says that they are waited for; it is given every one. `version` is the
+/// newest that was announced.
+///
+/// # Errors
+/// A child ends, an engine refuses the version, or nothing comes for two minutes.
+pub(crate) fn wait(
+    hub: &Hub,
+    children: &mut Children,
+    version: u64,
+    wanted: usize,
+    label: &str,
+    mut take: impl FnMut(Trajectory) -> bool,
+) -> Result<Waited> {
     let bar = ProgressBar::new(wanted as u64)
         .with_style(progress_style())
         .with_message(label.to_owned());
-    hub.order(version, mode, resets)?;
-    let begin = Instant::now();
     let mut last_news = Instant::now();
     let mut state = "no engine has connected".to_owned();
-    let mut reload_seconds = 0.0;
-    let mut trajectories: Vec<Trajectory> = Vec::with_capacity(wanted);
-    while trajectories.len() < wanted {
+    let mut waited = Waited {
+        reload_seconds: None,
+        stale: 0,
+    };
+    let mut left = wanted;
+    while left > 0 {
         children.check()?;
         match hub.next(LOOK)? {
             Some(HubEvent::Trajectory(trajectory)) => {
-                trajectories.push(*trajectory);
-                bar.inc(1);
+                if take(*trajectory) {
+                    left -= 1;
+                    bar.inc(1);
+                }
                 last_news = Instant::now();
             }
+            Some(HubEvent::Stale) => waited.stale += 1,
             Some(HubEvent::Reload(report)) => {
                 last_news = Instant::now();
-                if report.version == version {
-                    if let Some(reason) = report.refused {
-                        return Err(LearnerError::Refused { version, reason });
-                    }
-                    reload_seconds = report.seconds;
+                match report.refused {
+                    Some(reason) if report.version == version => return Err(LearnerError::Refused { version, reason }),
+                    // the newer one may have taken its place before it was loaded
+                    Some(reason) => tracing::warn!("an engine did not serve version {}: {reason}", report.version),
+                    None if report.version == version => waited.reload_seconds = Some(report.seconds),
+                    None => {}
                 }
             }
             Some(HubEvent::State(engine)) => {
@@ -91,22 +140,14 @@ pub fn collect(
         }
         if last_news.elapsed() > SILENCE {
             return Err(LearnerError::Silence {
-                waiting_for: format!(
-                    "{} of {wanted} episodes of version {version}",
-                    wanted - trajectories.len()
-                ),
+                waiting_for: format!("{left} of {wanted} episodes of version {version}"),
                 seconds: SILENCE.as_secs(),
                 state,
             });
         }
     }
     bar.finish_and_clear();
-    trajectories.sort_by_key(|t| (t.reset.env, t.reset.episode));
-    Ok(Collected {
-        trajectories,
-        reload_seconds,
-        seconds: begin.elapsed().as_secs_f64(),
-    })
+    Ok(waited)
 }
 
 /// Share of successful episodes.
@@ -142,8 +183,12 @@ pub struct RolloutBatch {
     pub success: Vec<bool>,
     /// Rows that the environment executed of each sample, `[M]`.
     pub executed: Vec<usize>,
-    /// Version of the weights that these records train, one after the newest rollout's.
+    /// Version of the weights that these records train: one after the version that they are read at.
     pub trained_version: u64,
+    /// Mean number of versions that the samples are older than the one that they are read at; 0 in synchronous training.
+    pub staleness_mean: f64,
+    /// The largest.
+    pub staleness_max: u64,
     /// Elements that count in the policy loss, bool: `[M]` with one ratio per sample, else `[M, action_chunk]`: the rows that the
     /// environment executed before the episode ended.
     pub mask: Tensor,
@@ -207,7 +252,8 @@ struct Rows {
 }
 
 impl RolloutBatch {
-    /// Checks every record against the plan and estimates the advantages.
+    /// Checks every record against the plan and estimates the advantages. The weights are at `version`; records are of it, or
+    /// up to `rollout.max_staleness` versions older.
     ///
     /// # Errors
     /// Names the episode whose record does not fit.
@@ -244,16 +290,22 @@ impl RolloutBatch {
     }
 }
 
-/// The record of chunk `at`, of the expected version and of an episode whose chunks are full but for the last.
+/// The record of chunk `at`, of a version that may be read and of an episode whose chunks are full but for the last.
 fn checked<'a>(plan: &RunPlan, trajectory: &'a Trajectory, at: usize, version: u64) -> Result<&'a ChunkRecord> {
     let Reset { env, episode, .. } = trajectory.reset;
     let refuse = |detail: String| LearnerError::Record { env, episode, detail };
     let chunk = trajectory.chunks.get(at);
     let record = chunk.and_then(|chunk| chunk.record.as_deref());
     let record = record.ok_or_else(|| refuse("a training episode came without its chunk records".to_owned()))?;
-    if record.version != version {
+    let oldest = plan.oldest(version);
+    if !(oldest..=version).contains(&record.version) {
+        let expected = if oldest == version {
+            version.to_string()
+        } else {
+            format!("{oldest} to {version}")
+        };
         return Err(refuse(format!(
-            "chunk {} is of version {}, expected {version}",
+            "chunk {} is of version {}, expected {expected}",
             record.key.chunk, record.version
         )));
     }
@@ -389,6 +441,7 @@ impl Rows {
             advantage = advantage.view([m, labels.width as i64]);
         }
         let steps = if m == 0 { 1 } else { self.step.len() as i64 / m };
+        let staleness = |of: &i64| version - (*of as u64).min(version);
         RolloutBatch {
             observations,
             chain: Tensor::from_slice(&self.chain).view([n, model.num_steps as i64 + 1, horizon, action_dim]),
@@ -400,6 +453,8 @@ impl Rows {
             success: self.success,
             executed: labels.executed,
             trained_version: version + 1,
+            staleness_mean: self.version.iter().map(staleness).sum::<u64>() as f64 / (m.max(1)) as f64,
+            staleness_max: self.version.iter().map(staleness).max().unwrap_or(0),
             mask,
             valid,
             policy_episodes: EpisodeLengths {

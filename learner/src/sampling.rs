@@ -73,14 +73,28 @@ pub fn training_resets(plan: &RunPlan, iteration: u32, round: u32, groups: usize
 /// # Errors
 /// See [`collect`].
 pub fn sample(hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32, version: u64) -> Result<Sampled> {
-    let wanted = group_count(plan);
-    let filter = plan.config.algorithm.filter_rewards;
-    let label = format!("iteration {}/{}: rollout", iteration + 1, plan.config.runner.max_epochs);
+    let label = label(plan, iteration);
     let mut order = |round: u32, groups: usize| {
         let resets = training_resets(plan, iteration, round, groups);
         collect(hub, children, version, Mode::Train, resets, &label)
     };
-    let mut got = order(0, wanted)?;
+    let first = order(0, group_count(plan))?;
+    sample_from(plan, first, order)
+}
+
+/// What a wait for an iteration's episodes shows.
+pub(crate) fn label(plan: &RunPlan, iteration: u32) -> String {
+    format!("iteration {}/{}: rollout", iteration + 1, plan.config.runner.max_epochs)
+}
+
+/// The same from a first order; `order` is given the number of an order and the groups that are ordered again.
+pub(crate) fn sample_from(
+    plan: &RunPlan,
+    mut got: Collected,
+    mut order: impl FnMut(u32, usize) -> Result<Collected>,
+) -> Result<Sampled> {
+    let wanted = group_count(plan);
+    let filter = plan.config.algorithm.filter_rewards;
     let mut sampled = Sampled {
         success: success_rate(&got.trajectories),
         failure: failure_rate(&got.trajectories),
@@ -91,7 +105,7 @@ pub fn sample(hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32
         used: Collected {
             trajectories: Vec::new(),
             reload_seconds: got.reload_seconds,
-            seconds: 0.0,
+            ..Collected::default()
         },
     };
     sampled.count(&got);
@@ -125,6 +139,8 @@ pub fn sample(hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32
 impl Sampled {
     fn count(&mut self, order: &Collected) {
         self.used.seconds += order.seconds;
+        self.used.waited += order.waited;
+        self.used.stale += order.stale;
         self.episodes += order.trajectories.len();
         let chunks = order.trajectories.iter().flat_map(|t| &t.chunks);
         self.env_steps += chunks.map(|c| c.rewards.len()).sum::<usize>();

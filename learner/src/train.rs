@@ -14,6 +14,7 @@ use policy::{
 use tch::Device;
 
 use crate::{
+    ahead::Ahead,
     checkpoint::Keeper,
     dataset,
     error::{LearnerError, Result},
@@ -225,15 +226,22 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     let mut ring = Ring::start(plan, &dir, &config_path)?;
     let mut bundle = publisher.publish(&policy, u64::from(first))?;
     ring.hub.announce(&bundle)?;
+    let mut ahead = config.rollout.max_staleness.map(|_| Ahead::new(first));
     for iteration in first..config.runner.max_epochs {
         let version = u64::from(iteration);
+        if let Some(ahead) = &mut ahead {
+            ahead.order(&ring.hub, plan, version)?;
+        }
         let validate = config.runner.val_check_interval;
         if validate > 0 && iteration % validate == 0 {
-            let success = validation(&mut ring, plan, &mut log, version, episodes)?;
+            let success = validation(&mut ring, plan, ahead.as_mut(), &mut log, version, episodes)?;
             keeper.evaluated(&policy, &mut updater, iteration, episodes, success)?;
         }
         let begin = Instant::now();
-        let got = sample(&ring.hub, &mut ring.children, plan, iteration, version)?;
+        let got = match &mut ahead {
+            Some(ahead) => ahead.sample(&ring.hub, &mut ring.children, plan, iteration)?,
+            None => sample(&ring.hub, &mut ring.children, plan, iteration, version)?,
+        };
         episodes += got.episodes as u64;
         let batch = RolloutBatch::new(plan, &got.used.trajectories, version)?;
         let report = updater.update(&policy, &batch, iteration)?;
@@ -274,7 +282,11 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
                 ("lr", report.lr),
                 ("updates", report.updates as f64),
                 ("skipped_updates", report.skipped as f64),
+                ("staleness_mean", batch.staleness_mean),
+                ("staleness_max", batch.staleness_max as f64),
+                ("stale_dropped", got.used.stale as f64),
                 ("rollout_seconds", got.used.seconds),
+                ("wait_seconds", got.used.waited),
                 ("reload_seconds", got.used.reload_seconds),
                 ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
                 ("prefix_seconds", report.prefix_seconds),
@@ -284,7 +296,8 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
             ],
         )?;
         tracing::info!(
-            "iteration {}/{}: success {success:.3}, KL {:.4}, clip {:.3}, EV {:.2}, ratio gap {:.1e}, {} records, rollout {:.1} s, update {:.1} s",
+            "iteration {}/{}: success {success:.3}, KL {:.4}, clip {:.3}, EV {:.2}, ratio gap {:.1e}, {} records, staleness {:.2}, waited {:.1} s, \
+             update {:.1} s",
             iteration + 1,
             config.runner.max_epochs,
             a.approx_kl,
@@ -292,7 +305,8 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
             report.explained_variance,
             report.first_ratio_deviation,
             report.records,
-            got.used.seconds,
+            batch.staleness_mean,
+            got.used.waited,
             report.prefix_seconds + report.update_seconds,
         );
         let save = config.runner.save_interval;
@@ -302,7 +316,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         }
     }
     let done = config.runner.max_epochs;
-    let success = validation(&mut ring, plan, &mut log, u64::from(done), episodes)?;
+    let success = validation(&mut ring, plan, ahead.as_mut(), &mut log, u64::from(done), episodes)?;
     keeper.evaluated(&policy, &mut updater, done, episodes, success)?;
     drop(ring);
     tracing::info!(
@@ -313,9 +327,19 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
 }
 
-fn validation(ring: &mut Ring, plan: &RunPlan, log: &mut MetricsLog, version: u64, episodes: u64) -> Result<f64> {
+fn validation(
+    ring: &mut Ring,
+    plan: &RunPlan,
+    ahead: Option<&mut Ahead>,
+    log: &mut MetricsLog,
+    version: u64,
+    episodes: u64,
+) -> Result<f64> {
     let count = plan.config.env.eval.train_episodes;
-    let (success, _) = evaluate(&ring.hub, &mut ring.children, version, count, 0)?;
+    let success = match ahead {
+        Some(ahead) => ahead.evaluate(&ring.hub, &mut ring.children, version, count)?,
+        None => evaluate(&ring.hub, &mut ring.children, version, count, 0)?.0,
+    };
     tracing::info!("version {version}: success {success:.3} on {count} unseen episodes (ODE)");
     log.write(
         "eval",

@@ -51,7 +51,8 @@ pub struct Updater {
 pub struct UpdateReport {
     /// Means of the policy loss's metrics.
     pub actor: ActorMetrics,
-    /// Largest `|ratio - 1|` before the first optimizer step: the parity of engine and learner.
+    /// Largest `|ratio - 1|` before the first optimizer step: the parity of engine and learner. Like the next two over records of
+    /// the version in training; 0 where there is none.
     pub first_ratio_deviation: f64,
     /// Largest `|value - recorded value|` before the first optimizer step.
     pub first_value_gap: f64,
@@ -479,7 +480,18 @@ impl Updater {
         if head.is_some_and(|h| h.input == CriticReads::Vlm) {
             value = Some(policy.value_vlm(&pooled, &seen(&batch.observations.state))?);
         }
-        let gap = |a: &Tensor, b: &Tensor| (a.detach() - b).abs().max().double_value(&[]);
+        let fresh = pick(&batch.version)
+            .eq(batch.trained_version as i64 - 1)
+            .nonzero()
+            .view(-1);
+        let gap = |a: &Tensor, b: &Tensor| {
+            let gaps = (a.detach() - b).abs().index_select(0, &fresh);
+            if gaps.numel() == 0 {
+                0.0
+            } else {
+                gaps.max().double_value(&[])
+            }
+        };
         let logprob_gap = logprob.as_ref().map_or(0.0, |l| gap(l, &old_logprob));
         let value_gap = value.as_ref().map_or(0.0, |v| gap(v, &old_value));
         let proximal = match &logprob {

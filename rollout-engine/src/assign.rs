@@ -2,7 +2,10 @@
 //!
 //! No socket and no clock in here: events go in, [`Effects`] come out.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::RangeInclusive,
+};
 
 use policy::noise::NoiseKey;
 use wire::messages::{
@@ -52,15 +55,23 @@ impl<P> Default for Effects<P> {
     }
 }
 
+/// An episode that the learner wants.
+#[derive(Debug, Clone)]
+struct Wanted {
+    reset: Reset,
+    mode: Mode,
+    /// Versions that may make its chunks.
+    versions: RangeInclusive<u64>,
+}
+
 /// An episode on its way.
 #[derive(Debug)]
 struct Episode {
     order: u64,
-    mode: Mode,
-    reset: Reset,
+    wanted: Wanted,
     prompt: String,
-    /// The version of its chunks, once the first is made.
-    version: Option<u64>,
+    /// Oldest and newest version of its chunks, once the first is made.
+    made_by: Option<(u64, u64)>,
     /// Made by weights that were replaced under the same version number: it begins anew.
     stale: bool,
     chunks: Vec<TrajectoryChunk>,
@@ -113,7 +124,7 @@ pub struct Assign<P> {
     shape: Option<Shape>,
     live: Option<u64>,
     order: Option<Order>,
-    pending: VecDeque<Reset>,
+    pending: VecDeque<Wanted>,
     clients: BTreeMap<P, Client>,
     /// Whose chunk a ticket asks for.
     tickets: BTreeMap<u64, (P, u32)>,
@@ -172,9 +183,10 @@ impl<P: Ord + Clone> Assign<P> {
         self.pending.len()
     }
 
-    /// Whether resets wait for a version that is not live yet.
+    /// Whether all pending resets wait for a version that is not live yet.
     pub fn parked(&self) -> bool {
-        !self.pending.is_empty() && self.order.as_ref().is_some_and(|o| self.live != Some(o.version))
+        let may_begin = |wanted: &Wanted| self.live.is_some_and(|live| wanted.versions.contains(&live));
+        !self.pending.is_empty() && !self.pending.iter().any(may_begin)
     }
 
     /// A version went live.
@@ -213,17 +225,33 @@ impl<P: Ord + Clone> Assign<P> {
         if self.order.as_ref() == Some(&order) {
             return;
         }
-        self.pending = order.resets.iter().cloned().collect();
+        let wanted = order.batches.iter().flat_map(|batch| {
+            batch.resets.iter().map(|reset| Wanted {
+                reset: reset.clone(),
+                mode: batch.mode,
+                versions: batch.oldest..=batch.newest,
+            })
+        });
+        self.pending = wanted.collect();
         let slots = self
             .clients
             .values_mut()
             .flat_map(|c| &mut c.slots)
             .filter_map(Slot::episode_mut);
         for episode in slots.chain(self.bootstraps.values_mut()) {
-            let fits =
-                !episode.stale && episode.mode == order.mode && episode.version.is_none_or(|v| v == order.version);
-            if fits && let Some(place) = self.pending.iter().position(|reset| *reset == episode.reset) {
-                self.pending.remove(place);
+            let fits = |wanted: &Wanted| {
+                let allowed = |version| wanted.versions.contains(&version);
+                wanted.reset == episode.wanted.reset
+                    && wanted.mode == episode.wanted.mode
+                    && episode
+                        .made_by
+                        .is_none_or(|(oldest, newest)| allowed(oldest) && allowed(newest))
+            };
+            if !episode.stale
+                && let Some(place) = self.pending.iter().position(fits)
+                && let Some(wanted) = self.pending.remove(place)
+            {
+                episode.wanted = wanted;
                 episode.order = order.order;
             }
         }
@@ -288,7 +316,7 @@ impl<P: Ord + Clone> Assign<P> {
     /// The episode begins anew in the next idle slot, unless its order was replaced.
     fn requeue(&mut self, episode: Episode) {
         if self.order_number() == Some(episode.order) {
-            self.pending.push_front(episode.reset);
+            self.pending.push_front(episode.wanted);
             self.restarted += 1;
         }
     }
@@ -392,7 +420,7 @@ impl<P: Ord + Clone> Assign<P> {
             self.requeue(episode);
             return Ok(());
         }
-        let frames = if episode.reset.video {
+        let frames = if episode.wanted.reset.video {
             outcome.frames
         } else {
             Vec::new()
@@ -407,7 +435,7 @@ impl<P: Ord + Clone> Assign<P> {
             episode.terminated = outcome.terminated;
             let wanted = shape.critic && (!outcome.terminated || shape.bootstrap_terminated);
             match seen {
-                Some(seen) if wanted && episode.mode == Mode::Train => {
+                Some(seen) if wanted && episode.wanted.mode == Mode::Train => {
                     let ticket = self.ticket();
                     self.effects
                         .jobs
@@ -445,8 +473,8 @@ impl<P: Ord + Clone> Assign<P> {
             id,
             engine: self.engine.clone(),
             order: episode.order,
-            reset: episode.reset,
-            mode: episode.mode,
+            reset: episode.wanted.reset,
+            mode: episode.wanted.mode,
             prompt: episode.prompt,
             chunks: episode.chunks,
             terminated: episode.terminated,
@@ -455,8 +483,8 @@ impl<P: Ord + Clone> Assign<P> {
         });
     }
 
-    /// The policy answered a slot's question with a chunk of `version`. An episode is made by one version: when another one
-    /// went live in between, it begins anew.
+    /// The policy answered a slot's question with a chunk of `version`. When that is none of the versions that may make the
+    /// episode, because another one went live in between, it begins anew.
     pub fn acted(&mut self, ticket: u64, version: u64, row: ActedRow) {
         let Some((peer, index)) = self.tickets.remove(&ticket) else {
             return;
@@ -470,12 +498,13 @@ impl<P: Ord + Clone> Assign<P> {
         };
         match std::mem::replace(slot, Slot::Idle) {
             Slot::Thinking(mut episode, asked) if asked == ticket => {
-                if episode.stale || episode.version.is_some_and(|v| v != version) {
+                if episode.stale || !episode.wanted.versions.contains(&version) {
                     self.requeue(episode);
                     self.hand_out();
                     return;
                 }
-                episode.version = Some(version);
+                let (oldest, newest) = episode.made_by.unwrap_or((version, version));
+                episode.made_by = Some((oldest.min(version), newest.max(version)));
                 episode.record = row.record;
                 *slot = Slot::Acting(episode);
                 let command = SlotCommand {
@@ -511,10 +540,12 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// Gives pending resets to idle slots when the order's version is live.
+    /// Gives pending resets to idle slots, the first that the live version may make first.
     fn hand_out(&mut self) {
-        let Some(order) = &self.order else { return };
-        if self.full || self.live != Some(order.version) {
+        let (Some(order), Some(live)) = (self.order_number(), self.live) else {
+            return;
+        };
+        if self.full {
             return;
         }
         for (peer, client) in &mut self.clients {
@@ -522,18 +553,20 @@ impl<P: Ord + Clone> Assign<P> {
                 if !matches!(slot, Slot::Idle) {
                     continue;
                 }
-                let Some(reset) = self.pending.pop_front() else { return };
+                let next = self.pending.iter().position(|wanted| wanted.versions.contains(&live));
+                let Some(wanted) = next.and_then(|place| self.pending.remove(place)) else {
+                    return;
+                };
                 let command = SlotCommand {
                     slot: index as u32,
-                    command: Command::Reset(reset.clone()),
+                    command: Command::Reset(wanted.reset.clone()),
                 };
                 self.effects.commands.entry(peer.clone()).or_default().push(command);
                 *slot = Slot::Resetting(Episode {
-                    order: order.order,
-                    mode: order.mode,
-                    reset,
+                    order,
+                    wanted,
                     prompt: String::new(),
-                    version: None,
+                    made_by: None,
                     stale: false,
                     chunks: Vec::new(),
                     record: None,
@@ -546,7 +579,7 @@ impl<P: Ord + Clone> Assign<P> {
 }
 
 fn row(episode: &Episode, observation: Observation) -> Row {
-    let reset = &episode.reset;
+    let reset = &episode.wanted.reset;
     let chunk = episode.chunks.len() as u32;
     let key = NoiseKey {
         seed: reset.seed,
@@ -557,8 +590,8 @@ fn row(episode: &Episode, observation: Observation) -> Row {
     Row {
         observation,
         key,
-        mode: episode.mode,
-        record: episode.mode == Mode::Train,
+        mode: episode.wanted.mode,
+        record: episode.wanted.mode == Mode::Train,
     }
 }
 

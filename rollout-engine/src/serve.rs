@@ -255,13 +255,11 @@ impl Server {
                 Event::Done(Some(done)) => self.done(done).await,
                 Event::Router(event) => self.take(event?).await,
                 Event::News(FromLink::Order(order)) => {
-                    tracing::info!(
-                        "order {}: {} episodes of version {} ({:?})",
-                        order.order,
-                        order.resets.len(),
-                        order.version,
-                        order.mode
-                    );
+                    for batch in &order.batches {
+                        let (count, mode) = (batch.resets.len(), batch.mode);
+                        let (number, oldest, newest) = (order.order, batch.oldest, batch.newest);
+                        tracing::info!("order {number}: {count} episodes of versions {oldest} to {newest} ({mode:?})");
+                    }
                     self.assign.take_order(order);
                 }
                 Event::News(FromLink::Retire) => self.assign.retire(),

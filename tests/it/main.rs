@@ -10,6 +10,7 @@ mod golden {
     mod preproc;
     mod rl;
 }
+mod asynchronous;
 mod mdp;
 mod prefix_store;
 mod properties;

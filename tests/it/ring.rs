@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use integration_tests::ring::{Client, Engine, Worker, plan, row};
+use integration_tests::ring::{Client, Engine, Worker, fixed_endpoint, plan, row};
 use learner::{
     hub::{Hub, HubEvent},
     launch::Children,
@@ -82,12 +82,6 @@ impl Ring {
         self.hub.announce(&bundle).expect("announce");
         wait_live(&self.hub, version);
     }
-}
-
-/// A port that was free a moment ago, for a program that must come back under the same address.
-fn fixed_endpoint() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    format!("tcp://{}", listener.local_addr().expect("address"))
 }
 
 fn wait_live(hub: &Hub, version: u64) {

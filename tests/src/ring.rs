@@ -21,6 +21,12 @@ pub fn plan(dir: &Path, overrides: &[&str]) -> RunPlan {
     RunPlan::new(RunConfig::load(&path, &all).expect("quickstart configuration")).expect("plan")
 }
 
+/// An address whose port was free a moment ago, for a program that must come back under the same one.
+pub fn fixed_endpoint() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    format!("tcp://{}", listener.local_addr().expect("address"))
+}
+
 /// A program of this workspace, built by the same command as the tests.
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("own path");

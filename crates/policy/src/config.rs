@@ -554,6 +554,9 @@ pub struct RolloutConfig {
     pub queue_capacity: usize,
     /// Threads of ONNX Runtime.
     pub threads: usize,
+    /// Asynchronous training: how many versions older than the weights in training a record may be, at least 1; absent:
+    /// synchronous, every record is of the version in training.
+    pub max_staleness: Option<u32>,
 }
 
 /// `[learner]`

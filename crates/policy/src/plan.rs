@@ -237,6 +237,11 @@ impl RunPlan {
         })
     }
 
+    /// The oldest version whose records an update of the weights at `version` may read.
+    pub fn oldest(&self, version: u64) -> u64 {
+        version.saturating_sub(u64::from(self.config.rollout.max_staleness.unwrap_or(0)))
+    }
+
     /// Where an iteration's frozen prefixes are kept, and at most how many bytes of them.
     pub fn prefix_cache(&self) -> (PrefixCachePlace, u64) {
         let actor = &self.config.actor;

@@ -10,6 +10,8 @@ use crate::{
 
 /// Most orders of one iteration that replaces groups.
 const MAX_ROUNDS: u32 = 100;
+/// Most iterations whose episodes may be on their way at once beside those of the present one.
+const MAX_STALENESS: u32 = 64;
 
 /// Checks `[algorithm]` against itself and the model.
 ///
@@ -21,6 +23,7 @@ pub(crate) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     check_groups(algorithm)?;
     check_ranges(algorithm)?;
     check_velocity(config)?;
+    check_staleness(config)?;
     if algorithm.reward_type == RewardType::ActionLevel && algorithm.logprob_type == LogprobType::ChunkLevel {
         return Err(refuse(
             "algorithm.logprob_type",
@@ -160,6 +163,48 @@ fn check_velocity(config: &RunConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What training on records of older versions needs.
+fn check_staleness(config: &RunConfig) -> Result<(), ConfigError> {
+    let Some(bound) = config.rollout.max_staleness else {
+        return Ok(());
+    };
+    if !(1..=MAX_STALENESS).contains(&bound) {
+        return Err(refuse(
+            "rollout.max_staleness",
+            format!("{bound}, expected 1 to {MAX_STALENESS}; remove the key to train synchronously"),
+        ));
+    }
+    let algorithm = &config.algorithm;
+    if algorithm.loss_type != "decoupled_actor_critic" {
+        return Err(refuse(
+            "rollout.max_staleness",
+            format!(
+                "given, but `algorithm.loss_type = \"{}\"` does not correct for records of older versions: set \
+                 `decoupled_actor_critic`, or remove the key",
+                algorithm.loss_type
+            ),
+        ));
+    }
+    if algorithm
+        .filter_rewards
+        .is_some_and(|filter| filter.mode == FilterMode::Resample)
+    {
+        return Err(refuse(
+            "algorithm.filter_rewards.mode",
+            "`resample`, but with `rollout.max_staleness` the groups of an iteration are ordered before the one before is trained: \
+             set `mask`",
+        ));
+    }
+    if config.actor.model.openpi.noise_anneal.is_some() {
+        return Err(refuse(
+            "actor.model.openpi.noise_anneal",
+            "given, but with `rollout.max_staleness` an update reads records of several versions, whose noise levels would differ: \
+             remove one of the two",
+        ));
+    }
+    Ok(())
+}
+
 fn check_groups(algorithm: &AlgorithmConfig) -> Result<(), ConfigError> {
     let adv_type = algorithm.adv_type.as_str();
     if matches!(adv_type, "grpo" | "reinforce_pp_baseline") && algorithm.group_size < 2 {
@@ -293,6 +338,7 @@ mod tests {
     fn contradictions_are_refused_with_the_key() {
         let grpo = "tabletop_grpo.toml";
         let quickstart = "quickstart.toml";
+        let asynchronous = "tabletop_async.toml";
         let resample = "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\"}";
         for (config, overrides, wanted) in [
             (grpo, &["algorithm.group_size=1"][..], ["group_size", "at least 2"]),
@@ -374,6 +420,34 @@ mod tests {
                 quickstart,
                 &["algorithm.clip_log_ratio={min=-0.1,maxx=2.0}"],
                 ["maxx", "did you mean `max`"],
+            ),
+            (
+                quickstart,
+                &["rollout.max_staleness=1"],
+                ["rollout.max_staleness", "`decoupled_actor_critic`"],
+            ),
+            (
+                asynchronous,
+                &["rollout.max_staleness=0"],
+                ["rollout.max_staleness", "synchronously"],
+            ),
+            (
+                asynchronous,
+                &["rollout.max_staleness=65"],
+                ["rollout.max_staleness", "1 to 64"],
+            ),
+            (
+                asynchronous,
+                &[
+                    "algorithm.group_size=4",
+                    "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\",max_rounds=2}",
+                ],
+                ["filter_rewards.mode", "`mask`"],
+            ),
+            (
+                asynchronous,
+                &["actor.model.openpi.noise_anneal={start=0.7,end=0.3,steps=10}"],
+                ["noise_anneal", "rollout.max_staleness"],
             ),
         ] {
             let error = plan(config, overrides).expect_err("refused");

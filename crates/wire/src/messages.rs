@@ -360,18 +360,29 @@ pub struct FilePart {
     pub data: Vec<u8>,
 }
 
-/// Episodes that the learner wants from a version. A new order replaces the pending resets of an older one.
+/// Episodes that the learner wants from the same versions. They wait (are parked) until one of these is live. Every chunk is made
+/// by one of them; an episode has chunks of several where several are allowed (asynchronous training).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Batch {
+    /// The oldest version that may make their chunks.
+    pub oldest: u64,
+    /// The newest; synchronous training and evaluation allow one version only.
+    pub newest: u64,
+    /// Sampling.
+    pub mode: Mode,
+    /// One episode each.
+    pub resets: Vec<Reset>,
+}
+
+/// All episodes that the learner wants from an engine. A new order replaces the pending resets of an older one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
     /// Number of the order, rising.
     pub order: u64,
-    /// The version that must be live; episodes wait (are parked) until it is.
-    pub version: u64,
-    /// Sampling.
-    pub mode: Mode,
-    /// One episode each.
-    pub resets: Vec<Reset>,
+    /// The first that may begin begins first.
+    pub batches: Vec<Batch>,
 }
 
 /// From the learner to an engine.

@@ -1,6 +1,6 @@
 //! The rules of the assignment on events made by hand.
 
-use wire::array::Array;
+use wire::{array::Array, messages::Batch};
 
 use super::*;
 
@@ -23,12 +23,19 @@ fn reset(env: u32) -> Reset {
     }
 }
 
+fn batch(oldest: u64, newest: u64, mode: Mode, envs: &[u32]) -> Batch {
+    Batch {
+        oldest,
+        newest,
+        mode,
+        resets: envs.iter().map(|e| reset(*e)).collect(),
+    }
+}
+
 fn order(number: u64, version: u64, mode: Mode, envs: &[u32]) -> Order {
     Order {
         order: number,
-        version,
-        mode,
-        resets: envs.iter().map(|e| reset(*e)).collect(),
+        batches: vec![batch(version, version, mode, envs)],
     }
 }
 
@@ -300,6 +307,144 @@ fn episodes_wait_for_exactly_their_version() {
     assert!(assign.take_effects().commands.is_empty());
     assign.went_live(40, SHAPE);
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
+}
+
+/// An order of two batches: environment 4 from versions 0 to 1, environments 5 and 6 from versions 1 to 2.
+fn window(number: u64) -> Order {
+    Order {
+        order: number,
+        batches: vec![batch(0, 1, Mode::Train, &[4]), batch(1, 2, Mode::Train, &[5, 6])],
+    }
+}
+
+fn next_observation(assign: &mut Assign<u8>) -> Job {
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(false, false),
+            observation: seen(),
+        }],
+    );
+    assign.take_effects().jobs.pop().expect("a question")
+}
+
+/// What the policy answers, with a record of `version`.
+fn recorded(version: u64) -> ActedRow {
+    let empty = || Array::f32(&[0], &[]);
+    let record = ChunkRecord {
+        key: NoiseKey {
+            seed: 7,
+            env: 4,
+            episode: 0,
+            chunk: 0,
+        },
+        version,
+        images: Array::u8(&[0], Vec::new()),
+        image_mask: Vec::new(),
+        prompt: Vec::new(),
+        prompt_mask: Vec::new(),
+        state: empty(),
+        denoise_steps: Vec::new(),
+        chain: empty(),
+        logprob: None,
+        values: Vec::new(),
+    };
+    ActedRow {
+        record: Some(Box::new(record)),
+        ..actions()
+    }
+}
+
+#[test]
+fn an_episode_goes_on_across_versions_that_may_make_it_and_each_chunk_keeps_its_own() {
+    let mut assign = ready(1);
+    assign.take_order(window(1));
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: None,
+            observation: seen(),
+        }],
+    );
+    let mut job = assign.take_effects().jobs.pop().expect("a question");
+    for version in [0, 1] {
+        // the version goes live while the question is with the policy
+        assign.went_live(version, SHAPE);
+        assign.acted(ticket(&job), version, recorded(version));
+        assert_eq!(assign.take_effects().commands[&1].len(), 1, "it goes on");
+        if version == 0 {
+            job = next_observation(&mut assign);
+        }
+    }
+    assign.reports(
+        &1,
+        vec![SlotReport {
+            slot: 0,
+            outcome: outcome(true, false),
+            observation: None,
+        }],
+    );
+    let effects = assign.take_effects();
+    let chunks = &effects.trajectories[0].chunks;
+    let versions: Vec<u64> = chunks
+        .iter()
+        .filter_map(|c| c.record.as_ref())
+        .map(|r| r.version)
+        .collect();
+    assert_eq!(versions, [0, 1]);
+    assert_eq!((assign.restarted(), resets(&effects, 1)), (0, vec![5]));
+}
+
+#[test]
+fn an_episode_that_meets_a_version_beyond_its_bound_begins_anew() {
+    let mut assign = ready(1);
+    assign.take_order(window(1));
+    assign.take_effects();
+    act_once(&mut assign);
+    let job = next_observation(&mut assign);
+    assign.went_live(2, SHAPE);
+    assign.acted(ticket(&job), 2, recorded(2));
+    // environment 4 may not be made by version 2, the others may
+    assert_eq!(resets(&assign.take_effects(), 1), [5]);
+    assert_eq!((assign.restarted(), assign.pending()), (1, 2));
+}
+
+#[test]
+fn resets_are_handed_out_within_the_bound_and_parked_beyond_it() {
+    let mut assign = ready(4);
+    assign.take_order(window(1));
+    // version 0 may begin the first batch only; that does not hold up its slot's neighbours
+    assert_eq!(resets(&assign.take_effects(), 1), [4]);
+    assert!(assign.parked());
+    assign.went_live(1, SHAPE);
+    assert_eq!(resets(&assign.take_effects(), 1), [5, 6]);
+    assert!(!assign.parked());
+    // an evaluation of a version that is not live holds up no training
+    assign.take_order(Order {
+        order: 2,
+        batches: vec![batch(2, 2, Mode::Eval, &[8]), batch(1, 2, Mode::Train, &[5, 6, 7])],
+    });
+    assert_eq!(resets(&assign.take_effects(), 1), [7]);
+    assert!(assign.parked(), "the evaluation waits for its version");
+}
+
+#[test]
+fn a_new_order_keeps_only_the_running_episodes_that_it_allows() {
+    for (oldest, newest, goes_on) in [(0, 2, true), (1, 2, false)] {
+        let mut assign = ready(1);
+        assign.take_order(window(1));
+        assign.take_effects();
+        act_once(&mut assign);
+        assign.take_order(Order {
+            order: 2,
+            batches: vec![batch(oldest, newest, Mode::Train, &[4])],
+        });
+        // its first chunk is of version 0
+        assert_eq!(assign.pending(), usize::from(!goes_on), "versions {oldest} to {newest}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 #: Both ends must agree.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<4sHHI")
 MAGIC = b"PIRL"
