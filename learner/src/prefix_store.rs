@@ -171,6 +171,11 @@ impl<'a> PrefixStore<'a> {
     }
 }
 
+/// Bytes that the prefix of one record takes.
+pub fn prefix_bytes(dims: &PolicyDims) -> usize {
+    Layout::of(dims).bytes()
+}
+
 /// The file of `actor.prefix_cache = "disk"`.
 fn file(output_dir: &Path) -> PathBuf {
     output_dir.join("prefix_cache.bin")

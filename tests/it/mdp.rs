@@ -142,7 +142,9 @@ fn final_mean(rows: &[DenoiseStep], velocity: &[f64]) -> (f64, Vec<f64>) {
     for (row, v) in rows.iter().zip(velocity) {
         let (c_x, c_v) = row.mean_coefficients();
         mean = c_x * mean + c_v * v;
-        reach.iter_mut().for_each(|r| *r *= c_x);
+        for earlier in &mut reach {
+            *earlier *= c_x;
+        }
         reach.push(c_v);
     }
     (mean, reach)
@@ -215,20 +217,17 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
                 let (mean, reach) = final_mean(rows, &v);
                 (-2.0 * (mean - f64::from(wanted)), reach)
             };
-            let exact = match mdp {
-                "hybrid" => {
-                    let by_step = (0..STEPS).map(|k| {
-                        let mut rows = schedule.ode.clone();
-                        rows[k] = schedule.stochastic[k];
-                        let (pull, reach) = pull(&rows);
-                        pull * reach[k]
-                    });
-                    by_step.sum::<f64>() / STEPS as f64
-                }
-                _ => {
-                    let (pull, reach) = pull(&schedule.stochastic);
-                    pull * reach.iter().sum::<f64>() / if mdp == "joint" { 1.0 } else { STEPS as f64 }
-                }
+            let exact = if mdp == "hybrid" {
+                let by_step = (0..STEPS).map(|k| {
+                    let mut rows = schedule.ode.clone();
+                    rows[k] = schedule.stochastic[k];
+                    let (pull, reach) = pull(&rows);
+                    pull * reach[k]
+                });
+                by_step.sum::<f64>() / STEPS as f64
+            } else {
+                let (pull, reach) = pull(&schedule.stochastic);
+                pull * reach.iter().sum::<f64>() / per_sample as f64
             };
             // the score-function estimate of the same records: (x_next - mean) c_v / std^2 of each stochastic step
             let terms: Vec<f64> = trajectories

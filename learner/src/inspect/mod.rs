@@ -5,13 +5,16 @@ mod differences;
 mod keys;
 
 use policy::{
+    config::PrefixCachePlace,
     dims::Variant,
     flow::{Mdp, NoiseMethod, Schedule},
     params::{ParamSpec, Part, params},
     plan::RunPlan,
 };
 
-use crate::{error::Result, minibatch::minibatch_count, resume::flat, sampling::group_count};
+use crate::{
+    error::Result, minibatch::minibatch_count, prefix_store::prefix_bytes, resume::flat, sampling::group_count,
+};
 
 /// Bytes of an f32.
 const F32: usize = 4;
@@ -228,8 +231,7 @@ fn iteration(plan: &RunPlan) -> Vec<String> {
         config.algorithm.group_size
     )];
     let dims = &plan.dims;
-    let tokens = dims.cameras * dims.vision.tokens() + dims.prompt_len;
-    let cache = 2 * dims.depth * dims.kv_heads * tokens * dims.head_dim * F32;
+    let cache = prefix_bytes(dims);
     let (global, micro, epochs) = (
         config.actor.global_batch_size,
         config.actor.micro_batch_size,
@@ -253,7 +255,14 @@ fn iteration(plan: &RunPlan) -> Vec<String> {
                 config.runner.max_epochs,
                 grouped(steps * epochs * config.runner.max_epochs as usize)
             ),
-            format!("prefix of all records: {} (keys and values)", bytes(cache * records)),
+            format!(
+                "prefixes of all records: {}, {}",
+                bytes(cache * records),
+                match plan.prefix_cache() {
+                    (PrefixCachePlace::Off, _) => "not kept: each runs again in every epoch".to_owned(),
+                    (place, bound) => format!("kept ({}) up to {}", place.name(), bytes(bound as usize)),
+                }
+            ),
         ]);
     } else {
         lines.push(format!(
@@ -262,10 +271,11 @@ fn iteration(plan: &RunPlan) -> Vec<String> {
         ));
     }
     lines.push(format!(
-        "expert passes: {} per chunk in the rollout, {} per sample and epoch in the update; prefix {} per record",
+        "expert passes: {} per chunk in the rollout, {} per sample and epoch in the update; prefix {} per record, worth {:.0} expert passes",
         config.actor.model.num_steps,
         a.passes,
-        bytes(cache)
+        bytes(cache),
+        dims.prefix_flops() as f64 / dims.velocity_flops() as f64
     ));
     lines
 }
