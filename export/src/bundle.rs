@@ -151,6 +151,7 @@ pub fn manifest_of(
         },
         normalization: model.normalization,
         norm_stats,
+        delta_actions: model.delta_actions.clone(),
         weights: plan.config.rollout.weights,
         batch,
         config_digest: plan.config_digest.clone(),

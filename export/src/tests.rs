@@ -7,7 +7,7 @@ use policy::{
     config::{TokenizerConfig, WeightMode},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{Mdp, NoiseMethod, Sampling},
-    norm::Normalization,
+    norm::{NormStats, Normalization, bool_mask, delta_from_absolute},
     params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps, params},
     weights::{Weight, WeightsError},
 };
@@ -73,6 +73,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         },
         normalization: Normalization::None,
         norm_stats: None,
+        delta_actions: None,
         weights,
         batch,
         config_digest: String::new(),
@@ -145,6 +146,48 @@ fn bundles_of_every_kind_pass_the_check() {
         first(&dir, manifest(variant, mode, batch)).expect("written");
         let report = check_bundle(&dir).expect("sound");
         assert_eq!((report.policy_version, report.files), (0, 4));
+    }
+}
+
+#[test]
+fn delta_actions_come_back_as_absolute_ones() {
+    let stats = r#"{"norm_stats": {"state": {"mean": [1, -2], "std": [2, 0.5]}, "actions": {"mean": [0.5, 0], "std": [3, 0.25]}}}"#;
+    let stats = NormStats::from_json(stats).expect("statistics");
+    let (state, absolute) = ([3.0f32, -1.5], [4.0f32, 0.75]);
+    let runs = vec![1, -1];
+    let delta = delta_from_absolute(&absolute, &state, &bool_mask(&runs)).expect("delta");
+    assert_eq!(delta, [1.0, 0.75]);
+    let mut manifest = manifest(Variant::Pi0, WeightMode::Constants, None);
+    manifest.normalization = Normalization::ZScore;
+    let normalized = |row: &[f32], of| Normalization::ZScore.normalize(of, row).expect("normalised");
+    let (action, mut seen) = (normalized(&delta, &stats.actions), normalized(&state, &stats.state));
+    seen.push(0.0); // the model's state is padded
+    manifest.norm_stats = Some(stats);
+    let close = |found: &[f32], wanted: &[f32]| {
+        // f32 roundings of numbers below 4
+        assert!(
+            found.iter().zip(wanted).all(|(f, w)| (f - w).abs() < 1e-6),
+            "{found:?}, expected {wanted:?}"
+        );
+    };
+    close(&manifest.env_action(&action, &seen).expect("action"), &delta);
+    manifest.delta_actions = Some(runs);
+    close(&manifest.env_action(&action, &seen).expect("action"), &absolute);
+
+    let dir = tempfile::tempdir().expect("folder");
+    let whole = first(&dir.path().join("whole"), manifest.clone()).expect("bundle");
+    assert_eq!(
+        Bundle::open(whole.dir()).expect("read").manifest.delta_actions,
+        manifest.delta_actions
+    );
+    for wrong in [vec![], vec![3], vec![1, 0], vec![i32::MAX, i32::MIN]] {
+        let text = fs::read_to_string(whole.dir().join(MANIFEST)).expect("manifest");
+        let mut raw: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        raw["delta_actions"] = wrong.into();
+        fs::write(whole.dir().join(MANIFEST), raw.to_string()).expect("written");
+        let error = Bundle::open(whole.dir()).expect_err("refused").to_string();
+        assert!(error.contains("delta_actions"), "{error}");
+        fs::write(whole.dir().join(MANIFEST), text).expect("restored");
     }
 }
 

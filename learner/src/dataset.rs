@@ -2,7 +2,12 @@
 
 use std::path::Path;
 
-use policy::{config::ModelConfig, dims::PolicyDims, norm::NormStats, prompt::Tokenizer};
+use policy::{
+    config::ModelConfig,
+    dims::PolicyDims,
+    norm::{NormStats, bool_mask},
+    prompt::Tokenizer,
+};
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
@@ -137,6 +142,7 @@ pub fn read(
         let missing = dims.action_dim as i64 - values.size().last().copied().unwrap_or(0);
         values.constant_pad_nd([0, missing.max(0)])
     };
+    let raw_state = state.shallow_clone();
     let state = pad(normalise(&state, |s| &s.state)?);
     let target = if targets == "actions" {
         if target_shape[1] != dims.action_horizon as i64 || target_shape[2] > dims.action_dim as i64 {
@@ -145,6 +151,10 @@ pub fn read(
                 dims.action_horizon, dims.action_dim
             )));
         }
+        let target = match &model.delta_actions {
+            Some(runs) => differences(&target, &raw_state, &bool_mask(runs)).map_err(bad)?,
+            None => target,
+        };
         pad(normalise(&target, |s| &s.actions)?)
     } else {
         target
@@ -161,4 +171,45 @@ pub fn read(
         observations,
         targets: target,
     })
+}
+
+/// Actions `[N, H, A]` as differences from the state `[N, D]` of their observation where the mask says so; both raw.
+fn differences(actions: &Tensor, state: &Tensor, mask: &[bool]) -> std::result::Result<Tensor, String> {
+    let width = |values: &Tensor| values.size().last().copied().unwrap_or(0);
+    let dims = mask.len() as i64;
+    if dims > width(actions) || dims > width(state) {
+        return Err(format!(
+            "`actor.model.delta_actions` covers {dims} dimensions, the data has {} of the actions and {} of the state",
+            width(actions),
+            width(state)
+        ));
+    }
+    let shift = state.narrow(-1, 0, dims) * Tensor::from_slice(mask).to_kind(Kind::Float);
+    Ok(actions - shift.constant_pad_nd([0, width(actions) - dims]).unsqueeze(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use policy::norm::delta_from_absolute;
+
+    use super::*;
+
+    #[test]
+    fn actions_become_differences_as_openpi_makes_them() {
+        let mask = bool_mask(&[2, -1]);
+        let actions = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view([1, 2, 4]);
+        let state = Tensor::from_slice(&[0.5f32, -1.0, 9.0]).view([1, 3]);
+        let got: Vec<f32> =
+            Vec::try_from(differences(&actions, &state, &mask).expect("fits").flatten(0, -1)).expect("f32");
+        let rows = [[1.0f32, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]];
+        let expected = rows.map(|row| delta_from_absolute(&row, &[0.5f32, -1.0, 9.0], &mask).expect("fits"));
+        assert_eq!(got, expected.concat());
+        assert_eq!(got, [0.5, 3.0, 3.0, 4.0, 4.5, 6.0, 7.0, 8.0]);
+
+        let narrow = differences(&actions, &state.narrow(-1, 0, 2), &mask).expect_err("too narrow a state");
+        assert!(
+            narrow.contains("3 dimensions") && narrow.contains("2 of the state"),
+            "{narrow}"
+        );
+    }
 }

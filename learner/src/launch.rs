@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use policy::config::WorkerKind;
+use policy::config::{EnvConfig, WorkerKind};
 use policy::plan::RunPlan;
 
 use crate::{
@@ -60,8 +60,8 @@ fn sibling(name: &str) -> Result<PathBuf> {
     })
 }
 
-/// The Python of the simulators' virtual environment, with the package on its path.
-fn python() -> Result<Command> {
+/// The Python that has the simulator, with the package on its path.
+fn python(env: &EnvConfig) -> Result<Command> {
     let own = std::env::current_exe().map_err(io("finding this executable", Path::new("learner")))?;
     let root = own
         .ancestors()
@@ -69,10 +69,19 @@ fn python() -> Result<Command> {
         .ok_or_else(|| {
             LearnerError::Missing("the folder crates/envs/python is not above this executable".to_owned())
         })?;
-    let interpreter = root.join(".deps/metaworld-venv/bin/python");
+    let (interpreter, remedy) = match &env.python {
+        Some(path) => (
+            path.clone(),
+            "`env.python` names it: configs/README.md says how it is made",
+        ),
+        None => (
+            root.join(".deps/metaworld-venv/bin/python"),
+            "run scripts/setup-metaworld",
+        ),
+    };
     if !interpreter.is_file() {
         return Err(LearnerError::Missing(format!(
-            "`{}` is missing: run scripts/setup-metaworld",
+            "`{}` is missing: {remedy}",
             interpreter.display()
         )));
     }
@@ -175,7 +184,7 @@ impl Children {
             let name = format!("env-worker-{worker}");
             let mut command = match env.worker {
                 WorkerKind::Rust => Command::new(sibling("env-worker")?),
-                WorkerKind::Python => python()?,
+                WorkerKind::Python => python(env)?,
             };
             command
                 .arg("serve")
@@ -217,7 +226,7 @@ impl Children {
         let mut command = match env.worker {
             WorkerKind::Rust => Command::new(sibling("env-worker")?),
             WorkerKind::Python => {
-                let mut command = python()?;
+                let mut command = python(env)?;
                 command.arg(what).arg("--env").arg(&env.name);
                 command
             }

@@ -189,8 +189,13 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         .filter(|_| config.sft.is_none())
         .unwrap_or_else(|| sft_checkpoint(&dir));
     if from.is_none() && !start.exists() {
+        let remedy = if config.sft.is_none() && config.actor.model.checkpoint.is_some() {
+            "`actor.model.checkpoint` names it: put the weights there"
+        } else {
+            "run `learner sft` with this configuration first"
+        };
         return Err(LearnerError::Missing(format!(
-            "`{}` is missing: run `learner sft` with this configuration first",
+            "`{}` is missing: {remedy}",
             start.display()
         )));
     }

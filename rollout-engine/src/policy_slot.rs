@@ -202,6 +202,7 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
         ("action_chunk", live.action_chunk == new.action_chunk),
         ("env_action_dim", live.env_action_dim == new.env_action_dim),
         ("cameras", live.cameras == new.cameras),
+        ("delta_actions", live.delta_actions == new.delta_actions),
     ];
     match fields.into_iter().find(|(_, same)| !same) {
         Some((field, _)) => Err(PolicyError::Other { field }),

@@ -22,10 +22,7 @@ pub fn actions(policy: &LoadedPolicy, sample: &Sample) -> Result<Array, NormErro
         .take(manifest.action_chunk)
     {
         let executed = row.get(..width).unwrap_or(row);
-        match &manifest.norm_stats {
-            Some(stats) => values.extend(manifest.normalization.unnormalize(&stats.actions, executed)?),
-            None => values.extend_from_slice(executed),
-        }
+        values.extend(manifest.env_action(executed, &sample.input.state)?);
     }
     Ok(Array::f32(&[manifest.action_chunk, width], &values))
 }

@@ -11,6 +11,7 @@ mod golden {
     mod rl;
 }
 mod asynchronous;
+mod inspect;
 mod mdp;
 mod prefix_store;
 mod properties;

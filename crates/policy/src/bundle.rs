@@ -16,7 +16,7 @@ use crate::{
     config::{TokenizerConfig, WeightMode, hex},
     dims::PolicyDims,
     flow::Sampling,
-    norm::{NormStats, Normalization},
+    norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, bool_mask, mask_fits},
     params::{Heads, ParamSpec, Part, params},
 };
 
@@ -91,6 +91,9 @@ pub struct Manifest {
     pub normalization: Normalization,
     /// Its statistics.
     pub norm_stats: Option<NormStats>,
+    /// Run lengths of the action dimensions that are differences from the state (see [`crate::norm::bool_mask`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delta_actions: Option<Vec<i32>>,
     /// Weight mode of the denoise graph.
     pub weights: WeightMode,
     /// Batch size of the graphs; absent: dynamic.
@@ -183,6 +186,23 @@ impl Manifest {
         params(&self.dims, &self.heads)
     }
 
+    /// One executed action, `[env_action_dim]`, from model units to the environment's; `state` is the model's input,
+    /// `[action_dim]`, which a policy with delta actions adds in the environment's units.
+    ///
+    /// # Errors
+    /// The statistics do not fit.
+    pub fn env_action(&self, action: &[f32], state: &[f32]) -> Result<Vec<f32>, NormError> {
+        let in_env_units = |of: fn(&NormStats) -> &DimStats, row: &[f32]| match &self.norm_stats {
+            Some(stats) => self.normalization.unnormalize(of(stats), row),
+            None => Ok(row.to_vec()),
+        };
+        let action = in_env_units(|stats| &stats.actions, action)?;
+        let Some(runs) = &self.delta_actions else {
+            return Ok(action);
+        };
+        absolute_from_delta(&action, &in_env_units(|stats| &stats.state, state)?, &bool_mask(runs))
+    }
+
     /// The entry of a file.
     pub fn file(&self, name: &str) -> Option<&BundleFile> {
         self.files.iter().find(|f| f.name == name)
@@ -244,6 +264,16 @@ impl Bundle {
             return Err(bad(
                 "`action_chunk`, `env_action_dim`, `num_steps` or `cameras` do not fit the sizes".to_owned(),
             ));
+        }
+        if let Some(runs) = manifest
+            .delta_actions
+            .as_ref()
+            .filter(|runs| !mask_fits(runs, manifest.env_action_dim))
+        {
+            return Err(bad(format!(
+                "`delta_actions` is {runs:?}, expected runs other than 0 over at most `env_action_dim` = {}",
+                manifest.env_action_dim
+            )));
         }
         for required in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS, EXPERT_WEIGHTS] {
             if manifest.file(required).is_none() {

@@ -196,6 +196,9 @@ pub struct ModelConfig {
     pub normalization: Normalization,
     /// `norm_stats.json` in openpi's layout; required unless `normalization = "none"`.
     pub norm_stats: Option<PathBuf>,
+    /// Leading action dimensions that the policy gives as differences from the state, as run lengths: `[6, -1]` is six differences
+    /// and one absolute (openpi's `make_bool_mask`); absent: all are absolute.
+    pub delta_actions: Option<Vec<i32>>,
     /// Prompt tokenizer.
     pub tokenizer: TokenizerConfig,
     /// Value head; absent for algorithms without a critic.
@@ -463,10 +466,12 @@ pub enum ReferenceConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EnvConfig {
-    /// Registered name (`tabletop`, `metaworld`).
+    /// Registered name (`tabletop`; of the Python worker `metaworld`, `libero`, `gym`).
     pub name: String,
     /// Which env worker: the Rust binary or the Python package.
     pub worker: WorkerKind,
+    /// Interpreter of the Python worker, of an environment that has the simulator; absent: the one of `scripts/setup-metaworld`.
+    pub python: Option<PathBuf>,
     /// Parameters of the environment; the environment checks them.
     pub params: toml::Table,
     /// Parameters that differ when demonstrations are collected (a demonstrator's flaw lies here).

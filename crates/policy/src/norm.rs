@@ -279,6 +279,12 @@ pub fn bool_mask(runs: &[i32]) -> Vec<bool> {
         .collect()
 }
 
+/// Whether run lengths make a mask (see [`bool_mask`]) of 1 to `width` dimensions.
+pub fn mask_fits(runs: &[i32], width: usize) -> bool {
+    let dims: u64 = runs.iter().map(|n| u64::from(n.unsigned_abs())).sum();
+    !runs.contains(&0) && (1..=width as u64).contains(&dims)
+}
+
 /// Turns one absolute action into the difference from the raw (not normalised) state, where the mask says so.
 ///
 /// # Errors

@@ -1,10 +1,13 @@
 //! The checked plan of a run: sizes derived once, contradictions refused before anything starts.
 
 use crate::{
-    config::{ActorConfig, ConfigError, ModelConfig, PrefixCachePlace, RunConfig, TokenizerConfig, ValueHeadConfig},
+    config::{
+        ActorConfig, ConfigError, ModelConfig, PrefixCachePlace, RunConfig, TokenizerConfig, ValueHeadConfig,
+        WorkerKind,
+    },
     dims::{PolicyDims, Variant},
     flow::{Mdp, NoiseMethod, Sampling, Schedule},
-    norm::Normalization,
+    norm::{Normalization, mask_fits},
     params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps},
     prompt::Tokenizer,
 };
@@ -164,6 +167,12 @@ impl RunPlan {
                 ),
             ));
         }
+        if config.env.python.is_some() && config.env.worker != WorkerKind::Python {
+            return Err(refuse(
+                "env.python",
+                "given, but `env.worker = \"rust\"` needs no interpreter: remove the key",
+            ));
+        }
         check_sampling(model, config.algorithm.velocity.is_some())?;
         let a = &config.algorithm;
         for (key, value) in [("algorithm.gamma", a.gamma), ("algorithm.gae_lambda", a.gae_lambda)] {
@@ -207,6 +216,17 @@ impl RunPlan {
             return Err(refuse(
                 "actor.model.norm_stats",
                 "missing, `actor.model.normalization` needs the statistics",
+            ));
+        }
+        if let Some(runs) = &model.delta_actions
+            && !mask_fits(runs, model.env_action_dim)
+        {
+            return Err(refuse(
+                "actor.model.delta_actions",
+                format!(
+                    "{runs:?}, expected run lengths other than 0 over at most `actor.model.env_action_dim` = {} dimensions, like [6, -1]",
+                    model.env_action_dim
+                ),
             ));
         }
         if let TokenizerConfig::Words { words } = &model.tokenizer {

@@ -70,23 +70,48 @@ fn the_arithmetic_is_that_of_the_quickstart() {
 }
 
 #[test]
+fn the_arithmetic_is_that_of_the_published_recipes() {
+    // 240 env steps in chunks of 5 are 48 records of each of 512 episodes; 12 steps of 2048, four times
+    let ppo = describe(&plan("libero_spatial_ppo_pi0.toml", &[])).expect("text");
+    let grpo = describe(&plan("libero_10_grpo_pi05.toml", &[])).expect("text");
+    for (text, fact) in [
+        (&ppo, "64 environments x 8 episode(s) = 512 episodes, 512 group(s) of 1"),
+        (
+            &ppo,
+            "x at most 48 chunks = 24,576 records, at most; x 1 = 24,576 samples",
+        ),
+        (
+            &ppo,
+            "24,576 samples / 2048 = 12 optimizer step(s) of about 2048 samples, each in 16 part(s) of at most 128",
+        ),
+        (
+            &ppo,
+            "x 4 epochs = 48 optimizer steps per iteration, x 1000 iterations = 48,000",
+        ),
+        // three cameras of 256 tokens, and 48 of the prompt; 2 tensors x 18 layers x 816 tokens x 256 x 4 bytes
+        (
+            &ppo,
+            "816 prefix tokens (48 of the prompt), horizon 50 of which 5 are executed, action width 7 of 32",
+        ),
+        (&ppo, "prefix 30.1 MB per record"),
+        (&grpo, "64 environments x 8 episode(s) = 512 episodes, 64 group(s) of 8"),
+        (
+            &grpo,
+            "968 prefix tokens (200 of the prompt), horizon 10 of which 10 are executed",
+        ),
+    ] {
+        assert!(text.contains(fact), "`{fact}` is not in:\n{text}");
+    }
+}
+
+#[test]
 fn the_published_sizes_have_the_published_number_of_weights() {
-    let full = [
-        "vocab=257152",
-        "vlm={width=2048,mlp=16384}",
-        "expert={width=1024,mlp=4096}",
-        "depth=18",
-        "heads=8",
-        "head_dim=256",
-        "vision={width=1152,mlp=4304,depth=27,heads=16,image_size=224,patch=14}",
-        "cameras=[\"a\",\"b\",\"c\"]",
-        "prompt_len=48",
-        "action_dim=32",
-        "action_horizon=50",
-    ];
-    let keys: Vec<String> = full.iter().map(|key| format!("actor.model.{key}")).collect();
-    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-    let text = describe(&plan("tabletop_grpo.toml", &keys)).expect("text");
+    let text = describe(&plan("libero_spatial_ppo_pi0.toml", &[])).expect("text");
+    // openpi's pi0 less the expert's output head `[257152, 1024]`, which nothing reads, and the value head 1024-512-256-128-1
+    let value_head = (1024 + 1) * 512 + (512 + 1) * 256 + (256 + 1) * 128 + (128 + 1);
+    let all = 3_501_372_176usize - 257_152 * 1024 + value_head;
+    assert!(text.contains(&format!("{}  in all, ", grouped(all))), "{all}: {text}");
+    assert!(text.contains(&format!("{}  value head", grouped(value_head))), "{text}");
     // 400M SigLIP-So400m/14, 2.5B Gemma, 300M expert
     let count = |name: &str| -> f64 {
         let line = text

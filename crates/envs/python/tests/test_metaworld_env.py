@@ -49,6 +49,22 @@ class MetaWorldTest(unittest.TestCase):
         self.assertEqual(goal(1, 2, 3, reset_state=5), goal(1, 8, 9, reset_state=5))
         self.assertNotEqual(goal(1, 2, 3, reset_state=5), goal(1, 2, 3, reset_state=6))
 
+    def test_sets_of_tasks_and_the_words_of_a_checkpoint(self):
+        def tasks(name):
+            return make("metaworld", {**PARAMS, "task": name}).spec().tasks
+
+        self.assertEqual([len(set(tasks(name))) for name in ("mt50", "ml45-train", "ml45-test")], [50, 45, 5])
+        self.assertEqual(set(tasks("mt50")), set(tasks("ml45-train")) | set(tasks("ml45-test")))
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "prompts.json"
+            path.write_text(json.dumps({"reach-v3": "Go there", "push-v3": "Push"}))
+            params = {**PARAMS, "task": ["push-v3", "reach-v3"], "prompts": str(path)}
+            self.assertEqual(make("metaworld", params).spec().prompts, ["Push", "Go there"])
+            with self.assertRaisesRegex(EnvError, "no sentence for `hammer-v3`"):
+                make("metaworld", {**params, "task": "hammer-v3"})
+            with self.assertRaisesRegex(EnvError, "read the prompts"):
+                make("metaworld", {**params, "prompts": str(path) + "x"})
+
     def test_a_group_has_one_task(self):
         env = make("metaworld", {**PARAMS, "task": ["reach-v3", "push-v3"]})
 

@@ -6,8 +6,14 @@ from typing import Any
 
 from .base import ChunkEnv, EnvError
 
+#: Simulators that published recipes use and no adapter drives yet, with the reason.
+WITHOUT_ADAPTER = {
+    "calvin": "its scenes and task oracle come from a source checkout of calvin_env, not from a package",
+    "maniskill": "the tasks `PutOnPlateInScene25*` and their meshes are no part of the package mani_skill",
+}
+
 #: Names accepted by `make`.
-NAMES = ("gym", "metaworld")
+NAMES = ("calvin", "gym", "libero", "maniskill", "metaworld")
 
 
 def make(name: str, params: dict[str, Any]) -> ChunkEnv:
@@ -20,4 +26,10 @@ def make(name: str, params: dict[str, Any]) -> ChunkEnv:
         from .gym_env import GymEnv
 
         return GymEnv(params)
+    if name == "libero":
+        from .libero_env import LiberoEnv
+
+        return LiberoEnv(params)
+    if name in WITHOUT_ADAPTER:
+        raise EnvError(f"environment `{name}` has no adapter yet: {WITHOUT_ADAPTER[name]}; to add one, implement `ChunkEnv` as envs/libero_env.py does")
     raise EnvError(f"unknown environment `{name}`, expected one of {', '.join(f'`{n}`' for n in NAMES)}")

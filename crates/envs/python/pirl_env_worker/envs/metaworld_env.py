@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import warnings
 from typing import Any
 
@@ -15,7 +17,8 @@ from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, 
 from .mujoco_render import Camera, FrameRenderer
 
 PARAMS = {
-    "task": "reach-v3",  # one task name, or a list
+    "task": "reach-v3",  # one task name, a list, or a set: mt50, ml45-train, ml45-test
+    "prompts": "",  # JSON file, an object of task -> sentence: the words that a checkpoint was trained with; empty: metaworld_tasks.py
     "cameras": ["corner2"],  # names of `CAMERAS`
     "image_size": 64,  # side of every image in px
     "supersample": 2,  # frames are drawn this many times larger and box-filtered
@@ -46,6 +49,20 @@ VIDEO_SIZE = 192  # side in px of a picture for people
 STATE_DIM = 4  # gripper x, y, z in metres, gripper opening 0..1
 
 
+def _prompts(path: str, names: list[str]) -> list[str]:
+    """The sentence of each task: ours, or those of a JSON file."""
+    if not path:
+        return [tasks.PROMPTS[name] for name in names]
+    try:
+        table = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EnvError(f"read the prompts `{path}`: {error}") from error
+    for name in names:
+        if not (isinstance(table, dict) and isinstance(table.get(name), str)):
+            raise EnvError(f"the prompts `{path}` have no sentence for `{name}`: expected a JSON object of task -> sentence")
+    return [table[name] for name in names]
+
+
 class MetaWorldEnv:
     """One MetaWorld environment of one or several tasks.
 
@@ -57,7 +74,7 @@ class MetaWorldEnv:
         refuse_unknown(params, PARAMS)
         self._params = {**PARAMS, **params}
         named = self._params["task"]
-        self._tasks = [named] if isinstance(named, str) else list(named)
+        self._tasks = tasks.SETS.get(named, [named]) if isinstance(named, str) else list(named)
         for task in self._tasks:
             if task not in tasks.PROMPTS:
                 raise EnvError(f"unknown MetaWorld task `{task}`, expected one such as `reach-v3`")
@@ -78,7 +95,7 @@ class MetaWorldEnv:
             action_dim=ACTION_DIM,
             max_episode_steps=max(limits),
             tasks=self._tasks,
-            prompts=[tasks.PROMPTS[task] for task in self._tasks],
+            prompts=_prompts(self._params["prompts"], self._tasks),
         )
         self._limits = limits
         self._simulators: dict[int, Any] = {}

@@ -56,6 +56,16 @@ PROMPTS = {
     "window-open-v3": "open the window",
 }
 
+#: The five tasks that MetaWorld's ML45 keeps for testing (Yu et al. 2019, "Meta-World").
+ML45_TEST = ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3")
+
+#: Names that stand for several tasks.
+SETS = {
+    "mt50": list(PROMPTS),
+    "ml45-train": [task for task in PROMPTS if task not in ML45_TEST],
+    "ml45-test": list(ML45_TEST),
+}
+
 #: Tasks whose sentence names the goal itself, not an object to move.
 NAMES_GOAL = ("hand-insert-v3", "reach-v3", "reach-wall-v3")
 
