@@ -204,7 +204,7 @@ mod tests {
         let rows = [[1.0f32, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]];
         let expected = rows.map(|row| delta_from_absolute(&row, &[0.5f32, -1.0, 9.0], &mask).expect("fits"));
         assert_eq!(got, expected.concat());
-        assert_eq!(got, [0.5, 3.0, 3.0, 4.0, 4.5, 6.0, 7.0, 8.0]);
+        assert_eq!(got, [0.5, 3.0, 3.0, 4.0, 4.5, 7.0, 7.0, 8.0]);
 
         let narrow = differences(&actions, &state.narrow(-1, 0, 2), &mask).expect_err("too narrow a state");
         assert!(
