@@ -48,7 +48,7 @@ pub struct Collected {
 /// Orders `resets` from `version` in the place of all that is wanted, and waits for all of them.
 ///
 /// # Errors
-/// See [`wait`].
+/// A child ends, an engine refuses the version, or nothing comes for two minutes.
 pub fn collect(
     hub: &Hub,
     children: &mut Children,
