@@ -11,7 +11,7 @@ use tch::{Kind, Tensor, no_grad};
 use crate::{
     error::{LearnerError, Result},
     logprob::Executed,
-    model::Pi0,
+    model::{Pi0, path},
     prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
@@ -187,14 +187,13 @@ impl VelocityObjective {
         let actions = batch.chain.select(1, -1).index_select(0, &record);
         let state = batch.observations.state.index_select(0, &record);
         let (cache, _) = prefixes.rows(&record)?;
-        let t = times.to_kind(Kind::Float).view([-1, 1, 1]);
-        let x_t = &actions * (1.0 - &t) + &noise * &t;
+        let (x_t, target) = path(&actions, &noise, &times);
         let velocity = policy.velocity(&cache, Some(&state), &x_t, &times)?.v_t;
         let reference = no_grad(|| self.reference.policy().velocity(&cache, Some(&state), &x_t, &times))?.v_t;
         let loss = self.method.loss(&Velocities {
             velocity: &velocity,
             reference: &reference,
-            target: &(noise - actions),
+            target: &target,
             executed: &credit.executed.index_select(0, &index),
             credit: &credit.by_sample.index_select(0, &index),
         });

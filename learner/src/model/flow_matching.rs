@@ -15,6 +15,13 @@ pub struct FlowMatching {
     pub u_t: Tensor,
 }
 
+/// The straight path of flow matching at flow times `time` `[B]`: noisy actions `t * noise + (1 - t) * actions` and the velocity
+/// along it, `noise - actions`; all `[B, H, A]`.
+pub(crate) fn path(actions: &Tensor, noise: &Tensor, time: &Tensor) -> (Tensor, Tensor) {
+    let t = time.to_kind(actions.kind()).view([-1, 1, 1]);
+    (noise * &t + actions * (1.0 - &t), noise - actions)
+}
+
 impl Pi0 {
     /// Unreduced flow-matching loss `[B, H, A]` for normalised `actions` and standard normal `noise` `[B, H, A]` at flow times
     /// `time` `[B]` (training draws `0.999 * Beta(1.5, 1) + 0.001`). `state` `[B, A]` is read by pi0 only.
@@ -33,9 +40,7 @@ impl Pi0 {
         check_shape("actions", actions, &chunk)?;
         check_shape("noise", noise, &chunk)?;
         check_shape("time", time, &[cache.batch()])?;
-        let t = time.to_kind(actions.kind()).view([-1, 1, 1]);
-        let x_t = noise * &t + actions * (1.0 - &t);
-        let u_t = noise - actions;
+        let (x_t, u_t) = path(actions, noise, time);
         let velocity = self.velocity(cache, state, &x_t, time)?;
         Ok(FlowMatching {
             loss: (&u_t - velocity.v_t).square(),

@@ -18,6 +18,7 @@ use policy::{
 };
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::flow_matching::path;
 use self::{
     expert::Expert,
     gemma::{Layer, Norm, Rope, attention_bias},
