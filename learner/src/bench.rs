@@ -10,13 +10,13 @@ use policy::{
     plan::{DEFAULT_PREFIX_CACHE_MB, RunPlan},
 };
 use tch::{Device, Kind, Tensor};
-use wire::messages::{Mode, Reset, Trajectory, TrajectoryChunk};
+use wire::messages::Trajectory;
 
 use crate::{
-    error::{LearnerError, Result},
+    error::{LearnerError, Result, io},
     model::{ParamStore, Pi0},
     observation::ObservationBatch,
-    records::act,
+    records::{act, episode},
     rollout::RolloutBatch,
     update::Updater,
 };
@@ -71,12 +71,15 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     // past the warm-up the critic and the actor train
     let iteration = actor.optim.critic_warmup_epochs;
     let batch = RolloutBatch::new(plan, &trajectories, 0)?;
+    // the folder of the disk's file, not the run's
+    let scratch = std::env::temp_dir().join(format!("pirl-bench-{}", std::process::id()));
     let mut runs: Vec<Vec<(f64, u64)>> = vec![Vec::new(); PLACES.len()];
     let mut weights: Vec<Vec<f32>> = Vec::new();
     for _ in 0..repeats {
         weights.clear();
         for (place, runs) in PLACES.into_iter().zip(&mut runs) {
             let mut plan = plan.clone();
+            plan.config.runner.output_dir.clone_from(&scratch);
             plan.config.actor.prefix_cache = Some(place);
             plan.config.actor.prefix_cache_mb = match place {
                 PrefixCachePlace::Off => None,
@@ -94,6 +97,9 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
             let all = parts.into_iter().flat_map(|part| policy.store().export(part));
             weights.push(all.flat_map(|(_, _, data)| data).collect());
         }
+    }
+    if scratch.exists() {
+        std::fs::remove_dir(&scratch).map_err(io("removing", &scratch))?;
     }
     let off: Vec<f64> = runs.first().into_iter().flatten().map(|run| run.0).collect();
     let samples = (records * plan.config.algorithm.update_epoch as usize) as f64;
@@ -193,34 +199,13 @@ fn episodes(plan: &RunPlan, policy: &Pi0, records: usize) -> Result<Vec<Trajecto
         all.extend(made.into_iter().zip(part).map(|(record, env)| {
             let success = env % 2 == 0;
             let mut rewards = vec![0.0; plan.config.actor.model.num_action_chunks];
-            rewards
-                .iter_mut()
-                .take(1)
-                .for_each(|reward| *reward = f32::from(success));
+            if let Some(first) = rewards.first_mut() {
+                *first = f32::from(success);
+            }
             let bootstrap = plan.config.algorithm.bootstrap_type == BootstrapType::Always;
             Trajectory {
-                id: *env as u64,
-                engine: "bench".to_owned(),
-                order: 1,
-                reset: Reset {
-                    seed,
-                    env: *env as u32,
-                    episode: 0,
-                    reset_state: Some((env / group).min(last_group) as u64),
-                    task: None,
-                    group: None,
-                    video: false,
-                },
-                mode: Mode::Train,
-                prompt: String::new(),
-                chunks: vec![TrajectoryChunk {
-                    record: Some(Box::new(record)),
-                    rewards,
-                    frames: Vec::new(),
-                }],
-                terminated: true,
-                success,
                 final_value: bootstrap.then_some(0.0),
+                ..episode(record, (env / group).min(last_group) as u64, rewards, success)
             }
         }));
     }

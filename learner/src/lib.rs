@@ -7,6 +7,7 @@ pub mod advantage;
 pub mod ahead;
 pub mod bench;
 pub mod checkpoint;
+mod curves;
 pub mod dataset;
 pub mod error;
 pub mod evaluate;

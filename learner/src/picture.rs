@@ -5,23 +5,18 @@ use std::path::Path;
 use plotters::prelude::*;
 use wire::messages::Trajectory;
 
-use crate::error::{LearnerError, Result, io};
+use crate::{
+    curves::{self, Line, Panel, font},
+    error::{LearnerError, Result, io},
+    report::spread,
+};
 
-/// Size of the curve in pixels.
-const CURVE: (u32, u32) = (900, 540);
 /// Time of a GIF frame in hundredths of a second.
 const FRAME_CENTISECONDS: u16 = 12;
 /// How long the last frame stays.
 const LAST_FRAMES: usize = 8;
 /// Height of the text strip under a frame.
 const STRIP: usize = 26;
-
-/// Registers the embedded font.
-pub(crate) fn font() -> Result<(), String> {
-    // the picture must not depend on the fonts of the machine
-    plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
-        .map_err(|_e| "the embedded font is not readable".to_owned())
-}
 
 /// Draws success over training episodes from `metrics.jsonl`: sampled (training) and ODE (unseen episodes).
 ///
@@ -48,63 +43,20 @@ pub fn success_curve(metrics: &Path, out: &Path) -> Result<()> {
         }
         points
     };
-    let (train, eval) = (points("train"), points("eval"));
-    draw_curve(out, &train, &eval).map_err(|detail| LearnerError::Picture {
-        path: out.to_owned(),
-        detail,
-    })
-}
-
-fn draw_curve(out: &Path, train: &[(f64, f64)], eval: &[(f64, f64)]) -> Result<(), String> {
-    font()?;
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    let last = train.iter().chain(eval).map(|p| p.0).fold(1.0, f64::max);
-    let beside = out.with_extension("writing.png");
-    {
-        let root = BitMapBackend::new(&beside, CURVE).into_drawing_area();
-        root.fill(&WHITE).map_err(|e| text(&e))?;
-        let mut chart = ChartBuilder::on(&root)
-            .caption("success over training episodes", ("sans-serif", 22))
-            .margin(14)
-            .x_label_area_size(44)
-            .y_label_area_size(56)
-            .build_cartesian_2d(0.0..last, 0.0..1.0)
-            .map_err(|e| text(&e))?;
-        chart
-            .configure_mesh()
-            .x_desc("episodes")
-            .y_desc("success rate")
-            .label_style(("sans-serif", 15))
-            .axis_desc_style(("sans-serif", 16))
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .light_line_style(TRANSPARENT)
-            .draw()
-            .map_err(|e| text(&e))?;
-        let series = [
-            (train, RGBColor(150, 170, 200), "sampled (Flow-SDE), training"),
-            (eval, RGBColor(190, 60, 30), "ODE, unseen episodes"),
-        ];
-        for (points, colour, label) in series {
-            chart
-                .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
-                .map_err(|e| text(&e))?
-                .label(label)
-                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 22, y)], colour.stroke_width(2)));
-        }
-        chart
-            .draw_series(eval.iter().map(|p| Circle::new(*p, 3, RGBColor(190, 60, 30).filled())))
-            .map_err(|e| text(&e))?;
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
-            .label_font(("sans-serif", 15))
-            .background_style(WHITE)
-            .border_style(RGBColor(200, 200, 200))
-            .draw()
-            .map_err(|e| text(&e))?;
-        root.present().map_err(|e| text(&e))?;
-    }
-    std::fs::rename(&beside, out).map_err(|e| text(&e))
+    let line = |label: &str, stage: &str, colour: RGBColor, marks: bool| Line {
+        label: label.to_owned(),
+        colour,
+        marks,
+        points: spread(&[points(stage)]),
+    };
+    let panel = Panel {
+        title: "success over training episodes".to_owned(),
+        lines: vec![
+            line("sampled with noise, training", "train", RGBColor(150, 170, 200), false),
+            line("ODE, unseen episodes", "eval", RGBColor(190, 60, 30), true),
+        ],
+    };
+    curves::draw(&[panel], out)
 }
 
 struct Frame {

@@ -7,7 +7,10 @@ use policy::{
     plan::RunPlan,
 };
 use tch::{Kind, Tensor};
-use wire::{array::Array, messages::ChunkRecord};
+use wire::{
+    array::Array,
+    messages::{ChunkRecord, Mode, Reset, Trajectory, TrajectoryChunk},
+};
 
 use crate::{
     error::{LearnerError, Result},
@@ -127,6 +130,35 @@ pub fn act(
             })
         })
         .collect()
+}
+
+/// A terminated training episode of one chunk, begun from reset state `start`, which paid `rewards`.
+pub fn episode(record: ChunkRecord, start: u64, rewards: Vec<f32>, success: bool) -> Trajectory {
+    let NoiseKey { seed, env, episode, .. } = record.key;
+    Trajectory {
+        id: u64::from(env),
+        engine: "libtorch".to_owned(),
+        order: 1,
+        reset: Reset {
+            seed,
+            env,
+            episode,
+            reset_state: Some(start),
+            task: None,
+            group: None,
+            video: false,
+        },
+        mode: Mode::Train,
+        prompt: String::new(),
+        chunks: vec![TrajectoryChunk {
+            record: Some(Box::new(record)),
+            rewards,
+            frames: Vec::new(),
+        }],
+        terminated: true,
+        success,
+        final_value: None,
+    }
 }
 
 fn bytes(tensor: &Tensor) -> Vec<u8> {

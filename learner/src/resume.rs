@@ -202,7 +202,6 @@ fn check_length(plan: &RunPlan, found: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Every key of a configuration by its path, with its value as TOML.
 /// Every key of a configuration as a dotted path, with its value as TOML writes it.
 ///
 /// # Errors

@@ -31,7 +31,7 @@ use crate::{
     rollout::{RolloutBatch, failure_rate},
     sampling::sample,
     sft::sft,
-    update::{Updater, check_loss},
+    update::{UpdateReport, Updater, check_loss},
 };
 
 /// Seeds of the data sets, apart from the run's own.
@@ -52,7 +52,7 @@ fn libtorch(plan: &RunPlan) -> Result<()> {
 /// Names the key and what is registered.
 pub fn check(plan: &RunPlan) -> Result<()> {
     check_estimator(plan)?;
-    check_loss(plan).map(|_loss| ())
+    check_loss(plan)
 }
 
 /// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
@@ -255,62 +255,60 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         ring.hub.announce(&bundle)?;
         let success = got.success;
         let a = &report.actor;
-        log.write(
-            "train",
-            version + 1,
-            &[
-                ("episodes", episodes as f64),
-                ("success", success),
-                ("terminated_failure", got.failure),
-                ("records", report.records as f64),
-                ("env_steps", got.env_steps as f64),
-                ("groups", got.groups as f64),
-                ("rounds", f64::from(got.rounds)),
-                ("action_magnitude", batch.action_magnitude),
-                ("policy_loss", a.policy_loss),
-                ("kl_penalty", a.kl_penalty),
-                ("entropy", report.entropy),
-                ("credit", report.credit),
-                ("displacement", report.displacement),
-                ("behaviour_clip_fraction", a.behaviour_clip_fraction),
-                ("ratio", a.ratio),
-                ("approx_kl", a.approx_kl),
-                ("last_kl", report.last_kl),
-                ("clip_fraction", a.clip_fraction),
-                ("logprob_gap", report.logprob_gap),
-                ("first_ratio_deviation", report.first_ratio_deviation),
-                ("value_gap", report.first_value_gap),
-                ("value_loss", report.value_loss),
-                ("value_clip_fraction", report.value_clip_fraction),
-                ("explained_variance", report.explained_variance),
-                ("grad_norm", report.grad_norm),
-                ("lr", report.lr),
-                ("updates", report.updates as f64),
-                ("skipped_updates", report.skipped as f64),
-                ("staleness_mean", batch.staleness_mean),
-                ("staleness_max", batch.staleness_max as f64),
-                ("stale_dropped", got.used.stale as f64),
-                ("rollout_seconds", got.used.seconds),
-                ("wait_seconds", got.used.waited),
-                ("reload_seconds", got.used.reload_seconds),
-                ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
-                ("prefix_seconds", report.prefix_seconds),
-                ("update_seconds", report.update_seconds),
-                ("publish_seconds", publishing.elapsed().as_secs_f64()),
-                ("iteration_seconds", begin.elapsed().as_secs_f64()),
-            ],
-        )?;
+        let mut values = vec![
+            ("episodes", episodes as f64),
+            ("success", success),
+            ("terminated_failure", got.failure),
+            ("records", report.records as f64),
+            ("env_steps", got.env_steps as f64),
+            ("groups", got.groups as f64),
+            ("rounds", f64::from(got.rounds)),
+            ("action_magnitude", batch.action_magnitude),
+            ("policy_loss", a.policy_loss),
+            ("kl_penalty", a.kl_penalty),
+            ("entropy", report.entropy),
+            ("behaviour_clip_fraction", a.behaviour_clip_fraction),
+            ("ratio", a.ratio),
+            ("approx_kl", a.approx_kl),
+            ("last_kl", report.last_kl),
+            ("clip_fraction", a.clip_fraction),
+            ("logprob_gap", report.logprob_gap),
+            ("first_ratio_deviation", report.first_ratio_deviation),
+            ("value_gap", report.first_value_gap),
+            ("value_loss", report.value_loss),
+            ("value_clip_fraction", report.value_clip_fraction),
+            ("explained_variance", report.explained_variance),
+            ("grad_norm", report.grad_norm),
+            ("lr", report.lr),
+            ("updates", report.updates as f64),
+            ("skipped_updates", report.skipped as f64),
+            ("staleness_mean", batch.staleness_mean),
+            ("staleness_max", batch.staleness_max as f64),
+            ("stale_dropped", got.used.stale as f64),
+            ("rollout_seconds", got.used.seconds),
+            ("wait_seconds", got.used.waited),
+            ("reload_seconds", got.used.reload_seconds),
+            ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
+            ("prefix_seconds", report.prefix_seconds),
+            ("update_seconds", report.update_seconds),
+            ("publish_seconds", publishing.elapsed().as_secs_f64()),
+            ("iteration_seconds", begin.elapsed().as_secs_f64()),
+        ];
+        if let Some(credit) = report.credit {
+            values.extend([("credit", credit.mean), ("displacement", credit.displacement)]);
+        }
+        log.write("train", version + 1, &values)?;
+        let age = if ahead.is_some() {
+            format!(", staleness {:.2}", batch.staleness_mean)
+        } else {
+            String::new()
+        };
         tracing::info!(
-            "iteration {}/{}: success {success:.3}, KL {:.4}, clip {:.3}, EV {:.2}, ratio gap {:.1e}, {} records, staleness {:.2}, waited {:.1} s, \
-             update {:.1} s",
+            "iteration {}/{}: success {success:.3}, {}, {} records{age}, waited {:.1} s, update {:.1} s",
             iteration + 1,
             config.runner.max_epochs,
-            a.approx_kl,
-            a.clip_fraction,
-            report.explained_variance,
-            report.first_ratio_deviation,
+            learnt(&report, ahead.is_none()),
             report.records,
-            batch.staleness_mean,
             got.used.waited,
             report.prefix_seconds + report.update_seconds,
         );
@@ -330,6 +328,26 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         bundle.dir().display()
     );
     picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
+}
+
+/// What an update did, in the numbers that its loss has. Parity of engine and learner is that of records of the version in training,
+/// which asynchronous training may not have.
+fn learnt(report: &UpdateReport, parity: bool) -> String {
+    let a = &report.actor;
+    if let Some(credit) = report.credit {
+        return format!(
+            "loss {:.4}, credit {:.3}, gradient {:.3}",
+            a.policy_loss, credit.mean, report.grad_norm
+        );
+    }
+    let mut parts = vec![format!("KL {:.4}, clip {:.3}", a.approx_kl, a.clip_fraction)];
+    if report.explained_variance.is_finite() {
+        parts.push(format!("EV {:.2}", report.explained_variance));
+    }
+    if parity {
+        parts.push(format!("ratio gap {:.1e}", report.first_ratio_deviation));
+    }
+    parts.join(", ")
 }
 
 fn validation(

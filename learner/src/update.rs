@@ -20,7 +20,7 @@ use crate::{
     prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
-    update_velocity::{self, VelocityObjective},
+    update_velocity::{self, Credit, VelocityObjective},
 };
 
 /// Trains a policy on rollouts.
@@ -28,9 +28,7 @@ use crate::{
 pub struct Updater {
     plan: RunPlan,
     executed: Executed,
-    loss: PolicyLossFn,
-    /// Takes the place of `loss` where the loss needs no likelihood.
-    velocity: Option<VelocityObjective>,
+    loss: Loss,
     level: LogprobType,
     /// Whether the loss clips around a proximal policy of its own.
     decoupled: bool,
@@ -44,6 +42,28 @@ pub struct Updater {
     fall: Schedule,
     /// Largest size of an iteration's prefixes that a warning has named.
     warned_of: u64,
+}
+
+/// What an update descends.
+#[derive(Debug)]
+enum Loss {
+    Likelihood(PolicyLossFn),
+    Velocity(Box<VelocityObjective>),
+}
+
+impl Loss {
+    fn new(plan: &RunPlan, policy: &Pi0) -> Result<Self> {
+        Ok(match VelocityObjective::new(plan, policy)? {
+            Some(velocity) => Self::Velocity(Box::new(velocity)),
+            None => Self::Likelihood(likelihood(plan)?),
+        })
+    }
+}
+
+/// How a micro-batch is passed in this iteration.
+enum Passes<'a> {
+    Likelihood(PolicyLossFn),
+    Velocity(&'a VelocityObjective, Credit),
 }
 
 /// Means over the minibatches of an iteration; every number is over valid records only.
@@ -76,10 +96,8 @@ pub struct UpdateReport {
     pub skipped: u64,
     /// Learning rate of the actor at the last step.
     pub lr: f64,
-    /// Mean credit and mean distance from the reference's actions of a loss on the velocity; 0 elsewhere.
-    pub credit: f64,
-    /// See `credit`.
-    pub displacement: f64,
+    /// Of a loss on the velocity.
+    pub credit: Option<CreditReport>,
     /// Records.
     pub records: usize,
     /// Whether `target_kl` ended the iteration early.
@@ -90,6 +108,15 @@ pub struct UpdateReport {
     pub prefix_seconds: f64,
     /// Seconds of the updates.
     pub update_seconds: f64,
+}
+
+/// What the chunks of an iteration were worth to a loss on the velocity.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CreditReport {
+    /// Mean credit.
+    pub mean: f64,
+    /// Mean distance of the executed actions from the reference's, model units; 0 where the method does not read it.
+    pub displacement: f64,
 }
 
 fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> ParamGroup {
@@ -106,18 +133,20 @@ fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> Pa
     }
 }
 
-/// Refuses an `algorithm.loss_type` that is not registered, or whose parameters are wrong, before anything starts. A loss on the
-/// velocity takes the place of the one that is returned.
+/// Refuses an `algorithm.loss_type` that is not registered, or whose parameters are wrong, before anything starts.
 ///
 /// # Errors
 /// Lists the registered names, or says what is wrong with a parameter.
-pub fn check_loss(plan: &RunPlan) -> Result<PolicyLossFn> {
+pub fn check_loss(plan: &RunPlan) -> Result<()> {
+    match update_velocity::method(plan)? {
+        Some(_) => Ok(()),
+        None => likelihood(plan).map(|_loss| ()),
+    }
+}
+
+fn likelihood(plan: &RunPlan) -> Result<PolicyLossFn> {
     let name = plan.config.algorithm.loss_type.as_str();
-    let likelihood = match update_velocity::method(plan)? {
-        Some(_) => policy_loss("actor"),
-        None => policy_loss(name),
-    };
-    likelihood.ok_or_else(|| {
+    policy_loss(name).ok_or_else(|| {
         let likelihood = crate::loss::POLICY_LOSSES.iter().map(|(n, _)| *n);
         let known: Vec<&str> = likelihood
             .chain(crate::velocity::VELOCITY_LOSSES.iter().map(|(n, _)| *n))
@@ -137,8 +166,7 @@ impl Updater {
     pub fn new(plan: &RunPlan, policy: &Pi0) -> Result<Self> {
         let (algorithm, optim) = (&plan.config.algorithm, &plan.config.actor.optim);
         let model = &plan.config.actor.model;
-        let loss = check_loss(plan)?;
-        let velocity = VelocityObjective::new(plan, policy)?;
+        let loss = Loss::new(plan, policy)?;
         let adam = AdamWSettings {
             beta1: optim.betas[0],
             beta2: optim.betas[1],
@@ -192,7 +220,6 @@ impl Updater {
                 env_action_dim: model.env_action_dim,
             },
             loss,
-            velocity,
             level: algorithm.logprob_type,
             decoupled: algorithm.loss_type == "decoupled_actor_critic",
             settings,
@@ -207,7 +234,10 @@ impl Updater {
 
     /// The reference policy of a loss on the velocity, for checkpoints.
     pub fn reference(&mut self) -> Option<&mut Reference> {
-        self.velocity.as_mut().map(|velocity| &mut velocity.reference)
+        match &mut self.loss {
+            Loss::Velocity(velocity) => Some(&mut velocity.reference),
+            Loss::Likelihood(_) => None,
+        }
     }
 
     /// The actor's and the critic's optimizer, for checkpoints.
@@ -223,9 +253,9 @@ impl Updater {
     /// Shapes that do not fit the policy.
     pub fn update(&mut self, policy: &Pi0, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
         let version = u64::from(iteration);
-        let informed = match &self.velocity {
-            Some(velocity) => velocity.informed(batch),
-            None => self.critic.is_some() || batch.informative,
+        let informed = match &self.loss {
+            Loss::Velocity(velocity) => velocity.informed(batch),
+            Loss::Likelihood(_) => self.critic.is_some() || batch.informative,
         };
         if batch.is_empty() || !informed {
             tracing::warn!(
@@ -245,16 +275,20 @@ impl Updater {
         let begin = std::time::Instant::now();
         let prefixes = PrefixStore::fill(&self.plan, policy, &batch.observations)?;
         self.warn_of_bound(&prefixes);
-        if let Some(velocity) = &mut self.velocity {
-            velocity.reference.begin(policy);
+        if let Some(reference) = self.reference() {
+            reference.begin(policy);
         }
-        let credit = match &self.velocity {
-            Some(velocity) => Some(velocity.credit(&self.plan, batch, &prefixes)?),
-            None => None,
+        let warming = iteration < self.plan.config.actor.optim.critic_warmup_epochs && self.critic.is_some();
+        let passes = match &self.loss {
+            Loss::Velocity(velocity) => Passes::Velocity(velocity, velocity.credit(&self.plan, batch, &prefixes)?),
+            Loss::Likelihood(loss) if warming => Passes::Likelihood(policy_loss("critic").unwrap_or(*loss)),
+            Loss::Likelihood(loss) => Passes::Likelihood(*loss),
         };
         let mut report = UpdateReport {
-            credit: credit.as_ref().map_or(0.0, |credit| credit.mean),
-            displacement: credit.as_ref().map_or(0.0, |credit| credit.displacement),
+            credit: match &passes {
+                Passes::Velocity(_, credit) => Some(credit.report()),
+                Passes::Likelihood(_) => None,
+            },
             records: batch.observations.len() as usize,
             prefix_cache_bytes: prefixes.bytes()?,
             prefix_seconds: begin.elapsed().as_secs_f64(),
@@ -270,12 +304,6 @@ impl Updater {
         );
         let begin = std::time::Instant::now();
         let config = &self.plan.config;
-        let warming = iteration < config.actor.optim.critic_warmup_epochs && self.critic.is_some();
-        let loss = if warming {
-            policy_loss("critic").unwrap_or(self.loss)
-        } else {
-            self.loss
-        };
         let (global, micro) = (config.actor.global_batch_size, config.actor.micro_batch_size);
         let (seed, epochs, target_kl) = (
             config.runner.seed,
@@ -299,13 +327,16 @@ impl Updater {
                 let first = minibatches_done == 0.0;
                 let mut actor = ActorMetrics::default();
                 for part in micro_batches(minibatch, micro) {
-                    if let (Some(velocity), Some(credit)) = (&self.velocity, &credit) {
-                        let key = (seed, u64::from(iteration), u64::from(epoch));
-                        let loss = velocity.loss(policy, batch, &prefixes, credit, part.rows, key)?;
-                        (&loss * part.weight).backward();
-                        actor.policy_loss += loss.double_value(&[]) * part.weight;
-                        continue;
-                    }
+                    let loss = match &passes {
+                        Passes::Likelihood(loss) => *loss,
+                        Passes::Velocity(velocity, credit) => {
+                            let key = (seed, u64::from(iteration), u64::from(epoch));
+                            let loss = velocity.loss(policy, batch, &prefixes, credit, part.rows, key)?;
+                            (&loss * part.weight).backward();
+                            actor.policy_loss += loss.double_value(&[]) * part.weight;
+                            continue;
+                        }
+                    };
                     // a mean by episodes divides by all elements, a masked mean by the valid ones
                     let share = if by_episode {
                         1.0
@@ -366,8 +397,8 @@ impl Updater {
         report.explained_variance = variance.value().unwrap_or(f64::NAN);
         report.update_seconds = begin.elapsed().as_secs_f64();
         policy.store().set_trainable(&[]);
-        if let Some(velocity) = &mut self.velocity {
-            velocity.reference.end(policy);
+        if let Some(reference) = self.reference() {
+            reference.end(policy);
         }
         Ok(report)
     }

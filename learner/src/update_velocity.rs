@@ -15,6 +15,7 @@ use crate::{
     prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
+    update::CreditReport,
     velocity::{Episodes, VELOCITY_LOSSES, Velocities, VelocityLoss, velocity_loss},
 };
 
@@ -32,10 +33,13 @@ pub(crate) struct Credit {
     by_sample: Tensor,
     /// 1 for executed elements, f32 `[M, H, A]`.
     executed: Tensor,
-    /// Mean credit.
-    pub(crate) mean: f64,
-    /// Mean distance from the reference's actions; 0 where the method does not read it.
-    pub(crate) displacement: f64,
+    report: CreditReport,
+}
+
+impl Credit {
+    pub(crate) fn report(&self) -> CreditReport {
+        self.report
+    }
 }
 
 /// The method of a plan; `None` where the loss needs likelihoods.
@@ -112,8 +116,10 @@ impl VelocityObjective {
         });
         let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len().max(1) as f64;
         Ok(Credit {
-            mean: mean(&credit),
-            displacement: mean(&displacement),
+            report: CreditReport {
+                mean: mean(&credit),
+                displacement: mean(&displacement),
+            },
             by_sample: Tensor::from_slice(&credit).to_device(batch.chain.device()),
             executed,
         })

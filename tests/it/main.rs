@@ -9,6 +9,7 @@ mod golden {
     mod onnx;
     mod preproc;
     mod rl;
+    mod variants;
 }
 mod asynchronous;
 mod inspect;

@@ -6,7 +6,7 @@ use learner::{
     model::{ParamStore, Pi0},
     observation::ObservationBatch,
     optim::{AdamW, AdamWSettings, ParamGroup},
-    records::act,
+    records::{act, episode},
     rollout::RolloutBatch,
     update::Updater,
 };
@@ -18,7 +18,7 @@ use policy::{
     plan::RunPlan,
 };
 use tch::{Device, Kind, Tensor, no_grad};
-use wire::messages::{Mode, Reset, Trajectory, TrajectoryChunk};
+use wire::messages::Trajectory;
 
 const FORMULATIONS: [&str; 3] = ["hybrid", "joint", "two_layer"];
 /// Denoise steps.
@@ -107,29 +107,9 @@ fn episodes(
         .into_iter()
         .zip(contexts)
         .zip(&keys)
-        .map(|((record, context), key)| Trajectory {
-            id: u64::from(key.env),
-            engine: "by hand".to_owned(),
-            order: 1,
-            reset: Reset {
-                seed: 9,
-                env: key.env,
-                episode: round,
-                reset_state: Some(u64::from(key.env) / GROUP as u64),
-                task: None,
-                group: None,
-                video: false,
-            },
-            mode: Mode::Train,
-            prompt: String::new(),
-            chunks: vec![TrajectoryChunk {
-                rewards: vec![pay(&record.chain.to_f32("chain", None).expect("floats"), context)],
-                record: Some(Box::new(record)),
-                frames: Vec::new(),
-            }],
-            terminated: true,
-            success: false,
-            final_value: None,
+        .map(|((record, context), key)| {
+            let paid = pay(&record.chain.to_f32("chain", None).expect("floats"), context);
+            episode(record, u64::from(key.env) / GROUP as u64, vec![paid], false)
         })
         .collect()
 }

@@ -6,7 +6,7 @@ use learner::{
     model::{ParamStore, Pi0},
     observation::ObservationBatch,
     prefix_store::PrefixStore,
-    records::act,
+    records::{act, episode},
     rollout::RolloutBatch,
     update::{UpdateReport, Updater},
 };
@@ -17,7 +17,7 @@ use policy::{
     plan::RunPlan,
 };
 use tch::{Device, Kind, Tensor};
-use wire::messages::{Mode, Reset, Trajectory, TrajectoryChunk};
+use wire::messages::Trajectory;
 
 /// Odd, so that passes of one row remain.
 const RECORDS: usize = 101;
@@ -85,31 +85,12 @@ fn batch(plan: &RunPlan, policy: &Pi0) -> RolloutBatch {
     let trajectories: Vec<Trajectory> = records
         .into_iter()
         .zip(&keys)
-        .map(|(record, key)| Trajectory {
-            id: u64::from(key.env),
-            engine: "by hand".to_owned(),
-            order: 1,
-            reset: Reset {
-                seed: 3,
-                env: key.env,
-                episode: 0,
-                reset_state: Some(u64::from(key.env / 2).min(RECORDS as u64 / 2 - 1)),
-                task: None,
-                group: None,
-                video: false,
-            },
-            mode: Mode::Train,
-            prompt: String::new(),
-            chunks: vec![TrajectoryChunk {
-                record: Some(Box::new(record)),
-                rewards: (0..plan.config.actor.model.num_action_chunks)
-                    .map(|row| f32::from(row == 0 && key.env % 2 == 0))
-                    .collect(),
-                frames: Vec::new(),
-            }],
-            terminated: true,
-            success: key.env % 2 == 0,
-            final_value: None,
+        .map(|(record, key)| {
+            let rewards = (0..plan.config.actor.model.num_action_chunks)
+                .map(|row| f32::from(row == 0 && key.env % 2 == 0))
+                .collect();
+            let start = u64::from(key.env / 2).min(RECORDS as u64 / 2 - 1);
+            episode(record, start, rewards, key.env % 2 == 0)
         })
         .collect();
     RolloutBatch::new(plan, &trajectories, 0).expect("batch")

@@ -101,9 +101,15 @@ fn recipes() -> Vec<(String, RunPlan)> {
 }
 
 #[test]
-fn every_recipe_is_a_plan_of_its_own_folder() {
+fn every_recipe_is_a_plan_of_its_own_folder_and_survives_being_written() {
     let mut outputs = BTreeSet::new();
     for (name, plan) in recipes() {
+        let text = plan.config.to_toml().expect("toml");
+        assert_eq!(
+            RunConfig::parse(&text, Path::new(&name), &[]).expect("again"),
+            plan.config,
+            "{name}"
+        );
         let output = plan.config.runner.output_dir;
         assert!(
             outputs.insert(output.clone()),

@@ -118,16 +118,21 @@ fn ticket(job: &Job) -> u64 {
     }
 }
 
-/// Brings slot 0 from its reset to the execution of its first chunk.
-fn act_once(assign: &mut Assign<u8>) {
+/// Slot 0 reports.
+fn report(assign: &mut Assign<u8>, outcome: Option<Outcome>, observation: Option<Observation>) {
     assign.reports(
         &1,
         vec![SlotReport {
             slot: 0,
-            outcome: None,
-            observation: seen(),
+            outcome,
+            observation,
         }],
     );
+}
+
+/// Brings slot 0 from its reset to the execution of its first chunk.
+fn act_once(assign: &mut Assign<u8>) {
+    report(assign, None, seen());
     let job = assign.take_effects().jobs.pop().expect("a question");
     assign.acted(ticket(&job), 0, actions());
     assert_eq!(assign.take_effects().commands[&1].len(), 1);
@@ -151,14 +156,7 @@ fn a_terminated_episode_is_a_trajectory_and_frees_its_slot() {
     assign.take_order(order(1, 0, Mode::Eval, &[4, 5]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(false, false),
-            observation: seen(),
-        }],
-    );
+    report(&mut assign, outcome(false, false), seen());
     let job = assign.take_effects().jobs.pop().expect("the next chunk");
     assert_eq!(
         job.rows[0].key,
@@ -171,14 +169,7 @@ fn a_terminated_episode_is_a_trajectory_and_frees_its_slot() {
     );
     assign.acted(ticket(&job), 0, actions());
     assign.take_effects();
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(true, false),
-            observation: None,
-        }],
-    );
+    report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     let [trajectory] = effects.trajectories.as_slice() else {
         panic!("one trajectory")
@@ -198,14 +189,7 @@ fn a_truncated_episode_waits_for_the_value_of_its_last_observation() {
     assign.take_order(order(1, 0, Mode::Train, &[4]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(false, true),
-            observation: seen(),
-        }],
-    );
+    report(&mut assign, outcome(false, true), seen());
     let mut effects = assign.take_effects();
     assert!(effects.trajectories.is_empty());
     let job = effects.jobs.pop().expect("the value is asked for");
@@ -230,14 +214,7 @@ fn a_terminated_episode_is_valued_only_where_that_is_wanted() {
         assign.take_order(order(1, 0, Mode::Train, &[4]));
         assign.take_effects();
         act_once(&mut assign);
-        assign.reports(
-            &1,
-            vec![SlotReport {
-                slot: 0,
-                outcome: outcome(true, false),
-                observation: seen(),
-            }],
-        );
+        report(&mut assign, outcome(true, false), seen());
         let mut effects = assign.take_effects();
         if wanted {
             assert!(effects.trajectories.is_empty());
@@ -262,14 +239,7 @@ fn episodes_of_a_lost_worker_begin_anew() {
     assign.reports(&2, idle(2));
     assert_eq!(resets(&assign.take_effects(), 2), [4, 5]);
     assert_eq!((assign.restarted(), assign.slots()), (2, 2));
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(true, false),
-            observation: None,
-        }],
-    );
+    report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     assert!(effects.trajectories.is_empty());
     assert_eq!(effects.refusals.len(), 1);
@@ -283,14 +253,7 @@ fn an_episode_is_made_by_one_version() {
     assign.take_order(order(1, 0, Mode::Train, &[4]));
     assign.take_effects();
     act_once(&mut assign);
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(false, false),
-            observation: seen(),
-        }],
-    );
+    report(&mut assign, outcome(false, false), seen());
     let job = assign.take_effects().jobs.pop().expect("a question");
     assign.went_live(1, SHAPE);
     assign.acted(ticket(&job), 1, actions());
@@ -320,14 +283,7 @@ fn window(number: u64) -> Order {
 }
 
 fn next_observation(assign: &mut Assign<u8>) -> Job {
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(false, false),
-            observation: seen(),
-        }],
-    );
+    report(assign, outcome(false, false), seen());
     assign.take_effects().jobs.pop().expect("a question")
 }
 
@@ -363,14 +319,7 @@ fn an_episode_goes_on_across_versions_that_may_make_it_and_each_chunk_keeps_its_
     let mut assign = ready(1);
     assign.take_order(window(1));
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: None,
-            observation: seen(),
-        }],
-    );
+    report(&mut assign, None, seen());
     let mut job = assign.take_effects().jobs.pop().expect("a question");
     for version in [0, 1] {
         // the version goes live while the question is with the policy
@@ -381,14 +330,7 @@ fn an_episode_goes_on_across_versions_that_may_make_it_and_each_chunk_keeps_its_
             job = next_observation(&mut assign);
         }
     }
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(true, false),
-            observation: None,
-        }],
-    );
+    report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     let chunks = &effects.trajectories[0].chunks;
     let versions: Vec<u64> = chunks
@@ -450,14 +392,7 @@ fn an_order_that_adds_keeps_what_is_pending_and_running() {
     let mut begun = Vec::new();
     for _ in 0..4 {
         act_once(&mut assign);
-        assign.reports(
-            &1,
-            vec![SlotReport {
-                slot: 0,
-                outcome: outcome(true, false),
-                observation: None,
-            }],
-        );
+        report(&mut assign, outcome(true, false), None);
         let effects = assign.take_effects();
         assert_eq!(effects.trajectories.len(), 1);
         begun.extend(resets(&effects, 1));
@@ -489,14 +424,7 @@ fn weights_replaced_under_the_same_number_begin_every_episode_anew() {
     assign.take_effects();
     act_once(&mut assign);
     assign.retire();
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(true, false),
-            observation: None,
-        }],
-    );
+    report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     assert!(effects.trajectories.is_empty() && effects.commands.is_empty());
     assign.went_live(0, SHAPE);
@@ -511,14 +439,7 @@ fn a_running_episode_goes_on_for_a_new_order_that_wants_it() {
     act_once(&mut assign);
     assign.take_order(order(2, 0, Mode::Train, &[4, 6]));
     assert_eq!(assign.pending(), 1, "environment 4 is not begun twice");
-    assign.reports(
-        &1,
-        vec![SlotReport {
-            slot: 0,
-            outcome: outcome(true, false),
-            observation: None,
-        }],
-    );
+    report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     assert_eq!(
         (effects.trajectories[0].order, effects.trajectories[0].reset.env),
@@ -611,14 +532,7 @@ fn bad_rewards_are_refused_and_the_episode_is_kept() {
             success: true,
             frames: Vec::new(),
         };
-        assign.reports(
-            &1,
-            vec![SlotReport {
-                slot: 0,
-                outcome: Some(bad),
-                observation: None,
-            }],
-        );
+        report(&mut assign, Some(bad), None);
         let effects = assign.take_effects();
         assert_eq!(effects.refusals.len(), 1);
         assert!(effects.trajectories.is_empty());

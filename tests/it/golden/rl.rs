@@ -1,5 +1,5 @@
 //! Sampling and its recomputation against the golden tensors, for pi0 and pi0.5: step grids, rollouts, log-probabilities, entropies and
-//! values, their gradients, the reference's variants. All sizes are read from the files.
+//! values, and their gradients. All sizes are read from the files.
 #![expect(
     clippy::expect_used,
     clippy::panic,
@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use integration_tests::{Array, Golden, assert_close, assert_close_relative, golden_dir, max_abs_diff};
+use integration_tests::{Array, Golden, assert_close, golden_dir, max_abs_diff};
 use learner::{
     logprob::{StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
     model::{ModelError, ParamStore, Pi0, PrefixCache, Sample},
@@ -26,16 +26,15 @@ use tch::{Device, Kind, Tensor};
 use crate::differences::check_numbers;
 
 use super::network::{
-    CAMERAS, GRADIENT, MODES, OUTPUT, Setup, at, check_gradients, close, encode, float, noise_head, policy_dims, setup,
-    values,
+    CAMERAS, MODES, OUTPUT, Setup, at, check_gradients, close, encode, float, noise_head, policy_dims, setup, values,
 };
 
 /// Log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
 const LOGPROB: f64 = 4e-4;
 /// `noise_level` of the golden runs that do not say otherwise.
-const NOISE_LEVEL: f64 = 0.5;
+pub(super) const NOISE_LEVEL: f64 = 0.5;
 
-fn method(name: &str) -> NoiseMethod {
+pub(super) fn method(name: &str) -> NoiseMethod {
     match name {
         "flow_ode" => NoiseMethod::FlowOde,
         "flow_sde" => NoiseMethod::FlowSde,
@@ -46,7 +45,7 @@ fn method(name: &str) -> NoiseMethod {
 }
 
 /// The first part of every tensor name, before the first dot.
-fn groups(golden: &Golden) -> BTreeSet<String> {
+pub(super) fn groups(golden: &Golden) -> BTreeSet<String> {
     golden
         .names()
         .iter()
@@ -55,7 +54,7 @@ fn groups(golden: &Golden) -> BTreeSet<String> {
 }
 
 /// The heads that a method needs: the golden value head, and the noise head for Flow-Noise.
-fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
+pub(super) fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
     let (_, value, _) = policy_dims(&format!("{mode}_model"));
     Heads {
         value: Some(value),
@@ -63,7 +62,7 @@ fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
     }
 }
 
-fn sampling(noise_method: NoiseMethod, num_steps: usize, noise_level: f64, joint: bool) -> Sampling {
+pub(super) fn sampling(noise_method: NoiseMethod, num_steps: usize, noise_level: f64, joint: bool) -> Sampling {
     Sampling {
         noise_method,
         noise_level,
@@ -135,7 +134,7 @@ fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &Denoi
 }
 
 /// The stochastic steps of each row as `{case}.denoise_inds` names them: one, all, or none.
-fn steps_of(golden: &Golden, case: &str) -> Vec<Vec<usize>> {
+pub(super) fn steps_of(golden: &Golden, case: &str) -> Vec<Vec<usize>> {
     let inds = golden.get(&format!("{case}.denoise_inds"));
     (0..inds.shape[0])
         .map(|b| {
@@ -161,14 +160,14 @@ fn with_density(golden: &Golden, case: &str, schedule: &Schedule) -> Vec<Vec<usi
 }
 
 /// What our policy says of the recorded transitions of a case, each row with its `S` stochastic steps one after the other.
-struct Recomputed {
+pub(super) struct Recomputed {
     rows: i64,
     steps: i64,
     out: Transition,
 }
 
 impl Recomputed {
-    fn new(
+    pub(super) fn new(
         s: &Setup,
         cache: &PrefixCache,
         sampling: &Sampling,
@@ -243,7 +242,7 @@ impl Recomputed {
     }
 
     /// Mean over the steps, `[B]`.
-    fn value(&self) -> Tensor {
+    pub(super) fn value(&self) -> Tensor {
         self.per_step(self.out.value.as_ref().expect("head"))
             .mean_dim(1, false, Kind::Float)
     }
@@ -260,7 +259,7 @@ impl Recomputed {
 }
 
 /// Whether all steps of a case are stochastic (with one denoise step the two are told apart by the number of recorded terms).
-fn is_joint(golden: &Golden, case: &str) -> bool {
+pub(super) fn is_joint(golden: &Golden, case: &str) -> bool {
     let name = format!("{case}.re.raw_logprobs");
     golden.has(&name) && golden.get(&name).shape[1] > 1
 }
@@ -289,7 +288,7 @@ fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sampl
 }
 
 /// Sampler against a recorded rollout, and the values that we record.
-fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, what: &str) {
+pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, what: &str) {
     let name = |part: &str| format!("{case}.{part}");
     let what = |part: &str| format!("{what} {case} {part}");
     let sample = sampled(s, schedule, golden, case);
@@ -340,7 +339,7 @@ fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, wh
 }
 
 /// Log-probabilities, values and entropies of one recorded case against `{case}.{policy}.*`.
-fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
+pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
     let schedule = Schedule::of(sampling);
     let want = |part: &str| golden.get(&format!("{case}.{policy}.{part}"));
     let recorded = steps_of(golden, case);
@@ -495,139 +494,6 @@ fn gradients_of_the_recomputation() {
                 });
                 println!("{mode} {name} {case}: {checked} gradients");
             }
-        }
-    }
-}
-
-/// Variants of the reference that are not built: guidance at evaluation.
-const VARIANTS_NOT_BUILT: [&str; 1] = ["rtc"];
-
-#[test]
-fn what_is_not_built_is_named() {
-    for mode in MODES {
-        let variants = groups(&Golden::open(&format!("{mode}_rl_variants")));
-        for name in VARIANTS_NOT_BUILT {
-            assert!(
-                variants.contains(name),
-                "{mode}: `{name}` is listed as not built but not in the file"
-            );
-        }
-    }
-}
-
-#[test]
-fn variants() {
-    for mode in MODES {
-        let golden = Golden::open(&format!("{mode}_rl_variants"));
-        let (_, value, executed) = policy_dims(&format!("{mode}_model"));
-        let mut seen = BTreeMap::new();
-        for group in groups(&golden) {
-            if VARIANTS_NOT_BUILT.contains(&group.as_str()) {
-                continue;
-            }
-            let (case, name, level) = match group.as_str() {
-                "anneal100" => ("anneal100.flow_sde", "flow_sde", None),
-                "anneal1000" => ("anneal1000.flow_cps", "flow_cps", None),
-                "lvl02" => ("lvl02.flow_sde", "flow_sde", Some(0.2)),
-                "k1" => ("k1.flow_sde", "flow_sde", Some(NOISE_LEVEL)),
-                "range" => ("range.flow_noise", "flow_noise", Some(NOISE_LEVEL)),
-                "ignore_last" | "no_value_head" | "safe_logprob" | "chunk_critic" => {
-                    (group.as_str(), "flow_sde", Some(NOISE_LEVEL))
-                }
-                "nft" => ("nft", "flow_sde", Some(NOISE_LEVEL)),
-                "detach0" | "detach1" => continue,
-                other => panic!("{mode}: unknown variant {other}"),
-            };
-            let mut heads = heads_of(mode, method(name));
-            match group.as_str() {
-                "range" => heads.noise.as_mut().expect("noise head").std_range = [0.04, 0.3],
-                "no_value_head" => heads.value = None,
-                "chunk_critic" => {
-                    let mut head = value.clone();
-                    head.tokens = Some(executed.action_chunk);
-                    heads.value = Some(head);
-                }
-                _ => {}
-            }
-            let s = setup(mode, &heads);
-            let level = level.unwrap_or_else(|| golden.get(&format!("{case}.noise_level")).data[0]);
-            let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
-            let mut sampling = sampling(method(name), steps, level, is_joint(&golden, case));
-            sampling.ignore_last = group == "ignore_last";
-            sampling.safe_logprob = group == "safe_logprob";
-            let schedule = Schedule::of(&sampling);
-            let what = format!("{mode} variant");
-            check_rollout(&s, &schedule, &golden, case, &what);
-            if group == "nft" {
-                check_snapshot(&golden, case, steps, &what);
-                seen.insert(group, steps);
-                continue;
-            }
-            if group == "ignore_last" {
-                let recorded = steps_of(&golden, case);
-                assert!(recorded.iter().flatten().all(|k| *k < schedule.drawable) && schedule.drawable == steps - 1);
-            }
-            if group != "no_value_head" {
-                check_recompute(&s, &sampling, &golden, case, "re", &what);
-            }
-            seen.insert(group, steps);
-        }
-        println!("{mode}: variants {seen:?}");
-        check_detach(mode, &golden);
-    }
-}
-
-/// What the reference snapshots for NFT at one step is what a record holds already: two neighbours of the chain, its end, and the
-/// velocity of the policy that acted.
-fn check_snapshot(golden: &Golden, case: &str, steps: usize, what: &str) {
-    let get = |part: &str| golden.get(&format!("{case}.{part}")).f32();
-    let (chains, velocity) = (get("chains"), get("step_v"));
-    let picked = golden.get(&format!("{case}.nft_step_index"));
-    let elements = chains.len() / (picked.data.len() * (steps + 1));
-    for (b, k) in picked.data.iter().map(|k| *k as usize).enumerate() {
-        let own = |part: &str| get(part)[b * elements..(b + 1) * elements].to_vec();
-        let chain = |j: usize| chains[(b * (steps + 1) + j) * elements..][..elements].to_vec();
-        assert_eq!(own("nft_xcur"), chain(k), "{what}: row {b}");
-        assert_eq!(own("nft_xnext"), chain(k + 1), "{what}: row {b}");
-        assert_eq!(own("nft_x0"), chain(steps), "{what}: row {b}");
-        assert_eq!(
-            own("nft_v"),
-            velocity[(b * steps + k) * elements..][..elements],
-            "{what}: row {b}"
-        );
-    }
-}
-
-/// `detach_critic_input`: same value, gradient only in the head. The recorded values belong to the chain of `lvl02`.
-fn check_detach(mode: &str, golden: &Golden) {
-    for (case, detach) in [("detach0", false), ("detach1", true)] {
-        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowSde));
-        s.policy.store().set_trainable(&[Part::Expert, Part::ValueHead]);
-        let steps = golden.get("lvl02.flow_sde.chains").shape[1] - 1;
-        let sampling = sampling(NoiseMethod::FlowSde, steps, 0.2, false);
-        let result =
-            Recomputed::new(&s, &s.prefix.cache, &sampling, golden, "lvl02.flow_sde", detach).expect("transition");
-        let value = result.value();
-        close(
-            &format!("{mode} {case}"),
-            &value,
-            &golden.get(&format!("{case}.values")),
-            OUTPUT,
-        );
-        value.sum(Kind::Float).backward();
-        for name in golden
-            .names()
-            .iter()
-            .filter_map(|n| n.strip_prefix(&format!("{case}.grad.")))
-        {
-            let grad = s.policy.store().get(name).expect("parameter").grad();
-            let want = golden.get(&format!("{case}.grad.{name}"));
-            let got = if grad.defined() {
-                values(&grad)
-            } else {
-                vec![0.0; want.data.len()]
-            };
-            assert_close_relative(&format!("{mode} {case} {name}"), &got, &want, GRADIENT);
         }
     }
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Iterable, Protocol
+from typing import Any, Callable, Iterable, Protocol
 
 import numpy as np
 
@@ -98,6 +98,17 @@ def checked_actions(actions: np.ndarray, action_dim: int, low: np.ndarray | floa
     if not np.isfinite(array).all():
         raise EnvError("actions hold a value that is not finite")
     return np.clip(array, low, high)
+
+
+def stepped(actions: np.ndarray, step: Callable[[np.ndarray], tuple[float, bool, bool, bool]]) -> ChunkResult:
+    """Executes a chunk until the episode ends: `step` gives reward, terminated, truncated and success of one action."""
+    result = ChunkResult([], False, False, False)
+    for action in actions:
+        reward, result.terminated, result.truncated, result.success = step(action)
+        result.rewards.append(reward)
+        if result.terminated or result.truncated:
+            break
+    return result
 
 
 def refuse_unknown(params: dict[str, Any], known: Iterable[str]) -> None:

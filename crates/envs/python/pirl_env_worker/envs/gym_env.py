@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key
+from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key, stepped
 
 PARAMS = {
     "id": None,  # gymnasium id, required
@@ -68,18 +68,15 @@ class GymEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         if self._over:
             raise EnvError("the episode is over, reset before the next chunk")
-        result = ChunkResult([], False, False, False)
-        for action in checked_actions(actions, self._spec.action_dim, self._low, self._high):
-            self._observation, reward, terminated, truncated, info = self._env.step(action.astype(self._env.action_space.dtype))
-            self._elapsed += 1
-            result.rewards.append(float(reward))
-            result.terminated = bool(terminated)
-            result.success = bool(info.get(self._params["success_key"], terminated))
-            result.truncated = not result.terminated and (bool(truncated) or self._elapsed >= self._spec.max_episode_steps)
-            if result.terminated or result.truncated:
-                self._over = True
-                break
-        return result
+        return stepped(checked_actions(actions, self._spec.action_dim, self._low, self._high), self._step)
+
+    def _step(self, action: np.ndarray) -> tuple[float, bool, bool, bool]:
+        self._observation, reward, terminated, truncated, info = self._env.step(action.astype(self._env.action_space.dtype))
+        self._elapsed += 1
+        success = bool(info.get(self._params["success_key"], terminated))
+        truncated = not terminated and (bool(truncated) or self._elapsed >= self._spec.max_episode_steps)
+        self._over = bool(terminated) or truncated
+        return float(reward), bool(terminated), truncated, success
 
     def observe(self) -> Observation:
         size = self._params["image_size"]

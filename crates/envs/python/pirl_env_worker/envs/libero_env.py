@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key
+from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key, stepped
 
 #: Suite -> time limit in env steps where the parameters give none.
 MAX_EPISODE_STEPS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400, "libero_130": 512}
@@ -84,17 +84,15 @@ class LiberoEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         if self._over:
             raise EnvError("the episode is over, reset before the next chunk")
-        result = ChunkResult([], False, False, False)
-        for action in checked_actions(actions, ACTION_DIM, -1.0, 1.0):
-            self._raw, _, done, _ = self._sim.step(action)
-            self._elapsed += 1
-            result.success = result.terminated = bool(done)
-            result.rewards.append(float(result.success))
-            result.truncated = not result.terminated and self._elapsed >= self._spec.max_episode_steps
-            if result.terminated or result.truncated:
-                self._over = True
-                break
-        return result
+        return stepped(checked_actions(actions, ACTION_DIM, -1.0, 1.0), self._step)
+
+    def _step(self, action: np.ndarray) -> tuple[float, bool, bool, bool]:
+        self._raw, _, done, _ = self._sim.step(action)
+        self._elapsed += 1
+        success = bool(done)
+        truncated = not success and self._elapsed >= self._spec.max_episode_steps
+        self._over = success or truncated
+        return float(success), success, truncated, success
 
     def observe(self) -> Observation:
         size = self._params["image_size"]

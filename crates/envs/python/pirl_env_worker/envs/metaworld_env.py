@@ -13,7 +13,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
 from . import metaworld_tasks as tasks
-from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key
+from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key, stepped
 from .mujoco_render import Camera, FrameRenderer
 
 PARAMS = {
@@ -139,17 +139,15 @@ class MetaWorldEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         if self._over:
             raise EnvError("the episode is over, reset before the next chunk")
-        result = ChunkResult([], False, False, False)
-        for action in checked_actions(actions, ACTION_DIM, -1.0, 1.0):
-            self._full_observation, reward, _, _, info = self._sim().step(action)
-            self._elapsed += 1
-            result.success = result.terminated = bool(info["success"])
-            result.truncated = not result.terminated and self._elapsed >= self._limits[self._task]
-            result.rewards.append(float(result.success) if self._params["reward"] == "sparse" else float(reward) / 10.0)
-            if result.terminated or result.truncated:
-                self._over = True
-                break
-        return result
+        return stepped(checked_actions(actions, ACTION_DIM, -1.0, 1.0), self._step)
+
+    def _step(self, action: np.ndarray) -> tuple[float, bool, bool, bool]:
+        self._full_observation, reward, _, _, info = self._sim().step(action)
+        self._elapsed += 1
+        success = bool(info["success"])
+        truncated = not success and self._elapsed >= self._limits[self._task]
+        self._over = success or truncated
+        return float(success) if self._params["reward"] == "sparse" else float(reward) / 10.0, success, truncated, success
 
     def observe(self) -> Observation:
         size, factor = self._params["image_size"], self._params["supersample"]
