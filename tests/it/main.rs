@@ -1,6 +1,11 @@
 //! All integration tests in one binary, so that libtorch is linked once.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests fail as tests do")]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests fail as tests do, and say aloud what they leave out"
+)]
 
 mod differences;
 mod golden {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use integration_tests::{assert_close, assert_close_relative};
 use learner::loss::{
-    ActorInput, ActorLoss, ActorSettings, CriticInput, CriticLoss, CriticSettings, align, decoupled_actor_loss,
-    interpolated_proximal, ppo_actor_loss, ppo_critic_loss,
+    ActorInput, ActorLoss, ActorMetrics, ActorSettings, CriticInput, CriticLoss, CriticSettings, align,
+    decoupled_actor_loss, interpolated_proximal, ppo_actor_loss, ppo_critic_loss,
 };
 use tch::{Kind, Tensor};
 
@@ -260,9 +260,11 @@ fn check_actor(case: &Case<'_>, coverage: &mut Coverage) {
 
 fn check_decoupled(case: &Case<'_>, coverage: &mut Coverage) {
     let tensors = ActorTensors::read(case);
-    let ours = decoupled_actor_loss(&tensors.input(), &actor_settings(case)).unwrap();
+    let (input, settings) = (tensors.input(), actor_settings(case));
+    let ours = decoupled_actor_loss(&input, &settings).unwrap();
     ours.loss.backward();
-    check_loss(case, &ours.loss, &tensors.logprob, "out.grad.logprobs", 1.0);
+    let excess = actor_oracle(&input, &settings).excess;
+    check_loss(case, &ours.loss, &tensors.logprob, "out.grad.logprobs", excess);
     case.close(
         "dropped",
         ours.metrics.behaviour_clip_fraction,
@@ -273,10 +275,28 @@ fn check_decoupled(case: &Case<'_>, coverage: &mut Coverage) {
         ours.metrics.clip_fraction,
     );
     let dropped = ours.metrics.behaviour_clip_fraction;
-    if dropped > 0.0 {
+    if excess > 1.0 {
+        let (loss, ours) = (case.scalar("out.loss"), ours.loss.double_value(&[]));
+        coverage.differs(case, &format!("a mask spread over {excess} elements divides the reference's sums by its entries: loss {loss:.5}, ours {ours:.5}"));
+    } else if dropped > 0.0 {
         coverage.differs(case, &format!("share of clipped elements {recorded} of the valid ones, ours {clip} of those that were not dropped; loss and gradient equal"));
-    } else {
-        case.close("clip_fraction", clip, recorded);
+    }
+    check_decoupled_metrics(case, &ours.metrics, excess);
+}
+
+/// Metrics of decoupled PPO that ours has too: over the valid elements, where none of them was dropped.
+pub(super) fn check_decoupled_metrics(case: &Case<'_>, ours: &ActorMetrics, excess: f64) {
+    if ours.behaviour_clip_fraction > 0.0 {
+        return;
+    }
+    for (recorded, ours) in [
+        ("proximal_ratio", ours.ratio),
+        ("proximal_approx_kl", ours.approx_kl_k1),
+        ("clip_fraction", ours.clip_fraction),
+        ("dual_clip_fraction", ours.dual_clip_fraction),
+    ] {
+        let name = format!("out.metric.actor/{recorded}");
+        case.close(&name, ours * excess, case.scalar(&name));
     }
 }
 
