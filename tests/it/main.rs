@@ -7,12 +7,14 @@
     reason = "helpers of tests fail as tests do, and say aloud what they leave out"
 )]
 
+mod common;
 mod differences;
 mod golden {
     mod algorithms;
     mod network;
     mod onnx;
     mod preproc;
+    mod real;
     mod rl;
     mod variants;
 }
@@ -21,6 +23,7 @@ mod inspect;
 mod mdp;
 mod prefix_store;
 mod properties;
+mod ratio;
 mod refuse;
 mod report;
 mod resume;

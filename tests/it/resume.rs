@@ -13,7 +13,7 @@ use integration_tests::ring::{Client, Engine, plan, program, row};
 use learner::{
     checkpoint::{self, MODEL, OPTIMIZER, STATE},
     hub::{Hub, HubEvent},
-    model::{ParamStore, Pi0},
+    model::ParamStore,
     publish::Publisher,
 };
 use policy::{
@@ -23,6 +23,8 @@ use policy::{
 };
 use tch::{Device, Tensor};
 use wire::messages::{ActRow, ChunkRecord, Mode};
+
+use crate::common::network;
 
 /// A run of seconds that passes through the critic's warm-up, evaluations, a best checkpoint and retention.
 const TINY: [&str; 12] = [
@@ -360,8 +362,7 @@ fn a_fixed_batch_makes_a_row_independent_of_its_neighbours() {
         let overrides = [special.as_slice(), &["rollout.fixed_batch=4"]].concat();
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), &overrides);
-        let store = ParamStore::random(&plan.dims, &plan.heads, 3, Device::Cpu).expect("weights");
-        let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network");
+        let policy = network(&plan, 3);
         let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
         let engine = Engine::start(&plan, dir.path(), &hub.endpoint);
         let bundle = Publisher::new(&dir.path().join("policy"), &plan, None)

@@ -34,8 +34,8 @@ pub(super) const LOGPROB: f64 = 4e-4;
 /// `noise_level` of the golden runs that do not say otherwise: by Flow-SDE's formula its first step has the level itself as deviation.
 pub(super) fn noise_level(mode: &str) -> f64 {
     let golden = Golden::open(&format!("{mode}_rl_flow_sde"));
-    let grids = groups(&golden).into_iter().filter(|g| g.starts_with("grid"));
-    let first = grids.last().expect("a step grid");
+    let grids = groups(&golden);
+    let first = grids.iter().find(|g| g.starts_with("grid")).expect("a step grid");
     golden.get(&format!("{first}.std")).data[0]
 }
 
