@@ -11,6 +11,7 @@ mod common;
 mod differences;
 mod golden {
     mod algorithms;
+    mod claimed;
     mod network;
     mod onnx;
     mod preproc;

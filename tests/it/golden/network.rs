@@ -11,6 +11,7 @@ use learner::{
 };
 use policy::{
     dims::{PolicyDims, StackDims, Variant, VisionDims},
+    flow::{NoiseMethod, Schedule},
     image::resize_with_pad_f32,
     params::{
         CriticInput, EMBEDDING, EMBEDDING_ALIAS, Heads, NoiseHeadDims, Part, Pooling, ValueHeadDims, ValueSteps,
@@ -360,6 +361,52 @@ fn ode_paths_with_the_accumulated_times() {
     }
 }
 
+/// A checkpoint in bf16 is read and widened; the reference then computes in bf16 too, ours in f32.
+#[test]
+fn a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16() {
+    let dir = tempfile::tempdir().expect("folder");
+    for mode in MODES {
+        let golden = Golden::open(&format!("{mode}_model"));
+        let tensors =
+            Tensor::read_safetensors(golden_dir().join(format!("{mode}_weights.safetensors"))).expect("weights");
+        let rounded: Vec<(String, Tensor)> = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.to_kind(Kind::BFloat16)))
+            .collect();
+        let path = dir.path().join(format!("{mode}.safetensors"));
+        Tensor::write_safetensors(&rounded, &path).expect("writing");
+        let (dims, _, _) = policy_dims(&format!("{mode}_model"));
+        let store = ParamStore::zeros(&dims, &Heads::default(), Device::Cpu).expect("sizes");
+        let file = WeightFile::open(&path).expect("weights");
+        store.load(&file, &[Part::Vlm, Part::Expert]).expect("strict load");
+        let policy = Pi0::new(dims, &Heads::default(), store).expect("network");
+
+        let recorded = Golden::open(&format!("{mode}_model_bf16"));
+        let prefix = encode(&policy, &golden, "pre.image");
+        let input = |name: &str| float(&golden.get(name));
+        let (state, x, t) = (input("in.state"), input("step.x_t"), input("step.t"));
+        let velocity = policy.velocity(&prefix.cache, Some(&state), &x, &t).expect("velocity");
+        // what the golden set says of its own f32 against its bf16, in which activations have 8 bits
+        let tolerance = 5e-2;
+        close(
+            &format!("{mode} v_t"),
+            &velocity.v_t,
+            &recorded.get("step.v_t"),
+            tolerance,
+        );
+        let steps = golden.get("ode4.t").shape[0];
+        let schedule = Schedule::new(NoiseMethod::FlowOde, steps, 0.0, false);
+        let sample = policy.sample(&prefix.cache, Some(&state), &input("ode.noise"), &schedule, &[]);
+        let actions = sample.expect("sample").actions;
+        close(
+            &format!("{mode} ode4"),
+            &actions,
+            &recorded.get("ode4.actions"),
+            tolerance,
+        );
+    }
+}
+
 /// Checks every gradient of the store against `{prefix}{name}` of a golden file; parameters that the file leaves out must get
 /// none, save those that `skip` names.
 pub(super) fn check_gradients(policy: &Pi0, golden: &Golden, prefix: &str, skip: impl Fn(&str) -> bool) -> usize {
@@ -415,6 +462,19 @@ fn flow_matching_loss_and_all_its_gradients() {
                 &input("train.time"),
             )
             .expect("loss");
+        // the joint pass of the reference has the suffix that a denoise step has
+        let step = policy.velocity(
+            &prefix.cache,
+            Some(&input("in.state")),
+            &result.x_t,
+            &input("train.time"),
+        );
+        close(
+            &format!("{mode} joint suffix"),
+            &step.expect("velocity").suffix_out,
+            &golden.get("train.joint_suffix_out"),
+            OUTPUT,
+        );
         close(&format!("{mode} x_t"), &result.x_t, &golden.get("train.x_t"), 1e-6);
         close(&format!("{mode} u_t"), &result.u_t, &golden.get("train.u_t"), 1e-6);
         // elements square the velocity's error and reach 20, where the reference's own error against f64 is above 1e-5: they are

@@ -91,7 +91,7 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
     ]);
     // the reference spreads the mask for its ratio metrics only where the log-probs have three dimensions
     let ratio_excess = if logprob.dim() > 2 { 1.0 } else { excess };
-    let reference = BTreeMap::from([
+    let mut reference = BTreeMap::from([
         ("ratio", mean("ratio") * ratio_excess),
         ("ratio_abs", mean("ratio_abs") * ratio_excess),
         ("clipped_ratio", mean("clipped_ratio") * ratio_excess),
@@ -99,6 +99,10 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
         ("approx_kl", mean("k1") * excess),
         ("clip_fraction", mean("clip_fraction") * excess),
     ]);
+    // with weights by episode that mean is another one
+    if settings.episode_steps.is_none() {
+        reference.insert("policy_loss_abs", mean("policy_loss_abs") * excess);
+    }
     ActorOracle {
         metrics,
         reference,

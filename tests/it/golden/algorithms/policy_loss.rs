@@ -31,6 +31,20 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
     assert_eq!(aligned.size(), case.array("out.pre.advantages").dims(), "{}", case.id);
     case.close_array("out.pre.advantages", &floats(&aligned));
     let episode_len = case.input("loss_mask_sum");
+    // companions keep their numbers, in the reference's shapes
+    for (name, given) in [("loss_mask", &mask), ("loss_mask_sum", &episode_len)] {
+        let aligned = align("companion", given, "logprobs", &logprob).unwrap();
+        assert_eq!(
+            aligned.size(),
+            case.array(&format!("out.pre.{name}")).dims(),
+            "{} {name}",
+            case.id
+        );
+        case.close_array(&format!("out.pre.{name}"), &floats(&aligned));
+    }
+    for name in ["values", "prev_values", "returns"] {
+        case.close_array(&format!("out.pre.{name}"), &floats(&case.input(name)));
+    }
     let actor = ActorInput {
         logprob: &logprob,
         old_logprob: &old_logprob,
