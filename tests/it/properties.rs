@@ -1,11 +1,11 @@
 //! Properties of advantages and losses on random input: what must hold whatever the numbers are.
 
 use learner::{
-    advantage::{ESTIMATORS, Episode, EstimatorSettings, estimator, gae_episode},
+    advantage::{ESTIMATORS, Episode, EstimatorSettings, EstimatorSpec, estimator, gae_episode},
     filter::keep_members,
     loss::{
         ActorInput, ActorSettings, CriticInput, CriticSettings, POLICY_LOSSES, PolicyInput, PolicyLossFn,
-        PolicySettings, aggregate_logprob, policy_loss,
+        PolicyLossSpec, PolicySettings, Share, aggregate_logprob, policy_loss,
     },
 };
 use policy::config::LogprobType;
@@ -95,7 +95,7 @@ proptest! {
             order.iter().map(|at| (drawn[*at].clone(), groups[*at])).unzip()
         };
         let (moved, moved_groups) = pick(&order);
-        for (name, estimate) in ESTIMATORS {
+        for EstimatorSpec { name, estimate, .. } in ESTIMATORS {
             let plain = estimate(&episodes(&drawn, &groups), SETTINGS).unwrap();
             let permuted = estimate(&episodes(&moved, &moved_groups), SETTINGS).unwrap();
             for (to, from) in order.iter().enumerate() {
@@ -230,6 +230,7 @@ fn evaluate(
             logprob: &logprob,
             old_logprob: &old_logprob,
             proximal_logprob: Some(&proximal),
+            reference_logprob: None,
             advantage: &advantage,
             mask: Some(&mask),
             episode_len: None,
@@ -242,7 +243,10 @@ fn evaluate(
             episode_len: None,
         }),
         entropy: None,
-        actor_share: share,
+        share: Share {
+            surrogate: share.unwrap_or(1.0),
+            entropy: 1.0,
+        },
     };
     let out = loss(&input, settings).expect("loss");
     out.loss.backward();
@@ -283,7 +287,7 @@ proptest! {
     fn a_masked_entry_changes_neither_loss_nor_gradient(numbers in numbers(), junk in prop::sample::select(vec![
         f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0,
     ])) {
-        for (name, loss) in POLICY_LOSSES {
+        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 // at the chunk level a row counts as a whole
                 let left_out = |at: usize| match level {
@@ -336,6 +340,7 @@ proptest! {
                         logprob: &logprob,
                         old_logprob: &logprob,
                         proximal_logprob: Some(&logprob),
+                        reference_logprob: None,
                         advantage: &advantage,
                         mask: None,
                         episode_len: None,
@@ -348,7 +353,7 @@ proptest! {
                         episode_len: None,
                     }),
                     entropy: None,
-                    actor_share: None,
+                    share: Share::default(),
                 };
                 let metrics = policy_loss(name).unwrap()(&input, &settings()).unwrap().actor.unwrap();
                 let zeros = [
@@ -370,7 +375,7 @@ proptest! {
         numbers in numbers(),
         order in Just((0..ROWS).collect::<Vec<usize>>()).prop_shuffle(),
     ) {
-        for (name, loss) in POLICY_LOSSES {
+        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 let plain = evaluate(&numbers, loss, level, &settings(), None);
                 let moved = evaluate(&rows_of(&numbers, &order), loss, level, &settings(), None);
@@ -434,6 +439,7 @@ proptest! {
                 logprob: &new,
                 old_logprob: &old,
                 proximal_logprob: None,
+                reference_logprob: None,
                 advantage: &advantages,
                 mask: Some(&mask),
                 episode_len: Some(&len),

@@ -35,13 +35,7 @@ const LOGPROB: f64 = 4e-4;
 pub(super) const NOISE_LEVEL: f64 = 0.5;
 
 pub(super) fn method(name: &str) -> NoiseMethod {
-    match name {
-        "flow_ode" => NoiseMethod::FlowOde,
-        "flow_sde" => NoiseMethod::FlowSde,
-        "flow_cps" => NoiseMethod::FlowCps,
-        "flow_noise" => NoiseMethod::FlowNoise,
-        other => panic!("no noise method {other}"),
-    }
+    NoiseMethod::named(name).unwrap_or_else(|| panic!("unknown noise method {name}"))
 }
 
 /// The first part of every tensor name, before the first dot.
@@ -58,7 +52,7 @@ pub(super) fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
     let (_, value, _) = policy_dims(&format!("{mode}_model"));
     Heads {
         value: Some(value),
-        noise: (method == NoiseMethod::FlowNoise).then(|| noise_head(mode)),
+        noise: method.learnt.then(|| noise_head(mode)),
     }
 }
 
@@ -439,10 +433,10 @@ fn rollouts_and_their_recomputation() {
         }
         // a pure ODE has no density: the reference records zeros, we refuse the transition
         let golden = Golden::open(&format!("{mode}_rl_flow_ode"));
-        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowOde));
+        let s = setup(mode, &heads_of(mode, NoiseMethod::ODE));
         for case in groups(&golden).iter().filter(|c| c.starts_with("single")) {
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
-            let sampling = sampling(NoiseMethod::FlowOde, steps, 0.0, false);
+            let sampling = sampling(NoiseMethod::ODE, steps, 0.0, false);
             check_rollout(&s, &Schedule::of(&sampling), &golden, case, &format!("{mode} flow_ode"));
             let zeros = golden.get(&format!("{case}.re.logprobs"));
             assert!(zeros.data.iter().all(|v| *v == 0.0));

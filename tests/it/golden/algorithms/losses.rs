@@ -180,6 +180,7 @@ impl ActorTensors {
             logprob: &self.logprob,
             old_logprob: &self.old_logprob,
             proximal_logprob: self.proximal.as_ref(),
+            reference_logprob: None,
             advantage: &self.advantage,
             mask: self.mask.as_ref(),
             episode_len: self.episode_len.as_ref(),
