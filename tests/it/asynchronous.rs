@@ -8,7 +8,7 @@ use learner::{
     checkpoint::{self, MODEL},
     hub::{Hub, HubEvent},
     launch::Children,
-    model::{ParamStore, Pi0},
+    model::ParamStore,
     publish::Publisher,
     resume::Resume,
     rollout::RolloutBatch,
@@ -29,6 +29,8 @@ use wire::{
     socket::{DealerReceiver, DealerSender, connect_dealer},
 };
 
+use crate::common::network;
+
 const DECOUPLED: &str = "algorithm.loss_type=\"decoupled_actor_critic\"";
 
 /// Every record is of a version within the bound, an episode's versions only rise, no episode is lost though the engine is killed in
@@ -47,9 +49,7 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
         &listen,
     ];
     let plan = plan(dir.path(), &overrides);
-    tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, &plan.heads, 12, Device::Cpu).expect("weights");
-    let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network");
+    let policy = network(&plan, 12);
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
     let mut engine = Engine::start(&plan, dir.path(), &hub.endpoint);
     let _worker = Worker::start(&engine.listen, 8);

@@ -1,13 +1,20 @@
 //! All integration tests in one binary, so that libtorch is linked once.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests fail as tests do")]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests fail as tests do, and say aloud what they leave out"
+)]
 
+mod common;
 mod differences;
 mod golden {
     mod algorithms;
     mod network;
     mod onnx;
     mod preproc;
+    mod real;
     mod rl;
     mod variants;
 }
@@ -16,6 +23,7 @@ mod inspect;
 mod mdp;
 mod prefix_store;
 mod properties;
+mod ratio;
 mod refuse;
 mod report;
 mod resume;

@@ -1,9 +1,7 @@
 //! The three formulations of a chunk's decision (hybrid, joint, two-layer) on bandits whose optimal policy is known.
 
-use std::path::Path;
-
 use learner::{
-    model::{ParamStore, Pi0},
+    model::Pi0,
     observation::ObservationBatch,
     optim::{AdamW, AdamWSettings, ParamGroup},
     records::{act, episode},
@@ -11,7 +9,6 @@ use learner::{
     update::Updater,
 };
 use policy::{
-    config::RunConfig,
     flow::{DenoiseStep, Schedule, training_time},
     noise::{NoiseKey, Purpose, fill_normal, stream, uniform},
     params::Part,
@@ -19,6 +16,8 @@ use policy::{
 };
 use tch::{Device, Kind, Tensor, no_grad};
 use wire::messages::Trajectory;
+
+use crate::common::{network, recipe};
 
 const FORMULATIONS: [&str; 3] = ["hybrid", "joint", "two_layer"];
 /// Denoise steps.
@@ -30,7 +29,6 @@ const GROUP: usize = 8;
 
 /// A tiny pi0 that acts once, by GRPO without likelihood bounds of its own.
 fn plan(mdp: &str, overrides: &[String]) -> RunPlan {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tabletop_grpo.toml");
     let mut all: Vec<String> = [
         "actor.model.vlm={width=16,mlp=32}",
         "actor.model.expert={width=32,mlp=64}",
@@ -54,13 +52,7 @@ fn plan(mdp: &str, overrides: &[String]) -> RunPlan {
         all.push("actor.model.openpi.joint_logprob=\"sum\"".to_owned());
     }
     all.extend_from_slice(overrides);
-    RunPlan::new(RunConfig::load(&path, &all).expect("configuration")).expect("plan")
-}
-
-fn network(plan: &RunPlan) -> Pi0 {
-    tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, &plan.heads, 5, Device::Cpu).expect("weights");
-    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
+    recipe("tabletop_grpo", &all)
 }
 
 /// A blank image, and the context as the state: `[contexts, action_dim]`.
@@ -150,7 +142,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
         let samples = SAMPLES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
         let plan = plan(mdp, &[&keys[..], &sizes].concat());
-        let policy = network(&plan);
+        let policy = network(&plan, 5);
         let weight = policy.store().get("action_in_proj.weight").expect("weight");
         let zeros = vec![0.0; weight.numel()];
         policy.store().assign("action_in_proj.weight", &zeros).expect("assign");
@@ -366,7 +358,7 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
     .to_vec();
     keys.push(format!("runner.max_epochs={ITERATIONS}"));
     let start = plan("hybrid", &keys);
-    let imitator = network(&start);
+    let imitator = network(&start, 5);
     imitate(&start, &imitator);
     let begin = distance(&start, &imitator);
     // the demonstrator's flaw is |(0.4, -0.4)| = 0.566; imitation is not exact
@@ -377,7 +369,7 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
         let samples = EPISODES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
         let plan = plan(mdp, &[&keys[..], &sizes].concat());
-        let policy = network(&plan);
+        let policy = network(&plan, 5);
         for (name, _, data) in imitator.store().export(Part::Expert) {
             policy.store().assign(&name, &data).expect("assign");
         }

@@ -1,108 +1,41 @@
 //! Where the frozen prefixes are kept changes no bit of an update, and never takes more than its bound.
 
-use std::path::Path;
-
 use learner::{
-    model::{ParamStore, Pi0},
-    observation::ObservationBatch,
+    model::Pi0,
     prefix_store::PrefixStore,
-    records::{act, episode},
     rollout::RolloutBatch,
     update::{UpdateReport, Updater},
 };
-use policy::{
-    config::RunConfig,
-    noise::{NoiseKey, Purpose, below, fill_normal, stream},
-    params::Part,
-    plan::RunPlan,
-};
-use tch::{Device, Kind, Tensor};
-use wire::messages::Trajectory;
+use policy::plan::RunPlan;
+use tch::{Kind, Tensor};
+
+use crate::common::{acted, network, observations, recipe, try_recipe, weights};
 
 /// Odd, so that passes of one row remain.
 const RECORDS: usize = 101;
 
-fn try_plan(config: &str, overrides: &[&str]) -> Result<RunPlan, String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{config}.toml"));
-    let common = [
-        "actor.optim.lr_warmup_steps=0",
-        "actor.optim.critic_warmup_epochs=0",
-        "algorithm.update_epoch=2",
-    ];
-    let overrides: Vec<String> = common.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
-    RunConfig::load(&path, &overrides)
-        .and_then(RunPlan::new)
-        .map_err(|error| error.to_string())
-}
+const COMMON: [&str; 3] = [
+    "actor.optim.lr_warmup_steps=0",
+    "actor.optim.critic_warmup_epochs=0",
+    "algorithm.update_epoch=2",
+];
 
 fn plan(config: &str, overrides: &[&str]) -> RunPlan {
-    try_plan(config, overrides).expect("plan")
-}
-
-fn network(plan: &RunPlan) -> Pi0 {
-    tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, &plan.heads, 5, Device::Cpu).expect("weights");
-    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
-}
-
-/// Drawn observations; the prompts have from one token to all, and every fifth camera is absent.
-fn observations(plan: &RunPlan) -> ObservationBatch {
-    let (dims, count) = (&plan.dims, RECORDS as i64);
-    let (side, cameras) = (dims.vision.image_size, dims.cameras);
-    let mut rng = stream(Purpose::Init, 41, 0, 0, 0);
-    let images: Vec<u8> = (0..RECORDS * cameras * side * side * 3)
-        .map(|_| below(&mut rng, 256) as u8)
-        .collect();
-    let mut state = vec![0.0f32; RECORDS * dims.action_dim];
-    fill_normal(&mut rng, &mut state);
-    let prompt: Vec<i64> = (0..RECORDS * dims.prompt_len)
-        .map(|_| below(&mut rng, dims.vocab) as i64)
-        .collect();
-    let prompt_mask: Vec<bool> = (0..RECORDS)
-        .flat_map(|n| (0..dims.prompt_len).map(move |slot| slot <= n % dims.prompt_len))
-        .collect();
-    let image_mask: Vec<bool> = (0..RECORDS * cameras).map(|n| n % 5 != 4).collect();
-    ObservationBatch {
-        images: Tensor::from_slice(&images).view([count, cameras as i64, side as i64, side as i64, 3]),
-        image_mask: Tensor::from_slice(&image_mask).view([count, -1]),
-        prompt: Tensor::from_slice(&prompt).view([count, -1]),
-        prompt_mask: Tensor::from_slice(&prompt_mask).view([count, -1]),
-        state: Tensor::from_slice(&state).view([count, -1]),
-    }
+    recipe(config, &[&COMMON, overrides].concat())
 }
 
 /// Episodes of one chunk, in groups of two (the last of three) of which one succeeds.
 fn batch(plan: &RunPlan, policy: &Pi0) -> RolloutBatch {
-    let keys: Vec<NoiseKey> = (0..RECORDS as u32)
-        .map(|env| NoiseKey {
-            seed: 3,
-            env,
-            episode: 0,
-            chunk: 0,
-        })
-        .collect();
-    let records = act(plan, policy, &observations(plan), &keys, 0).expect("records");
-    let trajectories: Vec<Trajectory> = records
-        .into_iter()
-        .zip(&keys)
-        .map(|(record, key)| {
-            let rewards = (0..plan.config.actor.model.num_action_chunks)
-                .map(|row| f32::from(row == 0 && key.env % 2 == 0))
-                .collect();
-            let start = u64::from(key.env / 2).min(RECORDS as u64 / 2 - 1);
-            episode(record, start, rewards, key.env % 2 == 0)
-        })
-        .collect();
-    RolloutBatch::new(plan, &trajectories, 0).expect("batch")
-}
-
-fn weights(policy: &Pi0) -> Vec<f32> {
-    let parts = [Part::Expert, Part::NoiseHead, Part::ValueHead].map(|part| policy.store().export(part));
-    parts.into_iter().flatten().flat_map(|(_, _, data)| data).collect()
+    let pay = |env: u32| {
+        let actions = 0..plan.config.actor.model.num_action_chunks;
+        let rewards = actions.map(|row| f32::from(row == 0 && env % 2 == 0)).collect();
+        (rewards, env % 2 == 0)
+    };
+    RolloutBatch::new(plan, &acted(plan, policy, RECORDS, 0, &pay), 0).expect("batch")
 }
 
 fn update(plan: &RunPlan, batch: &RolloutBatch) -> (Vec<f32>, UpdateReport) {
-    let policy = network(plan);
+    let policy = network(plan, 5);
     let report = Updater::new(plan, &policy)
         .expect("optimizer")
         .update(&policy, batch, 0)
@@ -126,7 +59,7 @@ fn the_place_of_the_prefix_cache_changes_no_bit_of_an_update() {
         let sizes = ["actor.global_batch_size=60", micro, output.as_str()];
         let with = |keys: &[&str]| plan(config, &sizes.iter().chain(keys).copied().collect::<Vec<_>>());
         let off = with(&["actor.prefix_cache=\"off\""]);
-        let (policy, records) = (network(&off), batch(&off, &network(&off)));
+        let (policy, records) = (network(&off, 5), batch(&off, &network(&off, 5)));
         let (reference, report) = update(&off, &records);
         assert!(report.updates >= 4 && report.skipped == 0, "{config}: {report:?}");
         assert!(reference != weights(&policy), "{config}: nothing was trained");
@@ -154,8 +87,8 @@ fn a_record_has_the_same_prefix_in_any_company() {
     let output = format!("runner.output_dir={:?}", dir.path());
     let store_of = |keys: &[&str]| plan("quickstart", &[&[output.as_str()], keys].concat());
     let whole = store_of(&["actor.micro_batch_size=400"]);
-    let policy = network(&whole);
-    let observations = observations(&whole);
+    let policy = network(&whole, 5);
+    let observations = observations(&whole, RECORDS);
     let reference = PrefixStore::fill(&whole, &policy, &observations).expect("store");
     let orders: [Vec<i64>; 5] = [
         vec![100],
@@ -207,7 +140,7 @@ fn the_cache_never_exceeds_its_bound_and_uses_it() {
                 format!("actor.prefix_cache_mb={mb}"),
             ];
             let plan = plan("quickstart", &keys.each_ref().map(String::as_str));
-            let (policy, observations) = (network(&plan), observations(&plan));
+            let (policy, observations) = (network(&plan, 5), observations(&plan, RECORDS));
             let store = PrefixStore::fill(&plan, &policy, &observations).expect("store");
             let bytes = store.bytes().expect("size");
             // by hand: keys and values of 3 layers, 1 head of 32, 20 tokens; 64 pooled numbers; 20 of the mask
@@ -235,7 +168,7 @@ fn a_bound_that_makes_no_sense_is_refused() {
         ),
         (&["actor.prefix_cache_mb=0"], "expected 1 to"),
     ] {
-        let error = try_plan("quickstart", keys).expect_err("refused");
+        let error = try_recipe("quickstart", keys).expect_err("refused");
         assert!(
             error.contains("`actor.prefix_cache_mb`") && error.contains(wanted),
             "{error}"

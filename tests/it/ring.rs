@@ -9,7 +9,7 @@ use integration_tests::ring::{Client, Engine, Worker, fixed_endpoint, plan, row}
 use learner::{
     hub::{Hub, HubEvent},
     launch::Children,
-    model::{ParamStore, Pi0},
+    model::Pi0,
     observation::ObservationBatch,
     publish::Publisher,
     rollout::{RolloutBatch, collect},
@@ -22,14 +22,10 @@ use policy::{
     params::Part,
     plan::RunPlan,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
 
-fn network(plan: &RunPlan, seed: u64) -> Pi0 {
-    tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, &plan.heads, seed, Device::Cpu).expect("weights");
-    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
-}
+use crate::common::network;
 
 /// Moves the trained weights, so that versions differ visibly.
 fn perturb(policy: &Pi0, version: u64) {

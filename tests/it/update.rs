@@ -1,17 +1,13 @@
 //! Updates on records made by hand: accumulated gradients, steps that must not be taken, and the parts of a chunk that count.
 
-use std::path::Path;
-
 use learner::{
-    logprob::{Executed, StepTable, TransitionBatch, transition},
-    model::{ParamStore, Pi0},
+    logprob::{StepTable, TransitionBatch, transition},
+    model::Pi0,
     rollout::RolloutBatch,
     update::{UpdateReport, Updater},
 };
 use policy::{
-    config::RunConfig,
     noise::{Purpose, fill_normal, stream},
-    params::Part,
     plan::RunPlan,
 };
 use tch::{Device, Kind, Tensor};
@@ -19,6 +15,8 @@ use wire::{
     array::Array,
     messages::{ChunkRecord, Mode, Reset, Trajectory, TrajectoryChunk},
 };
+
+use crate::common::{executed, largest_gap, network, recipe, weights};
 
 /// Small batches, and an Adam whose step is smooth in the gradient: rounding stays rounding.
 const COMMON: [&str; 6] = [
@@ -31,20 +29,7 @@ const COMMON: [&str; 6] = [
 ];
 
 fn plan(config: &str, overrides: &[&str]) -> RunPlan {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{config}.toml"));
-    let overrides: Vec<String> = COMMON.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
-    RunPlan::new(RunConfig::load(&path, &overrides).expect("configuration")).expect("plan")
-}
-
-fn network(plan: &RunPlan) -> Pi0 {
-    tch::set_num_threads(1);
-    let store = ParamStore::random(&plan.dims, &plan.heads, 5, Device::Cpu).expect("weights");
-    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
-}
-
-fn weights(policy: &Pi0) -> Vec<f32> {
-    let parts = [Part::Expert, Part::ValueHead].map(|part| policy.store().export(part));
-    parts.into_iter().flatten().flat_map(|(_, _, data)| data).collect()
+    recipe(config, &[&COMMON, overrides].concat())
 }
 
 fn normal(number: u64, count: usize) -> Vec<f32> {
@@ -133,7 +118,6 @@ fn records(plan: &RunPlan) -> Vec<Trajectory> {
 /// The batch with the log-probabilities that the policy itself gives, moved a little.
 fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBatch {
     let mut batch = RolloutBatch::new(plan, trajectories, 0).expect("records");
-    let model = &plan.config.actor.model;
     let _guard = tch::no_grad_guard();
     let (cache, _) = batch.observations.frozen_prefix(policy, 64).expect("prefix");
     let table = StepTable::of(&plan.sampling(0), plan.dims.expert.width, Device::Cpu);
@@ -148,11 +132,7 @@ fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBa
         x_next: &x_next,
         step: &step,
     };
-    let executed = Executed {
-        action_chunk: model.num_action_chunks,
-        env_action_dim: model.env_action_dim,
-    };
-    let out = transition(policy, &table, &cache, inputs, executed, true).expect("transition");
+    let out = transition(policy, &table, &cache, inputs, executed(plan), true).expect("transition");
     let moved = Tensor::from_slice(&normal(77, out.logprob.numel())).view_as(&out.logprob) * 0.03;
     batch.old_logprob = out.logprob + moved;
     batch
@@ -160,7 +140,7 @@ fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBa
 
 /// Weights before and after one update of these records, and its report.
 fn update(plan: &RunPlan, change: impl FnOnce(&mut RolloutBatch)) -> (Vec<f32>, Vec<f32>, UpdateReport) {
-    let policy = network(plan);
+    let policy = network(plan, 5);
     let mut batch = batch(plan, &policy, &records(plan));
     change(&mut batch);
     let before = weights(&policy);
@@ -169,11 +149,6 @@ fn update(plan: &RunPlan, change: impl FnOnce(&mut RolloutBatch)) -> (Vec<f32>, 
         .update(&policy, &batch, 0)
         .expect("update");
     (before, weights(&policy), report)
-}
-
-fn largest_gap(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 #[test]
@@ -256,7 +231,7 @@ fn rows_that_were_not_executed_do_not_count_without_likelihood() {
 #[test]
 fn an_iteration_that_teaches_nothing_takes_no_step() {
     let grpo = plan("tabletop_grpo", &["actor.optim.weight_decay=0.1"]);
-    let policy = network(&grpo);
+    let policy = network(&grpo, 5);
     let before = weights(&policy);
     let mut updater = Updater::new(&grpo, &policy).expect("optimizer");
     let solved: &[&[f32]] = &[FULL, LATE];
@@ -398,4 +373,41 @@ fn a_short_chunk_inside_an_episode_is_refused() {
         .expect_err("refused")
         .to_string();
     assert!(error.contains("chunk 0 has 2 rewards, expected 4"), "{error}");
+}
+
+#[test]
+fn the_learning_rate_rises_over_updates_and_falls_over_iterations() {
+    let plan = plan(
+        "quickstart",
+        &[
+            "runner.max_epochs=2",
+            "actor.optim.lr=0.1",
+            "actor.optim.lr_warmup_steps=4",
+            "actor.optim.min_lr_ratio=0.5",
+        ],
+    );
+    let policy = network(&plan, 5);
+    let batch = batch(&plan, &policy, &records(&plan));
+    let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+    // one update per iteration: fifths of the warm-up, then the cosine over two iterations half way down to a half
+    for (iteration, lr) in [(0, 0.1 / 5.0), (1, 0.1 * 2.0 / 5.0 * 0.75)] {
+        let report = updater.update(&policy, &batch, iteration).expect("update");
+        assert_eq!(report.updates, 1);
+        assert!((report.lr - lr).abs() < 1e-12, "{} against {lr}", report.lr);
+    }
+}
+
+#[test]
+fn the_actor_is_clipped_by_its_own_norm() {
+    let plan = plan("quickstart", &["algorithm.huber_delta=1000.0"]);
+    let norms = [0.0, 100.0].map(|shift| {
+        let policy = network(&plan, 5);
+        let mut batch = batch(&plan, &policy, &records(&plan));
+        batch.returns = &batch.returns + shift;
+        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let report = updater.update(&policy, &batch, 0).expect("update");
+        (report.grad_norm.to_bits(), report.value_loss)
+    });
+    assert_eq!(norms[0].0, norms[1].0, "the critic's error is no part of it");
+    assert!(norms[1].1 > 100.0 * norms[0].1);
 }

@@ -13,12 +13,12 @@ use std::path::PathBuf;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+/// The golden tensors of this repository.
+pub const COMMITTED_GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden");
+
 /// The folder of the golden tensors: `PIRL_GOLDEN_DIR`, else `tests/golden` of this repository.
 pub fn golden_dir() -> PathBuf {
-    std::env::var_os("PIRL_GOLDEN_DIR").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/golden")),
-        PathBuf::from,
-    )
+    std::env::var_os("PIRL_GOLDEN_DIR").map_or_else(|| PathBuf::from(COMMITTED_GOLDEN), PathBuf::from)
 }
 
 /// One array of a golden file. Booleans are 0 and 1; integers are exact below 2^53.

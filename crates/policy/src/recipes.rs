@@ -244,6 +244,7 @@ actor.model.openpi.ignore_last false; true behavior_*
 actor.model.openpi.mdp hybrid; joint *_flow_noise_*; hybrid *_flow_sde_*; joint maniskill_*
 actor.model.openpi.joint_logprob -; mean *_flow_noise_*; - *_flow_sde_*; mean maniskill_*
 actor.model.openpi.noise_head.std_range -; [0.04,0.1] metaworld_*_flow_noise_* *_flow_noise_pi05; [0.08,0.16] *_flow_noise_*; - *_flow_sde_*; [0.08,0.16] maniskill_*
+actor.model.discrete_state_input false; true robotwin_*_pi05 behavior_*
 algorithm.adv_type gae; grpo *_grpo_* *_nft_*
 algorithm.loss_type actor_critic; actor *_grpo_*; nft *_nft_*; decoupled_actor_critic *_async_*
 algorithm.reward_type chunk_level

@@ -7,15 +7,15 @@
     reason = "a test fails by panicking, and shows both numbers where we differ from the reference"
 )]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use integration_tests::{Array, Golden, assert_close, golden_dir, max_abs_diff};
 use learner::{
-    logprob::{StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
+    logprob::{Executed, StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
     model::{ModelError, ParamStore, Pi0, PrefixCache, Sample},
 };
 use policy::{
-    flow::{DenoiseStep, Mdp, NoiseMethod, Sampling, Schedule, step_table},
+    flow::{DenoiseStep, Mdp, NoiseMethod, Sampling, Schedule, flow_times, step_table},
     logprob::LN_SQRT_TWO_PI,
     noise::StepNoise,
     params::{CriticInput, Heads, Part, Pooling},
@@ -30,9 +30,14 @@ use super::network::{
 };
 
 /// Log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
-const LOGPROB: f64 = 4e-4;
-/// `noise_level` of the golden runs that do not say otherwise.
-pub(super) const NOISE_LEVEL: f64 = 0.5;
+pub(super) const LOGPROB: f64 = 4e-4;
+/// `noise_level` of the golden runs that do not say otherwise: by Flow-SDE's formula its first step has the level itself as deviation.
+pub(super) fn noise_level(mode: &str) -> f64 {
+    let golden = Golden::open(&format!("{mode}_rl_flow_sde"));
+    let grids = groups(&golden);
+    let first = grids.iter().find(|g| g.starts_with("grid")).expect("a step grid");
+    golden.get(&format!("{first}.std")).data[0]
+}
 
 pub(super) fn method(name: &str) -> NoiseMethod {
     NoiseMethod::named(name).unwrap_or_else(|| panic!("unknown noise method {name}"))
@@ -75,7 +80,10 @@ fn every_step_of_the_grids() {
             let golden = Golden::open(&format!("{mode}_rl_{name}"));
             for grid in groups(&golden).iter().filter(|g| g.starts_with("grid")) {
                 let steps: usize = grid.trim_start_matches("grid").parse().expect("grid{K}");
-                for (k, row) in step_table(method(name), steps, NOISE_LEVEL).iter().enumerate() {
+                let times: Vec<f32> = flow_times(steps).iter().map(|t| *t as f32).collect();
+                // a quotient of small whole numbers: one rounding to f32
+                assert_close(grid, &times, &golden.get(&format!("{grid}.timesteps")), 1e-7);
+                for (k, row) in step_table(method(name), steps, noise_level(mode)).iter().enumerate() {
                     check_grid_step(&s, &golden, &format!("{grid}."), k, row, &format!("{mode} {name}"));
                 }
             }
@@ -97,13 +105,17 @@ fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &Denoi
     let mean = x * c_x + &velocity.v_t * c_v;
     close(&what("mean"), &mean, &want("mean"), OUTPUT);
     let std = match s.policy.noise_std(&velocity.hidden) {
-        Some(learnt) => {
-            let entropy = learnt.log() + (0.5 + f64::from(LN_SQRT_TWO_PI));
-            close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
-            learnt * row.std
-        }
+        Some(learnt) => learnt * row.std,
         None => Tensor::full(mean.size(), row.std, (Kind::Float, Device::Cpu)),
     };
+    // a step without noise has no density: the reference writes the entropy of deviation 1
+    let of = if row.std > 0.0 {
+        std.shallow_clone()
+    } else {
+        std.ones_like()
+    };
+    let entropy = of.log() + (0.5 + f64::from(LN_SQRT_TWO_PI));
+    close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
     // of the head: an f32 network's output near 0.1; of the table: a number
     close(&what("std"), &std, &want("std"), 1e-5);
     let next = &mean + &std * float(&want("noise"));
@@ -123,8 +135,12 @@ fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &Denoi
         );
     } else {
         // no density: the reference writes zeros, here such a step makes no record
-        assert!(want("logprob").data.iter().all(|v| *v == 0.0), "{}", what("logprob"));
+        assert!(all_zero(&want("logprob")), "{}", what("logprob"));
     }
+}
+
+fn all_zero(array: &Array) -> bool {
+    array.data.iter().all(|v| *v == 0.0)
 }
 
 /// The stochastic steps of each row as `{case}.denoise_inds` names them: one, all, or none.
@@ -169,6 +185,19 @@ impl Recomputed {
         case: &str,
         detach: bool,
     ) -> Result<Self, ModelError> {
+        Self::of(s, cache, sampling, golden, case, s.executed, detach)
+    }
+
+    /// Of these elements of the chunk.
+    fn of(
+        s: &Setup,
+        cache: &PrefixCache,
+        sampling: &Sampling,
+        golden: &Golden,
+        case: &str,
+        executed: Executed,
+        detach: bool,
+    ) -> Result<Self, ModelError> {
         let chains = float(&golden.get(&format!("{case}.chains")));
         let schedule = Schedule::of(sampling);
         let mut steps = with_density(golden, case, &schedule);
@@ -203,7 +232,7 @@ impl Recomputed {
             &table,
             &cache.index_select(&row).expect("cache"),
             batch,
-            s.executed,
+            executed,
             detach,
         )?;
         Ok(Self {
@@ -235,10 +264,15 @@ impl Recomputed {
         (logprob.sum_dim_intlist(1, false, Kind::Float) + initial) / terms
     }
 
-    /// Mean over the steps, `[B]`.
-    pub(super) fn value(&self) -> Tensor {
-        self.per_step(self.out.value.as_ref().expect("head"))
-            .mean_dim(1, false, Kind::Float)
+    /// Log-probability at the first of the steps.
+    pub(super) fn at_first_step(&self) -> Tensor {
+        self.per_step(&self.out.logprob).select(1, 0)
+    }
+
+    /// Mean over the steps, `[B]`; `None` without a head at the steps.
+    pub(super) fn value(&self) -> Option<Tensor> {
+        let value = self.out.value.as_ref()?;
+        Some(self.per_step(value).mean_dim(1, false, Kind::Float))
     }
 
     /// The reference's entropy `[B, 1]`: the mean over steps and executed elements, in the joint case also over the initial noise's.
@@ -260,7 +294,8 @@ pub(super) fn is_joint(golden: &Golden, case: &str) -> bool {
 
 /// Our sampler on a case's noise.
 fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sample {
-    let noise = golden.get(&format!("{case}.noise"));
+    let own = format!("{case}.noise");
+    let noise = golden.get(if golden.has(&own) { &own } else { "noise" });
     let drawn: Vec<Vec<StepNoise>> = steps_of(golden, case)
         .iter()
         .enumerate()
@@ -281,6 +316,32 @@ fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sampl
         .expect("sample")
 }
 
+/// The deviation of every step of a rollout: 0 where it is deterministic, else the table's, scaled by the noise head where there is one.
+fn check_deviations(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, sample: &Sample, what: &str) {
+    let want = golden.get(&format!("{case}.step_std"));
+    let steps = steps_of(golden, case);
+    for (k, ode) in schedule.ode.iter().enumerate() {
+        let t = Tensor::full([s.prefix.cache.batch()], ode.t, (Kind::Double, Device::Cpu));
+        let x = sample.chain.select(1, k as i64);
+        let velocity = s.policy.velocity(&s.prefix.cache, Some(&s.state), &x, &t);
+        let learnt = s.policy.noise_std(&velocity.expect("velocity").hidden);
+        for (b, stochastic) in steps.iter().enumerate() {
+            let std = schedule.row(k, stochastic.contains(&k)).expect("a step").std;
+            let got = match &learnt {
+                Some(learnt) => learnt.get(b as i64) * std,
+                None => Tensor::full(x.get(b as i64).size(), std, (Kind::Float, Device::Cpu)),
+            };
+            // as in the grids
+            close(
+                &format!("{what} of row {b}, step {k}"),
+                &got,
+                &at(&at(&want, b), k),
+                1e-5,
+            );
+        }
+    }
+}
+
 /// Sampler against a recorded rollout, and the values that we record.
 pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, what: &str) {
     let name = |part: &str| format!("{case}.{part}");
@@ -289,8 +350,11 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
     let check = |part: &str, got: &Tensor| close(&what(part), got, &golden.get(&name(part)), OUTPUT);
     check("actions", &sample.actions);
     check("chains", &sample.chain);
-    check("step_mean", &sample.mean);
-    check("step_v", &sample.velocity);
+    if golden.has(&name("step_mean")) {
+        check("step_mean", &sample.mean);
+        check("step_v", &sample.velocity);
+        check_deviations(s, schedule, golden, case, &sample, &what("step_std"));
+    }
     let recorded = golden.get(&name("prev_values"));
     if !golden.has(&name("step_value")) || golden.get(&name("step_value")).data.iter().all(|v| *v == 0.0) {
         return;
@@ -340,7 +404,9 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
     let ours = Recomputed::new(s, &s.prefix.cache, sampling, golden, case, false);
     if recorded.iter().all(|row| row.iter().all(|k| *k >= schedule.drawable)) {
         // the last step of Flow-CPS has no noise: the reference records zeros, here it is never drawn and is refused
-        assert!(want("logprobs").data.iter().all(|v| *v == 0.0), "{what} {case}");
+        for part in ["logprobs", "raw_logprobs", "entropy", "raw_entropy"] {
+            assert!(all_zero(&want(part)), "{what} {case} {part}");
+        }
         assert!(ours.is_err(), "{what} {case}: a step without density was accepted");
         return;
     }
@@ -351,29 +417,99 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
     let ours = ours.expect("transition");
     let joint = is_joint(golden, case);
     let what = |part: &str| format!("{what} {case}.{policy}.{part}");
-    close(
-        &what("logprobs"),
-        &ours.joined(s, golden, case),
-        &want("logprobs"),
-        LOGPROB,
-    );
+    let joined = ours.joined(s, golden, case);
+    close(&what("logprobs"), &joined, &want("logprobs"), LOGPROB);
+    if policy == "re" && golden.has(&format!("{case}.prev_logprobs")) {
+        // recorded by the same weights
+        let recorded = golden.get(&format!("{case}.prev_logprobs"));
+        close(&what("prev_logprobs"), &joined, &recorded, LOGPROB);
+    }
     let all_steps = ours.steps as usize == recorded[0].len();
-    if all_steps {
-        close(&what("values"), &ours.value(), &want("values"), OUTPUT);
-    } else {
-        println!(
-            "{}: ours {:?} over the steps with a density, reference {:?} over all",
-            what("values"),
-            values(&ours.value()),
-            want("values").f32()
-        );
-        if what("") == "pi0 flow_cps joint.re." {
-            let ours = f64::from(values(&ours.value())[0]);
-            check_numbers("pi0 flow_cps joint.re", want("values").data[0], ours);
+    match ours.value() {
+        None => assert!(all_zero(&want("values")), "{}", what("values")),
+        Some(value) if all_steps => close(&what("values"), &value, &want("values"), OUTPUT),
+        Some(value) => {
+            println!(
+                "{}: ours {:?} over the steps with a density, reference {:?} over all",
+                what("values"),
+                values(&value),
+                want("values").f32()
+            );
+            if what("") == "pi0 flow_cps joint.re." {
+                let ours = f64::from(values(&value)[0]);
+                check_numbers("pi0 flow_cps joint.re", want("values").data[0], ours);
+            }
         }
     }
-    if let Some(entropy) = ours.entropy(joint) {
-        close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
+    match ours.entropy(joint) {
+        Some(entropy) => close(&what("entropy"), &entropy, &want("entropy"), OUTPUT),
+        None => assert!(all_zero(&want("entropy")), "{}", what("entropy")),
+    }
+    check_raw(s, sampling, golden, case, policy, &what("raw"));
+}
+
+/// Per step and element of the whole chunk, executed or not: log-probabilities, entropies and values before anything is joined. In the joint
+/// case the first entry is of the initial noise, and a step without density is recorded as zero.
+fn check_raw(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
+    let want = |part: &str| golden.get(&format!("{case}.{policy}.raw_{part}"));
+    let dims = s.policy.dims();
+    let whole = Executed {
+        action_chunk: dims.action_horizon,
+        env_action_dim: dims.action_dim,
+    };
+    let ours = Recomputed::of(s, &s.prefix.cache, sampling, golden, case, whole, false).expect("transition");
+    let initial = float(&golden.get(&format!("{case}.chains"))).select(1, 0);
+    let joint = is_joint(golden, case);
+    let check = |part: &str, per_step: Option<Tensor>, initial: &Tensor, tolerance: f64| {
+        let want = want(part);
+        let Some(per_step) = per_step else {
+            return assert!(all_zero(&want), "{what} {part}");
+        };
+        let mut got = per_step;
+        if joint {
+            let missing = want.shape[1] as i64 - 1 - ours.steps;
+            let none = got.narrow(1, 0, 1).zeros_like().repeat([1, missing, 1, 1]);
+            got = Tensor::cat(&[initial.unsqueeze(1), got, none], 1);
+        }
+        close(&format!("{what} {part}"), &got, &want, tolerance);
+    };
+    let of_initial = gaussian(&initial, &initial.zeros_like(), &initial.ones_like());
+    check("logprobs", Some(ours.per_step(&ours.out.logprob)), &of_initial, LOGPROB);
+    // a standard Gaussian's
+    let of_initial = Tensor::full_like(&initial, 0.5 + f64::from(LN_SQRT_TWO_PI));
+    let entropy = ours.out.entropy.as_ref().map(|e| ours.per_step(e));
+    check("entropy", entropy, &of_initial, OUTPUT);
+    let recorded = want("values");
+    match &ours.out.value {
+        None => assert!(all_zero(&recorded), "{what} values"),
+        Some(value) => {
+            let got = ours.per_step(value);
+            let want = float(&recorded).narrow(1, 0, ours.steps);
+            let gap = (got - want).abs().max().double_value(&[]);
+            assert!(gap <= OUTPUT, "{what} values: {gap:e}");
+        }
+    }
+}
+
+/// `V_expert` of an ODE path at the step that its case names.
+fn check_values_at_steps(s: &Setup, golden: &Golden, case: &str, mode: &str) {
+    let chains = float(&golden.get(&format!("{case}.chains")));
+    let times = flow_times(chains.size()[1] as usize - 1);
+    for (b, steps) in steps_of(golden, case).iter().enumerate() {
+        let (row, k) = (Tensor::from_slice(&[b as i64]), steps[0]);
+        let x = chains.index_select(0, &row).select(1, k as i64);
+        let (cache, state) = (s.prefix.cache.index_select(&row), s.state.index_select(0, &row));
+        let t = Tensor::from_slice(&[times[k]]);
+        let velocity = s.policy.velocity(&cache.expect("cache"), Some(&state), &x, &t);
+        let value = s
+            .policy
+            .value_expert(&velocity.expect("velocity").hidden)
+            .expect("head");
+        for part in ["re.values", "re.raw_values"] {
+            let mut want = at(&golden.get(&format!("{case}.{part}")), b);
+            want.shape = vec![1];
+            close(&format!("{mode} flow_ode {case} {part}"), &value, &want, OUTPUT);
+        }
     }
 }
 
@@ -404,7 +540,7 @@ fn rollouts_and_their_recomputation() {
                     continue;
                 }
                 let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
-                let sampling = sampling(method(name), steps, NOISE_LEVEL, case == "joint");
+                let sampling = sampling(method(name), steps, noise_level(mode), case == "joint");
                 match case.as_str() {
                     "mixed" => {}
                     other => {
@@ -438,10 +574,25 @@ fn rollouts_and_their_recomputation() {
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
             let sampling = sampling(NoiseMethod::ODE, steps, 0.0, false);
             check_rollout(&s, &Schedule::of(&sampling), &golden, case, &format!("{mode} flow_ode"));
-            let zeros = golden.get(&format!("{case}.re.logprobs"));
-            assert!(zeros.data.iter().all(|v| *v == 0.0));
-            let refused = Recomputed::new(&s, &s.prefix.cache, &sampling, &golden, case, false);
-            assert!(refused.is_err_and(|e| e.to_string().contains("no log-probability")));
+            let recorded = [
+                "prev_logprobs",
+                "re.logprobs",
+                "re.raw_logprobs",
+                "re.entropy",
+                "re.raw_entropy",
+            ];
+            for part in recorded {
+                assert!(all_zero(&golden.get(&format!("{case}.{part}"))), "{mode} {case} {part}");
+            }
+            check_values_at_steps(&s, &golden, case, mode);
+            for weights in ["the ones that acted", "moved ones"] {
+                let refused = Recomputed::new(&s, &s.prefix.cache, &sampling, &golden, case, false);
+                assert!(
+                    refused.is_err_and(|e| e.to_string().contains("no log-probability")),
+                    "{mode}: {weights}"
+                );
+                perturb(&s, &golden);
+            }
         }
     }
 }
@@ -467,11 +618,11 @@ fn gradients_of_the_recomputation() {
                 let prefix = encode(&s.policy, &Golden::open(&format!("{mode}_model")), "pre.image");
                 let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
                 let joint = is_joint(&golden, case);
-                let sampling = sampling(method(name), steps, NOISE_LEVEL, joint);
+                let sampling = sampling(method(name), steps, noise_level(mode), joint);
                 let ours = Recomputed::new(&s, &prefix.cache, &sampling, &golden, case, false).expect("transition");
                 let coefficient = |part: &str| float(&golden.get(&format!("{case}.grad_coef.{part}")));
                 let mut scalar = (ours.joined(&s, &golden, case) * coefficient("logprobs")).sum(Kind::Float)
-                    + (ours.value() * coefficient("values")).sum(Kind::Float);
+                    + (ours.value().expect("head") * coefficient("values")).sum(Kind::Float);
                 // the entropy of Flow-SDE is a constant, recorded as zero
                 if let Some(entropy) = ours.entropy(joint) {
                     scalar += (entropy * coefficient("entropy")).sum(Kind::Float);
@@ -492,78 +643,136 @@ fn gradients_of_the_recomputation() {
     }
 }
 
+/// Pooling of each recorded case of `value_after_vlm`. Ours by default is the masked mean of the reference's newer sampler; its main code
+/// path counts all text slots, padding included, whose rows are means over every key: `mean_padded` here.
+const POOLED: [(Pooling, &str); 3] = [
+    (Pooling::MeanPadded, "mean_token"),
+    (Pooling::First, "first_token"),
+    (Pooling::Last, "last_token"),
+];
+
+/// The policy of `MODE_vlmvalue` with its observation encoded.
+fn pooled_setup(mode: &str, pooling: Pooling) -> Setup {
+    let (dims, mut head, executed) = policy_dims(&format!("{mode}_vlmvalue"));
+    (head.input, head.pooling) = (CriticInput::Vlm, pooling);
+    let file = WeightFile::open(&golden_dir().join(format!("{mode}_vlmvalue_weights.safetensors"))).expect("weights");
+    let heads = Heads::value(head);
+    let store = ParamStore::zeros(&dims, &heads, Device::Cpu).expect("sizes");
+    let parts = [Part::Vlm, Part::Expert, Part::ValueHead];
+    store.load(&file, &parts).expect("strict load");
+    let policy = Pi0::new(dims, &heads, store).expect("network");
+    let golden = Golden::open(&format!("{mode}_vlmvalue"));
+    let prefix = tch::no_grad(|| encode(&policy, &golden, "in.image"));
+    Setup {
+        policy,
+        prefix,
+        state: float(&golden.get("in.state")),
+        executed,
+    }
+}
+
+fn pooled_value(s: &Setup) -> Tensor {
+    let none = Tensor::zeros([0], (Kind::Float, Device::Cpu));
+    s.policy.value_vlm(&s.policy.pooled(&s.prefix), &none).expect("value")
+}
+
 #[test]
 fn value_of_the_pooled_prefix() {
     for mode in MODES {
-        let (dims, mut head, _) = policy_dims(&format!("{mode}_vlmvalue"));
-        head.input = CriticInput::Vlm;
-        let file =
-            WeightFile::open(&golden_dir().join(format!("{mode}_vlmvalue_weights.safetensors"))).expect("weights");
         let golden = Golden::open(&format!("{mode}_vlmvalue"));
-        let masked = Golden::open(&format!("{mode}_vlmvalue_rlsampler")).get("masked_mean.value");
-        let mut means: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
-        // Ours by default is the masked mean of the reference's newer sampler; its main code path counts all text slots, padding
-        // included, whose rows are means over every key: `mean_padded` here.
-        let modes: [(&str, Pooling, Array); 4] = [
-            ("masked mean", Pooling::Mean, masked),
-            (
-                "padded mean",
-                Pooling::MeanPadded,
-                golden.get("mean_token.direct_value"),
-            ),
-            ("first", Pooling::First, golden.get("first_token.direct_value")),
-            ("last", Pooling::Last, golden.get("last_token.direct_value")),
-        ];
-        for (name, pooling, want) in modes {
-            head.pooling = pooling;
-            let heads = Heads::value(head.clone());
-            let store = ParamStore::zeros(&dims, &heads, Device::Cpu).expect("sizes");
-            store
-                .load(&file, &[Part::Vlm, Part::Expert, Part::ValueHead])
-                .expect("strict load");
-            let policy = Pi0::new(dims.clone(), &heads, store).expect("network");
-            let mut prefix = encode(&policy, &golden, "in.image");
-            let prompt_len = policy.dims().prompt_len as i64;
-            close(
-                &format!("{mode} prefix_out"),
-                &prefix.out,
-                &golden.get("prefix_out"),
-                OUTPUT,
-            );
-            close(
-                &format!("{mode} masks"),
-                &prefix.cache.mask,
-                &golden.get("prefix_pad_masks"),
-                0.0,
-            );
+        let sampler = Golden::open(&format!("{mode}_vlmvalue_rlsampler"));
+        let s = pooled_setup(mode, Pooling::Mean);
+        close(
+            &format!("{mode} prefix_out"),
+            &s.prefix.out,
+            &golden.get("prefix_out"),
+            OUTPUT,
+        );
+        let masks = golden.get("prefix_pad_masks");
+        close(&format!("{mode} masks"), &s.prefix.cache.mask, &masks, 0.0);
+        let masked = pooled_value(&s);
+        close(
+            &format!("{mode} V_vlm masked mean"),
+            &masked,
+            &sampler.get("masked_mean.value"),
+            OUTPUT,
+        );
+
+        let mut padded = None;
+        for (pooling, case) in POOLED {
+            let mut s = pooled_setup(mode, pooling);
             if pooling == Pooling::MeanPadded {
                 // the reference leaves out the slots of cameras that its configuration does not have: here no sample has them
-                let tokens = policy.dims().vision.tokens() as i64;
+                let (tokens, prompt) = (
+                    s.policy.dims().vision.tokens() as i64,
+                    s.policy.dims().prompt_len as i64,
+                );
+                let mask = &s.prefix.cache.mask;
                 let here: Vec<Tensor> = (0..CAMERAS.len() as i64)
-                    .filter(|c| prefix.cache.mask.narrow(1, c * tokens, tokens).any().int64_value(&[]) != 0)
-                    .map(|c| prefix.out.narrow(1, c * tokens, tokens))
-                    .chain([prefix.out.narrow(1, -prompt_len, prompt_len)])
+                    .filter(|c| mask.narrow(1, c * tokens, tokens).any().int64_value(&[]) != 0)
+                    .map(|c| s.prefix.out.narrow(1, c * tokens, tokens))
+                    .chain([s.prefix.out.narrow(1, -prompt, prompt)])
                     .collect();
-                prefix.out = Tensor::cat(&here, 1);
+                s.prefix.out = Tensor::cat(&here, 1);
             }
-            let state = Tensor::zeros([0], (Kind::Float, Device::Cpu));
-            let ours = policy.value_vlm(&policy.pooled(&prefix), &state).expect("value");
-            close(&format!("{mode} V_vlm {name}"), &ours, &want, OUTPUT);
-            means.insert(name, values(&ours));
+            let ours = pooled_value(&s);
+            close(
+                &format!("{mode} V_vlm {case}"),
+                &ours,
+                &golden.get(&format!("{case}.direct_value")),
+                OUTPUT,
+            );
+            // recorded at rollout and recomputed: it does not depend on the denoise step
+            for part in ["prev_values", "re.raw_values"] {
+                let name = format!("{case}.{part}");
+                close(
+                    &format!("{mode} {name}"),
+                    &ours.unsqueeze(1),
+                    &golden.get(&name),
+                    OUTPUT,
+                );
+            }
+            let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
+            let sampling = sampling(method("flow_sde"), steps, noise_level(mode), false);
+            let what = format!("{mode} V_vlm");
+            check_rollout(&s, &Schedule::of(&sampling), &golden, case, &what);
+            check_likelihood(&s, &sampling, &golden, case, &what);
+            if pooling == Pooling::MeanPadded {
+                let want = sampler.get("slot_mean.value");
+                close(&format!("{mode} V_vlm over all slots"), &ours, &want, OUTPUT);
+                padded = Some(ours);
+            }
         }
-        println!("{mode}: V_vlm {means:?}");
+        let (masked, padded) = (values(&masked), values(&padded.expect("the padded mean")));
+        println!("{mode}: V_vlm over valid tokens {masked:?}, over padding too {padded:?}");
         if mode == "pi05" {
-            let first = |name: &str| f64::from(means[name][0]);
-            check_numbers("pi05 V_vlm", first("padded mean"), first("masked mean"));
+            check_numbers("pi05 V_vlm", f64::from(padded[0]), f64::from(masked[0]));
         }
-        let gap = means["masked mean"]
+        let gap = masked
             .iter()
-            .zip(&means["padded mean"])
+            .zip(&padded)
             .map(|(a, b)| (a - b).abs())
             .fold(0.0, f32::max);
         assert!(
             gap > 1e-4,
             "{mode}: the two means should differ on a padded prompt, gap {gap:e}"
         );
+    }
+}
+
+/// Log-probabilities of a rollout whose value is not of a step: executed as recorded, and of the whole chunk.
+fn check_likelihood(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, what: &str) {
+    let dims = s.policy.dims();
+    let whole = Executed {
+        action_chunk: dims.action_horizon,
+        env_action_dim: dims.action_dim,
+    };
+    for (executed, part) in [(s.executed, "prev_logprobs"), (whole, "re.raw_logprobs")] {
+        let ours = Recomputed::of(s, &s.prefix.cache, sampling, golden, case, executed, false).expect("transition");
+        let mut want = golden.get(&format!("{case}.{part}"));
+        if part.starts_with("re.") {
+            assert_eq!(want.shape.remove(1), 1, "one stochastic step");
+        }
+        close(&format!("{what} {case} {part}"), &ours.out.logprob, &want, LOGPROB);
     }
 }

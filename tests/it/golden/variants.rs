@@ -4,17 +4,26 @@
 use std::collections::BTreeMap;
 
 use integration_tests::{Golden, assert_close_relative};
-use policy::flow::Schedule;
+use policy::flow::{NoiseAnneal, Schedule};
 use policy::params::Part;
 use tch::Kind;
+
+use crate::differences::of_the_committed_set;
 
 use super::{
     network::{GRADIENT, MODES, OUTPUT, close, policy_dims, setup, values},
     rl::{
-        NOISE_LEVEL, Recomputed, check_recompute, check_rollout, groups, heads_of, is_joint, method, sampling, steps_of,
+        LOGPROB, Recomputed, check_recompute, check_rollout, groups, heads_of, is_joint, method, noise_level, sampling,
+        steps_of,
     },
 };
 
+/// What the annealed variants were recorded with.
+const ANNEAL: NoiseAnneal = NoiseAnneal {
+    start: 0.7,
+    end: 0.3,
+    steps: 400,
+};
 /// Variants of the reference that are not built: guidance at evaluation.
 const VARIANTS_NOT_BUILT: [&str; 1] = ["rtc"];
 
@@ -24,7 +33,7 @@ fn what_is_not_built_is_named() {
         let variants = groups(&Golden::open(&format!("{mode}_rl_variants")));
         for name in VARIANTS_NOT_BUILT {
             assert!(
-                variants.contains(name),
+                variants.contains(name) || !of_the_committed_set(name),
                 "{mode}: `{name}` is listed as not built but not in the file"
             );
         }
@@ -36,7 +45,7 @@ fn variants() {
     for mode in MODES {
         let golden = Golden::open(&format!("{mode}_rl_variants"));
         let (_, value, executed) = policy_dims(&format!("{mode}_model"));
-        let mut seen = BTreeMap::new();
+        let (mut seen, usual) = (BTreeMap::new(), noise_level(mode));
         for group in groups(&golden) {
             if VARIANTS_NOT_BUILT.contains(&group.as_str()) {
                 continue;
@@ -45,12 +54,12 @@ fn variants() {
                 "anneal100" => ("anneal100.flow_sde", "flow_sde", None),
                 "anneal1000" => ("anneal1000.flow_cps", "flow_cps", None),
                 "lvl02" => ("lvl02.flow_sde", "flow_sde", Some(0.2)),
-                "k1" => ("k1.flow_sde", "flow_sde", Some(NOISE_LEVEL)),
-                "range" => ("range.flow_noise", "flow_noise", Some(NOISE_LEVEL)),
+                "k1" => ("k1.flow_sde", "flow_sde", Some(usual)),
+                "range" => ("range.flow_noise", "flow_noise", Some(usual)),
                 "ignore_last" | "no_value_head" | "safe_logprob" | "chunk_critic" => {
-                    (group.as_str(), "flow_sde", Some(NOISE_LEVEL))
+                    (group.as_str(), "flow_sde", Some(usual))
                 }
-                "nft" => ("nft", "flow_sde", Some(NOISE_LEVEL)),
+                "nft" => ("nft", "flow_sde", Some(usual)),
                 "detach0" | "detach1" => continue,
                 other => panic!("{mode}: unknown variant {other}"),
             };
@@ -66,7 +75,18 @@ fn variants() {
                 _ => {}
             }
             let s = setup(mode, &heads);
-            let level = level.unwrap_or_else(|| golden.get(&format!("{case}.noise_level")).data[0]);
+            let level = level.unwrap_or_else(|| {
+                // the name says the version, the level is recorded
+                let version = group.trim_start_matches("anneal").parse().expect("anneal{version}");
+                let recorded = golden.get(&format!("{case}.noise_level")).data[0];
+                let level = ANNEAL.level(version);
+                // recorded in f32
+                assert!(
+                    (level - recorded).abs() < 1e-7,
+                    "{mode} {group}: {level} against {recorded}"
+                );
+                level
+            });
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
             let mut sampling = sampling(method(name), steps, level, is_joint(&golden, case));
             sampling.ignore_last = group == "ignore_last";
@@ -75,7 +95,16 @@ fn variants() {
             let what = format!("{mode} variant");
             check_rollout(&s, &schedule, &golden, case, &what);
             if group == "nft" {
-                check_snapshot(&golden, case, steps, &what);
+                check_snapshot(&golden, case, steps, level, &what);
+                // with all steps recorded the reference keeps the log-probability of the first
+                let ours = Recomputed::new(&s, &s.prefix.cache, &sampling, &golden, case, false).expect("transition");
+                let recorded = golden.get(&format!("{case}.prev_logprobs"));
+                close(
+                    &format!("{what} {case}.prev_logprobs"),
+                    &ours.at_first_step(),
+                    &recorded,
+                    LOGPROB,
+                );
                 seen.insert(group, steps);
                 continue;
             }
@@ -83,9 +112,7 @@ fn variants() {
                 let recorded = steps_of(&golden, case);
                 assert!(recorded.iter().flatten().all(|k| *k < schedule.drawable) && schedule.drawable == steps - 1);
             }
-            if group != "no_value_head" {
-                check_recompute(&s, &sampling, &golden, case, "re", &what);
-            }
+            check_recompute(&s, &sampling, &golden, case, "re", &what);
             seen.insert(group, steps);
         }
         println!("{mode}: variants {seen:?}");
@@ -95,9 +122,14 @@ fn variants() {
 
 /// What the reference snapshots for NFT at one step is what a record holds already: two neighbours of the chain, its end, and the
 /// velocity of the policy that acted.
-fn check_snapshot(golden: &Golden, case: &str, steps: usize, what: &str) {
+fn check_snapshot(golden: &Golden, case: &str, steps: usize, noise_level: f64, what: &str) {
     let get = |part: &str| golden.get(&format!("{case}.{part}")).f32();
     let (chains, velocity) = (get("chains"), get("step_v"));
+    let level = golden.get(&format!("{case}.nft_noise_level")).data;
+    assert!(
+        level.iter().all(|l| l.to_bits() == noise_level.to_bits()),
+        "{what}: {level:?}"
+    );
     let picked = golden.get(&format!("{case}.nft_step_index"));
     let elements = chains.len() / (picked.data.len() * (steps + 1));
     for (b, k) in picked.data.iter().map(|k| *k as usize).enumerate() {
@@ -123,7 +155,7 @@ fn check_detach(mode: &str, golden: &Golden) {
         let sampling = sampling(method("flow_sde"), steps, 0.2, false);
         let result =
             Recomputed::new(&s, &s.prefix.cache, &sampling, golden, "lvl02.flow_sde", detach).expect("transition");
-        let value = result.value();
+        let value = result.value().expect("head");
         close(
             &format!("{mode} {case}"),
             &value,

@@ -9,7 +9,10 @@ use policy::config::LogprobType;
 
 use super::{
     Case, Coverage, GRAD, floats,
-    losses::{CriticTensors, actor_oracle, actor_settings, check_actor_metrics, check_critic_metrics, critic_settings},
+    losses::{
+        CriticTensors, actor_oracle, actor_settings, check_actor_metrics, check_critic_metrics,
+        check_decoupled_metrics, critic_settings,
+    },
     run,
 };
 
@@ -67,7 +70,9 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
         metrics.policy_loss * excess,
         case.scalar("out.metric.actor/policy_loss"),
     );
-    if name != "decoupled_actor_critic" {
+    if name == "decoupled_actor_critic" {
+        check_decoupled_metrics(case, &metrics, oracle.excess);
+    } else {
         let alone = ppo_actor_loss(&actor, &settings.actor).unwrap();
         check_actor_metrics(case, &oracle, &alone);
     }

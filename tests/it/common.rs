@@ -1,0 +1,109 @@
+//! Small policies, observations and records that several tests share.
+
+use std::path::Path;
+
+use learner::{
+    logprob::Executed,
+    model::{ParamStore, Pi0},
+    observation::ObservationBatch,
+    records::{act, episode},
+};
+use policy::{
+    config::RunConfig,
+    noise::{NoiseKey, Purpose, below, fill_normal, stream},
+    params::Part,
+    plan::RunPlan,
+};
+use tch::{Device, Tensor};
+use wire::messages::Trajectory;
+
+/// A recipe with these overrides, or why it is refused.
+pub(crate) fn try_recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> Result<RunPlan, String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
+    let overrides: Vec<String> = overrides.iter().map(|s| s.as_ref().to_owned()).collect();
+    RunConfig::load(&path, &overrides)
+        .and_then(RunPlan::new)
+        .map_err(|error| error.to_string())
+}
+
+/// A recipe with these overrides.
+pub(crate) fn recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> RunPlan {
+    try_recipe(name, overrides).expect("plan")
+}
+
+/// The plan's policy with random weights.
+pub(crate) fn network(plan: &RunPlan, seed: u64) -> Pi0 {
+    tch::set_num_threads(1);
+    let store = ParamStore::random(&plan.dims, &plan.heads, seed, Device::Cpu).expect("weights");
+    Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
+}
+
+/// All weights that RL trains.
+pub(crate) fn weights(policy: &Pi0) -> Vec<f32> {
+    let parts = [Part::Expert, Part::NoiseHead, Part::ValueHead].map(|part| policy.store().export(part));
+    parts.into_iter().flatten().flat_map(|(_, _, data)| data).collect()
+}
+
+/// The part of a chunk that the plan's environment executes.
+pub(crate) fn executed(plan: &RunPlan) -> Executed {
+    let model = &plan.config.actor.model;
+    Executed {
+        action_chunk: model.num_action_chunks,
+        env_action_dim: model.env_action_dim,
+    }
+}
+
+/// Drawn observations; the prompts have from one token to all, and every fifth camera is absent.
+pub(crate) fn observations(plan: &RunPlan, records: usize) -> ObservationBatch {
+    let (dims, count) = (&plan.dims, records as i64);
+    let (side, cameras) = (dims.vision.image_size, dims.cameras);
+    let mut rng = stream(Purpose::Init, 41, 0, 0, 0);
+    let images: Vec<u8> = (0..records * cameras * side * side * 3)
+        .map(|_| below(&mut rng, 256) as u8)
+        .collect();
+    let mut state = vec![0.0f32; records * dims.action_dim];
+    fill_normal(&mut rng, &mut state);
+    let prompt: Vec<i64> = (0..records * dims.prompt_len)
+        .map(|_| below(&mut rng, dims.vocab) as i64)
+        .collect();
+    let prompt_mask: Vec<bool> = (0..records)
+        .flat_map(|n| (0..dims.prompt_len).map(move |slot| slot <= n % dims.prompt_len))
+        .collect();
+    let image_mask: Vec<bool> = (0..records * cameras).map(|n| n % 5 != 4).collect();
+    ObservationBatch {
+        images: Tensor::from_slice(&images).view([count, cameras as i64, side as i64, side as i64, 3]),
+        image_mask: Tensor::from_slice(&image_mask).view([count, -1]),
+        prompt: Tensor::from_slice(&prompt).view([count, -1]),
+        prompt_mask: Tensor::from_slice(&prompt_mask).view([count, -1]),
+        state: Tensor::from_slice(&state).view([count, -1]),
+    }
+}
+
+/// What episodes of one chunk pay, by environment: the rewards of the executed actions, and whether it succeeds.
+pub(crate) type Pay<'a> = &'a dyn Fn(u32) -> (Vec<f32>, bool);
+
+/// Episodes of one chunk each, acted by `policy` as `version`, two from each start (the last start has three when the number is odd).
+pub(crate) fn acted(plan: &RunPlan, policy: &Pi0, records: usize, version: u64, pay: Pay<'_>) -> Vec<Trajectory> {
+    let keys: Vec<NoiseKey> = (0..records as u32)
+        .map(|env| NoiseKey {
+            seed: 3,
+            env,
+            episode: 0,
+            chunk: 0,
+        })
+        .collect();
+    let made = act(plan, policy, &observations(plan, records), &keys, version).expect("records");
+    made.into_iter()
+        .zip(&keys)
+        .map(|(record, key)| {
+            let start = u64::from(key.env / 2).min((records as u64 / 2).saturating_sub(1));
+            let (rewards, success) = pay(key.env);
+            episode(record, start, rewards, success)
+        })
+        .collect()
+}
+
+pub(crate) fn largest_gap(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
