@@ -89,7 +89,18 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
             }
         }
         let batch = RolloutBatch::new(&plan, &got.used.trajectories, version).expect("records");
-        assert!(batch.staleness_max <= BOUND && batch.staleness_mean <= batch.staleness_max as f64);
+        // a chunk is one sample here
+        let records = got.used.trajectories.iter().flat_map(|t| &t.chunks);
+        let lags: Vec<u64> = records
+            .map(|chunk| version - chunk.record.as_ref().expect("record").version)
+            .collect();
+        assert_eq!(Some(&batch.staleness_max), lags.iter().max());
+        let mean = lags.iter().sum::<u64>() as f64 / lags.len() as f64;
+        assert!(
+            (batch.staleness_mean - mean).abs() < 1e-12,
+            "{} {mean}",
+            batch.staleness_mean
+        );
         assert_eq!(batch.trained_version, version + 1);
         // what is refused beyond the bound
         if iteration == 5 {

@@ -19,6 +19,7 @@ mod golden {
     mod variants;
 }
 mod asynchronous;
+mod environments;
 mod inspect;
 mod mdp;
 mod prefix_store;

@@ -137,7 +137,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
         "algorithm.update_epoch=1",
     ]
     .map(str::to_owned);
-    let mut gradients = Vec::new();
+    let mut updates = Vec::new();
     for mdp in FORMULATIONS {
         let samples = SAMPLES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
@@ -236,7 +236,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
                 (estimate - exact).abs() < 5.0 * error && 5.0 * error < exact.abs(),
                 "{mdp} {d}: {estimate} +- {error}, exact {exact}"
             );
-            gradients.push(exact);
+            updates.push(got);
         }
         assert!(
             after[WIDTH..] == before[WIDTH..],
@@ -247,10 +247,15 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
     };
-    let [hybrid, joint, two_layer] = [0, 1, 2].map(|at| &gradients[at * WIDTH..][..WIDTH]);
-    println!("cosine of hybrid and joint gradient: {:.3}", cosine(hybrid, joint));
-    assert!(cosine(hybrid, joint) > 0.9, "{gradients:?}");
-    assert!((cosine(two_layer, joint) - 1.0).abs() < 1e-12);
+    let [hybrid, joint, two_layer] = [0, 1, 2].map(|at| &updates[at * WIDTH..][..WIDTH]);
+    println!("cosine of hybrid and joint update: {:.3}", cosine(hybrid, joint));
+    assert!(cosine(hybrid, joint) > 0.9, "{updates:?}");
+    // of the same chains: what is left is f32 sums of other terms, whose error is 1e-3 of an element above
+    assert!(cosine(two_layer, joint) > 1.0 - 1e-5, "{updates:?}");
+    for (one, of_all) in two_layer.iter().zip(joint) {
+        // a mean over K transitions is a K-th of the sum
+        assert!((one * STEPS as f64 / of_all - 1.0).abs() < 5e-3, "{updates:?}");
+    }
 }
 
 /// What a mis-calibrated demonstrator does, and what would be best.

@@ -28,8 +28,10 @@ fn plan(config: &str, overrides: &[&str]) -> RunPlan {
 fn batch(plan: &RunPlan, policy: &Pi0) -> RolloutBatch {
     let pay = |env: u32| {
         let actions = 0..plan.config.actor.model.num_action_chunks;
-        let rewards = actions.map(|row| f32::from(row == 0 && env % 2 == 0)).collect();
-        (rewards, env % 2 == 0)
+        let rewards = actions
+            .map(|row| f32::from(row == 0 && env.is_multiple_of(2)))
+            .collect();
+        (rewards, env.is_multiple_of(2))
     };
     RolloutBatch::new(plan, &acted(plan, policy, RECORDS, 0, &pay), 0).expect("batch")
 }

@@ -1,12 +1,16 @@
 //! Properties of advantages and losses on random input: what must hold whatever the numbers are.
 
 use learner::{
-    advantage::{ESTIMATORS, Episode, EstimatorSettings, EstimatorSpec, estimator, gae_episode},
+    advantage::{
+        Advantages, ESTIMATORS, Episode, EstimatorSettings, EstimatorSpec, LayeredEpisode, estimator, gae_episode,
+        normalize,
+    },
     filter::keep_members,
     loss::{
         ActorInput, ActorSettings, CriticInput, CriticSettings, POLICY_LOSSES, PolicyInput, PolicyLossFn,
         PolicyLossSpec, PolicySettings, Share, aggregate_logprob, policy_loss,
     },
+    minibatch::{ShuffleSeed, permutation},
 };
 use policy::config::LogprobType;
 use proptest::{collection::vec, prelude::*};
@@ -39,6 +43,24 @@ fn episode(chunk_len: usize) -> impl Strategy<Value = (Vec<f32>, Vec<f32>, f32)>
 
 type Drawn = (Vec<f32>, Vec<f32>, f32);
 
+/// GAE over chunks of `steps` denoise steps.
+fn layered_gae(
+    rewards: &[f32],
+    values: &[f32],
+    steps: usize,
+    final_value: f32,
+    settings: EstimatorSettings,
+) -> Advantages {
+    let gae = ESTIMATORS.iter().find(|spec| spec.name == "gae").expect("registered");
+    let episode = LayeredEpisode {
+        rewards,
+        values,
+        steps,
+        final_value,
+    };
+    gae.layered.expect("over both layers")(&episode, settings)
+}
+
 fn episodes<'a>(drawn: &'a [Drawn], groups: &[u64]) -> Vec<Episode<'a>> {
     let one = |((rewards, values, last), group): (&'a Drawn, &u64)| Episode {
         rewards,
@@ -66,6 +88,54 @@ proptest! {
             }
             let want = total - f64::from(values[at / chunk_len]);
             prop_assert!(close(f64::from(*advantage), want), "step {at}: {advantage} against {want}");
+        }
+    }
+
+    #[test]
+    fn two_layer_gae_at_lambda_one_is_the_discounted_return_less_the_value(
+        steps in 1usize..6,
+        rewards in vec(-2.0f32..2.0, 1..12),
+        values in vec(-2.0f32..2.0, 60),
+        last in -2.0f32..2.0,
+        gamma in 0.5f64..1.0,
+    ) {
+        let settings = EstimatorSettings { gamma, gae_lambda: 1.0 };
+        let values = &values[..rewards.len() * steps];
+        let got = layered_gae(&rewards, values, steps, last, settings);
+        prop_assert_eq!((got.advantages.len(), got.returns.len()), (values.len(), values.len()));
+        for (at, value) in values.iter().enumerate() {
+            // all denoise steps of a chunk see what its execution and the later ones pay
+            let chunk = at / steps;
+            let later = rewards[chunk..].iter().enumerate();
+            let paid: f64 = later.map(|(n, reward)| f64::from(*reward) * gamma.powi(n as i32)).sum();
+            let want = paid + f64::from(last) * gamma.powi((rewards.len() - chunk) as i32);
+            prop_assert!(close(f64::from(got.returns[at]), want), "{at}: {} against {want}", got.returns[at]);
+            prop_assert!(close(f64::from(got.advantages[at]), want - f64::from(*value)), "{at}");
+        }
+    }
+
+    #[test]
+    fn permuting_entries_permutes_their_normalised_values(
+        entries in vec((-1e3f32..1e3, any::<bool>()), 1..30),
+        junk in prop::sample::select(vec![f32::NAN, f32::INFINITY, 1e30]),
+        seed in any::<u64>(),
+    ) {
+        let normalised = |entries: &[(f32, bool)]| {
+            let (mut values, mask): (Vec<f32>, Vec<bool>) = entries.iter().copied().unzip();
+            normalize(&mut values, Some(&mask));
+            values
+        };
+        let order = permutation(entries.len(), ShuffleSeed { run: seed, iteration: 0, epoch: 0 });
+        let plain = normalised(&entries);
+        let moved = normalised(&order.iter().map(|at| entries[*at]).collect::<Vec<_>>());
+        for (to, from) in order.iter().enumerate() {
+            prop_assert!(close(f64::from(moved[to]), f64::from(plain[*from])), "{} against {}", moved[to], plain[*from]);
+        }
+        // what does not count has no part in the others' values
+        let spoilt: Vec<(f32, bool)> = entries.iter().map(|(v, valid)| (if *valid { *v } else { junk }, *valid)).collect();
+        let spoilt = normalised(&spoilt);
+        for (at, (_, valid)) in entries.iter().enumerate() {
+            prop_assert!(!valid || spoilt[at].to_bits() == plain[at].to_bits());
         }
     }
 
@@ -135,6 +205,9 @@ struct Numbers {
     old_value: Vec<f32>,
     returns: Vec<f32>,
     mask: Vec<bool>,
+    entropy: Vec<f32>,
+    /// By row.
+    episode_len: Vec<f32>,
 }
 
 fn numbers() -> impl Strategy<Value = Numbers> {
@@ -144,9 +217,15 @@ fn numbers() -> impl Strategy<Value = Numbers> {
         (some(elements), some(elements), some(elements), some(ROWS * ACTIONS)),
         (some(ROWS), some(ROWS), some(ROWS)),
         vec(any::<bool>(), ROWS * ACTIONS),
+        (some(elements), vec((1u8..9).prop_map(f32::from), ROWS)),
     )
         .prop_map(
-            |((logprob, old_logprob, proximal, advantage), (value, old_value, returns), mask)| Numbers {
+            |(
+                (logprob, old_logprob, proximal, advantage),
+                (value, old_value, returns),
+                mask,
+                (entropy, episode_len),
+            )| Numbers {
                 logprob,
                 old_logprob,
                 proximal,
@@ -155,6 +234,8 @@ fn numbers() -> impl Strategy<Value = Numbers> {
                 old_value,
                 returns,
                 mask,
+                entropy,
+                episode_len,
             },
         )
 }
@@ -165,6 +246,7 @@ struct Outcome {
     loss: f64,
     logprob_grad: Vec<f32>,
     value_grad: Vec<f32>,
+    entropy_grad: Vec<f32>,
 }
 
 fn settings() -> PolicySettings {
@@ -188,6 +270,25 @@ fn settings() -> PolicySettings {
     }
 }
 
+/// Everything that changes which elements count, or how much.
+fn variants() -> [(&'static str, PolicySettings); 5] {
+    let with = |change: fn(&mut PolicySettings)| {
+        let mut settings = settings();
+        change(&mut settings);
+        settings
+    };
+    [
+        ("plain", settings()),
+        ("dropped", with(|s| s.actor.behaviour_ratio_max = Some(1.5))),
+        ("entropy", with(|s| s.entropy_coef = 0.1)),
+        ("clamped", with(|s| s.actor.log_ratio_clamp = Some((-0.3, 0.4)))),
+        (
+            "by episode",
+            with(|s| (s.actor.episode_steps, s.critic.episode_steps) = (Some(4.0), Some(3.0))),
+        ),
+    ]
+}
+
 fn floats(tensor: &Tensor) -> Vec<f32> {
     if !tensor.defined() {
         return Vec::new();
@@ -202,7 +303,7 @@ fn evaluate(
     loss: PolicyLossFn,
     level: LogprobType,
     settings: &PolicySettings,
-    share: Option<f64>,
+    share: Option<Share>,
 ) -> Outcome {
     let rows = numbers.value.len() as i64;
     let element = |data: &[f32]| Tensor::from_slice(data).view([rows, ACTIONS as i64, DIMS as i64]);
@@ -225,6 +326,8 @@ fn evaluate(
         Tensor::from_slice(&numbers.old_value),
         Tensor::from_slice(&numbers.returns),
     );
+    let entropy = element(&numbers.entropy).set_requires_grad(true);
+    let episode_len = Tensor::from_slice(&numbers.episode_len);
     let input = PolicyInput {
         actor: Some(ActorInput {
             logprob: &logprob,
@@ -233,20 +336,17 @@ fn evaluate(
             reference_logprob: None,
             advantage: &advantage,
             mask: Some(&mask),
-            episode_len: None,
+            episode_len: Some(&episode_len),
         }),
         critic: Some(CriticInput {
             value: &value,
             old_value: &old_value,
             returns: &returns,
             mask: Some(&row_mask),
-            episode_len: None,
+            episode_len: Some(&episode_len),
         }),
-        entropy: None,
-        share: Share {
-            surrogate: share.unwrap_or(1.0),
-            entropy: 1.0,
-        },
+        entropy: (settings.entropy_coef > 0.0).then_some(&entropy),
+        share: share.unwrap_or_default(),
     };
     let out = loss(&input, settings).expect("loss");
     out.loss.backward();
@@ -254,6 +354,7 @@ fn evaluate(
         loss: out.loss.double_value(&[]),
         logprob_grad: floats(&leaf.grad()),
         value_grad: floats(&value.grad()),
+        entropy_grad: floats(&entropy.grad()),
     }
 }
 
@@ -273,6 +374,8 @@ fn rows_of(numbers: &Numbers, order: &[usize]) -> Numbers {
         old_value: pick(&numbers.old_value, order, 1),
         returns: pick(&numbers.returns, order, 1),
         mask: pick(&numbers.mask, order, ACTIONS),
+        entropy: pick(&numbers.entropy, order, ACTIONS * DIMS),
+        episode_len: pick(&numbers.episode_len, order, 1),
     }
 }
 
@@ -304,17 +407,16 @@ proptest! {
                         spoilt.logprob[element] = junk;
                         spoilt.old_logprob[element] = -junk;
                         spoilt.proximal[element] = junk;
+                        spoilt.entropy[element] = junk;
                     }
                 }
                 for row in (0..ROWS).filter(|row| !numbers.mask[row * ACTIONS..(row + 1) * ACTIONS].contains(&true)) {
                     (spoilt.value[row], spoilt.old_value[row], spoilt.returns[row]) = (junk, -junk, junk);
                 }
-                for bound in [None, Some(1.5)] {
-                    let mut settings = settings();
-                    settings.actor.behaviour_ratio_max = bound;
+                for (what, settings) in variants() {
                     let clean = evaluate(&numbers, loss, level, &settings, None);
                     let got = evaluate(&spoilt, loss, level, &settings, None);
-                    prop_assert_eq!(&got, &clean, "{} {:?} {}", name, level, junk);
+                    prop_assert_eq!(&got, &clean, "{} {:?} {}, {}", name, level, junk, what);
                     prop_assert!(clean.loss.is_finite());
                 }
             }
@@ -375,16 +477,23 @@ proptest! {
         numbers in numbers(),
         order in Just((0..ROWS).collect::<Vec<usize>>()).prop_shuffle(),
     ) {
+        let back = |grad: &[f32], width: usize| -> Vec<f32> {
+            order.iter().flat_map(|row| grad.get(row * width..(row + 1) * width).unwrap_or_default().to_vec()).collect()
+        };
         for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
-                let plain = evaluate(&numbers, loss, level, &settings(), None);
-                let moved = evaluate(&rows_of(&numbers, &order), loss, level, &settings(), None);
-                prop_assert!(close(moved.loss, plain.loss), "{name} {level:?}");
-                let back = |grad: &[f32], width: usize| -> Vec<f32> {
-                    order.iter().flat_map(|row| grad.get(row * width..(row + 1) * width).unwrap_or_default().to_vec()).collect()
-                };
-                prop_assert!(all_close(&moved.logprob_grad, &back(&plain.logprob_grad, ACTIONS * DIMS)), "{name} {level:?}");
-                prop_assert!(all_close(&moved.value_grad, &back(&plain.value_grad, 1)), "{name} {level:?}");
+                for (what, settings) in variants() {
+                    let plain = evaluate(&numbers, loss, level, &settings, None);
+                    let moved = evaluate(&rows_of(&numbers, &order), loss, level, &settings, None);
+                    prop_assert!(close(moved.loss, plain.loss), "{name} {level:?} {what}");
+                    for (moved, plain, width) in [
+                        (&moved.logprob_grad, &plain.logprob_grad, ACTIONS * DIMS),
+                        (&moved.entropy_grad, &plain.entropy_grad, ACTIONS * DIMS),
+                        (&moved.value_grad, &plain.value_grad, 1),
+                    ] {
+                        prop_assert!(all_close(moved, &back(plain, width)), "{name} {level:?} {what}");
+                    }
+                }
             }
         }
     }
@@ -407,6 +516,7 @@ proptest! {
             for part in [&rows[..cut], &rows[cut..]] {
                 let weight = part.len() as f64 / ROWS as f64;
                 let share = valid(part) / valid(&rows) / weight;
+                let share = Share { surrogate: share, entropy: share };
                 let one = evaluate(&rows_of(&numbers, part), loss, level, &settings(), Some(share));
                 total += one.loss * weight;
                 logprob_grad.extend(one.logprob_grad.iter().map(|g| g * weight as f32));

@@ -39,8 +39,8 @@ fn report(plan: &RunPlan, policy: &Pi0, acted_at: u64, updated_at: u32) -> Updat
     // episodes end after the first to the fourth of the actions, those of even environments with a success
     let pay = |env: u32| {
         let mut rewards = vec![0.0; 1 + env as usize % 4];
-        rewards[0] = f32::from(env % 2 == 0);
-        (rewards, env % 2 == 0)
+        rewards[0] = f32::from(env.is_multiple_of(2));
+        (rewards, env.is_multiple_of(2))
     };
     let trajectories = acted(plan, policy, EPISODES, acted_at, &pay);
     let batch = RolloutBatch::new(plan, &trajectories, acted_at).expect("records");

@@ -1,5 +1,7 @@
 //! Updates on records made by hand: accumulated gradients, steps that must not be taken, and the parts of a chunk that count.
 
+use std::collections::BTreeMap;
+
 use learner::{
     logprob::{StepTable, TransitionBatch, transition},
     model::Pi0,
@@ -8,6 +10,7 @@ use learner::{
 };
 use policy::{
     noise::{Purpose, fill_normal, stream},
+    params::Part,
     plan::RunPlan,
 };
 use tch::{Device, Kind, Tensor};
@@ -117,6 +120,11 @@ fn records(plan: &RunPlan) -> Vec<Trajectory> {
 
 /// The batch with the log-probabilities that the policy itself gives, moved a little.
 fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBatch {
+    batch_moved(plan, policy, trajectories, 0.03)
+}
+
+/// The batch with the log-probabilities that the policy itself gives, moved as far as `by` says.
+fn batch_moved(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory], by: f64) -> RolloutBatch {
     let mut batch = RolloutBatch::new(plan, trajectories, 0).expect("records");
     let _guard = tch::no_grad_guard();
     let (cache, _) = batch.observations.frozen_prefix(policy, 64).expect("prefix");
@@ -133,7 +141,7 @@ fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBa
         step: &step,
     };
     let out = transition(policy, &table, &cache, inputs, executed(plan), true).expect("transition");
-    let moved = Tensor::from_slice(&normal(77, out.logprob.numel())).view_as(&out.logprob) * 0.03;
+    let moved = Tensor::from_slice(&normal(77, out.logprob.numel())).view_as(&out.logprob) * by;
     batch.old_logprob = out.logprob + moved;
     batch
 }
@@ -184,6 +192,59 @@ fn the_size_of_a_micro_batch_changes_nothing() {
             assert_eq!((report.updates, report_of_parts.updates, report.skipped), (1, 1, 0));
         }
     }
+}
+
+/// Means whose number of elements is that of the whole minibatch: of entropies, and of the elements that were not dropped. Chunks are cut, so
+/// that the parts of a minibatch have other shares of its elements than of its rows.
+#[test]
+fn the_size_of_a_micro_batch_changes_nothing_with_a_bonus_or_dropped_elements() {
+    let noise = [
+        "actor.model.openpi.noise_method=\"flow_noise\"",
+        "actor.model.openpi.noise_head={hidden=[16,8],std_range=[0.3,0.9]}",
+        "algorithm.entropy_bonus=0.5",
+    ];
+    let decoupled = [
+        "algorithm.loss_type=\"decoupled_actor_critic\"",
+        "algorithm.behave_weight_threshold=1.02",
+        "algorithm.kl_beta=0.5",
+    ];
+    let mut wrong = Vec::new();
+    for (what, special) in [("entropy bonus", &noise), ("dropped elements", &decoupled)] {
+        for level in ["chunk_level", "action_level", "token_level"] {
+            for agg in ["mean", "episode_length"] {
+                let keys = [
+                    format!("algorithm.logprob_type={level:?}"),
+                    format!("algorithm.loss_agg={agg:?}"),
+                    "actor.optim.lr=0.1".to_owned(),
+                    "actor.optim.value_lr=0.1".to_owned(),
+                ];
+                let run = |micro: &str| {
+                    let keys = keys.iter().map(String::as_str).chain([micro]);
+                    let overrides: Vec<&str> = special.iter().copied().chain(keys).collect();
+                    update(&plan("quickstart", &overrides), |batch| {
+                        // proximal policies two thirds of the way from the ones that acted
+                        batch.trained_version += 2;
+                    })
+                };
+                let (before, whole, report) = run("actor.micro_batch_size=64");
+                let (_, parts, report_of_parts) = run("actor.micro_batch_size=3");
+                let (moved, gap) = (largest_gap(&before, &whole), largest_gap(&whole, &parts));
+                let dropped = report.actor.behaviour_clip_fraction;
+                assert_eq!(what == "dropped elements", dropped > 0.0, "{level} {agg}: {dropped}");
+                let metrics = [
+                    report.actor.policy_loss - report_of_parts.actor.policy_loss,
+                    report.entropy - report_of_parts.entropy,
+                ];
+                // as above
+                if moved < 1e-3 || gap > 2e-5 || metrics.iter().any(|gap| gap.abs() > 1e-5) {
+                    wrong.push(format!(
+                        "{what} {level} {agg}: moved {moved:.1e}, gap {gap:.1e}, metrics {metrics:?}"
+                    ));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 /// Flow times and noise belong to the sample, so that a loss on the velocity does not depend on how a minibatch is cut either.
@@ -260,6 +321,129 @@ fn a_gradient_that_is_not_finite_is_skipped_and_counted() {
     });
     assert!(before == after, "bit for bit");
     assert_eq!((report.updates, report.skipped, report.grad_norm), (0, 1, 0.0));
+}
+
+/// The critic's gradient is its own: where it is not finite the actor goes on.
+#[test]
+fn a_gradient_of_the_critic_that_is_not_finite_is_skipped_and_counted() {
+    let plan = plan("quickstart", &["actor.optim.lr=0.1", "actor.optim.weight_decay=0.1"]);
+    let policy = network(&plan, 5);
+    let mut batch = batch(&plan, &policy, &records(&plan));
+    batch.returns = &batch.returns * f64::NAN;
+    let export = |part| {
+        policy
+            .store()
+            .export(part)
+            .into_iter()
+            .map(|(_, _, data)| data)
+            .collect::<Vec<_>>()
+    };
+    let (head, expert) = (export(Part::ValueHead), export(Part::Expert));
+    let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+    let report = updater.update(&policy, &batch, 0).expect("update");
+    assert_eq!((report.updates, report.skipped), (1, 1));
+    assert!(head == export(Part::ValueHead), "bit for bit");
+    assert!(expert != export(Part::Expert));
+    let (actor, critic) = updater.optimizers();
+    let critic = critic.expect("a critic");
+    assert_eq!((actor.updates(), critic.updates(), critic.skipped()), (1, 0, 1));
+}
+
+#[test]
+fn a_gradient_of_a_velocity_loss_that_is_not_finite_is_skipped_and_counted() {
+    for recipe in ["tabletop_flow_ipo", "tabletop_nft"] {
+        let sde = "actor.model.openpi.noise_method=\"flow_sde\"";
+        let plan = plan(
+            recipe,
+            &["actor.micro_batch_size=3", "actor.optim.weight_decay=0.1", sde],
+        );
+        let (before, after, report) = update(&plan, |batch| {
+            // an executed action of one record
+            drop(batch.chain.get(2).get(-1).get(0).narrow(0, 0, 1).fill_(f64::NAN));
+        });
+        assert!(before == after, "{recipe}: bit for bit");
+        assert_eq!(
+            (report.updates, report.skipped, report.grad_norm),
+            (0, 1, 0.0),
+            "{recipe}"
+        );
+    }
+}
+
+/// The divergence is measured before a step: the one that is too far is not taken, nor any after it.
+#[test]
+fn target_kl_ends_the_iteration_before_the_step_that_would_go_too_far() {
+    let run = |keys: &[&str], epochs: u32| {
+        let epochs = format!("algorithm.update_epoch={epochs}");
+        let plan = plan(
+            "quickstart",
+            &[&["actor.optim.lr=0.001", epochs.as_str()], keys].concat(),
+        );
+        let policy = network(&plan, 5);
+        // the policy that acted is the one that is trained: the first minibatch has no divergence
+        let batch = batch_moved(&plan, &policy, &records(&plan), 0.0);
+        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let report = updater.update(&policy, &batch, 0).expect("update");
+        let expert = policy.store().export(Part::Expert);
+        (
+            report,
+            expert.into_iter().flat_map(|(_, _, data)| data).collect::<Vec<f32>>(),
+        )
+    };
+    let (free, _) = run(&[], 6);
+    assert_eq!((free.updates, free.stopped_early), (6, false), "{free:?}");
+    // the divergences before the first, second, ... step; the same run gives the same bits, so that a bound fits between two of them
+    let after: Vec<f64> = (1..=6).map(|epochs| run(&[], epochs).0.last_kl).collect();
+    assert!(after[0] < 1e-9 && after.is_sorted() && after[3] > after[2], "{after:?}");
+    let bound = format!("algorithm.target_kl={}", f64::midpoint(after[2], after[3]));
+    let (stopped, weights) = run(&[&bound], 6);
+    assert!(
+        stopped.stopped_early && stopped.updates == 3,
+        "{after:?} {bound}: {stopped:?}"
+    );
+    assert!((stopped.last_kl - after[3]).abs() < 1e-12, "{after:?}: {stopped:?}");
+    let (_, of_three) = run(&[], 3);
+    assert!(weights == of_three, "bit for bit");
+    let (above, _) = run(&["algorithm.target_kl=1e9"], 6);
+    assert_eq!((above.updates, above.stopped_early), (6, false));
+}
+
+/// The critic keeps its Adam moments when its warm-up ends: it goes on as one whose warm-up never does, for it reads the frozen prefix and
+/// its gradient stops at the head.
+#[test]
+fn the_critics_moments_survive_its_warm_up() {
+    let run = |warm_up: u32| {
+        let key = format!("actor.optim.critic_warmup_epochs={warm_up}");
+        let plan = plan(
+            "quickstart",
+            &["actor.optim.eps=1e-8", &key, "algorithm.update_epoch=3"],
+        );
+        let policy = network(&plan, 5);
+        let batch = batch(&plan, &policy, &records(&plan));
+        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let mut states = Vec::new();
+        let mut actor_updates = 0;
+        for iteration in 0..3 {
+            actor_updates += updater.update(&policy, &batch, iteration).expect("update").updates;
+            states.push(updater.optimizers().1.expect("a critic").state());
+        }
+        (states, actor_updates)
+    };
+    let (ended, of_actor) = run(1);
+    let (warming, none) = run(3);
+    assert_eq!((of_actor, none), (6, 0));
+    for (iteration, (a, b)) in ended.iter().zip(&warming).enumerate() {
+        assert!(!a.is_empty() && a.keys().eq(b.keys()));
+        for (name, tensor) in a {
+            assert!(tensor.equal(&b[name]), "iteration {iteration}, {name}: bit for bit");
+        }
+    }
+    let zero = |state: &BTreeMap<String, Tensor>| state.values().all(|t| t.abs().max().double_value(&[]) == 0.0);
+    assert!(!zero(&ended[0]), "there were moments to keep");
+    assert!(
+        ended[0].iter().any(|(name, tensor)| !tensor.equal(&ended[1][name])),
+        "and they moved on"
+    );
 }
 
 /// With records of the present version the proximal policy is the one that acted: decoupled PPO is PPO. With older ones its
