@@ -3,10 +3,11 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead, BufReader, Lines},
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Child, ChildStderr, Command, Stdio},
-    time::Duration,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::{Duration, Instant, SystemTime},
 };
 
 use integration_tests::ring::{Client, Engine, plan, program, row};
@@ -18,6 +19,7 @@ use learner::{
 };
 use policy::{
     bundle::describe_file,
+    noise::{Purpose, stream, uniform},
     params::{Heads, Part},
     weights::WeightFile,
 };
@@ -90,19 +92,14 @@ impl Run {
         if let Some(resume) = resume {
             command.arg("--resume").arg(resume);
         }
-        let mut child = command
+        let child = command
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .expect("starting the learner");
-        let lines = BufReader::new(child.stderr.take().expect("log")).lines();
-        Learner {
-            child,
-            lines,
-            log: String::new(),
-        }
+        Learner::new(child)
     }
 
     fn sha256(&self, iteration: u32) -> [String; 2] {
@@ -156,15 +153,47 @@ impl Run {
 
 struct Learner {
     child: Child,
-    lines: Lines<BufReader<ChildStderr>>,
+    lines: Receiver<String>,
     log: String,
 }
 
 impl Learner {
+    /// Passes the lines of the log on as they come, so that a test may also wait for a moment.
+    fn new(mut child: Child) -> Self {
+        let log = BufReader::new(child.stderr.take().expect("log"));
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in log.lines() {
+                // the test may be done with the log
+                if send.send(line.expect("log line") + "\n").is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            child,
+            lines,
+            log: String::new(),
+        }
+    }
+
+    /// Kills it at this moment of its life, unless it ended before: SIGKILL, no farewell. Returns the last line of its log.
+    fn kill_after(mut self, life: Duration) -> String {
+        let moment = Instant::now() + life;
+        while let Ok(line) = self
+            .lines
+            .recv_timeout(moment.saturating_duration_since(Instant::now()))
+        {
+            self.log += &line;
+        }
+        self.child.kill().expect("killing the learner");
+        self.child.wait().expect("waiting for the learner");
+        self.log.lines().last().unwrap_or_default().to_owned()
+    }
+
     /// Reads the log until a line holds `text`.
     fn until(&mut self, text: &str) {
-        for line in self.lines.by_ref() {
-            let line = line.expect("log line") + "\n";
+        for line in &self.lines {
             self.log += &line;
             if line.contains(text) {
                 return;
@@ -183,8 +212,8 @@ impl Learner {
     /// Waits for the end and returns the log.
     #[track_caller]
     fn end(mut self, success: bool) -> String {
-        for line in self.lines.by_ref() {
-            self.log += &(line.expect("log line") + "\n");
+        for line in &self.lines {
+            self.log += &line;
         }
         let status = self.child.wait().expect("waiting for the learner");
         assert_eq!(status.success(), success, "{}", self.log);
@@ -230,6 +259,65 @@ fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
     let start = weights(&killed.path("sft").join(MODEL));
     let end = weights(&killed.checkpoint(4).join(MODEL));
     assert_ne!(start, end, "the policy was trained");
+}
+
+/// A run of this recipe, and one that is killed this often at moments drawn from its whole life (while the ring starts, in a rollout, an
+/// update, a publication, a checkpoint or an evaluation), end with the same bytes.
+fn assert_killed_at_any_moment_is_the_same(recipe: &'static str, overrides: &[&str], kills: u32) {
+    let (whole, killed) = (Run::of(recipe), Run::of(recipe));
+    let begin = Instant::now();
+    whole.train(None, overrides).end(true);
+    let life = begin.elapsed();
+    // other moments in every run of the test; the seed repeats them as far as the machine does
+    let seed = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .expect("a clock");
+    let seed = seed.as_micros() as u64;
+    let mut rng = stream(Purpose::SelfTest, seed, 0, 0, 0);
+    for _ in 0..kills {
+        // of the life that is left: a run goes on from its newest checkpoint
+        let left = 1.0 - f64::from(killed.checkpoints().last().copied().unwrap_or(0)) / 4.0;
+        if left == 0.0 {
+            break;
+        }
+        let fraction = left * uniform(&mut rng);
+        let last = killed.train(Some("auto"), overrides).kill_after(life.mul_f64(fraction));
+        println!("{recipe}, seed {seed}: killed after {fraction:.3} of {life:.2?}, after `{last}`");
+    }
+    let log = killed.train(Some("auto"), overrides).end(true);
+    println!("{recipe}: went on as `{}`", log.lines().next().unwrap_or_default());
+    assert_eq!(whole.sha256(4), killed.sha256(4), "{recipe}, seed {seed}");
+    assert_eq!(whole.checkpoints(), killed.checkpoints(), "{recipe}, seed {seed}");
+    assert_eq!(whole.metrics(), killed.metrics(), "{recipe}, seed {seed}");
+    let updates = whole
+        .metrics()
+        .iter()
+        .filter_map(|line| line["updates"].as_f64())
+        .sum::<f64>();
+    assert!(updates > 0.0, "{recipe}: there was something to learn");
+}
+
+#[test]
+fn a_run_that_was_killed_at_any_moment_gives_the_same_weights() {
+    assert_killed_at_any_moment_is_the_same("quickstart.toml", &[], 5);
+}
+
+#[test]
+fn other_formulations_killed_at_any_moment_give_the_same_weights() {
+    assert_killed_at_any_moment_is_the_same("tabletop_flow_noise.toml", &[], 2);
+    assert_killed_at_any_moment_is_the_same("tabletop_two_layer.toml", &[], 2);
+}
+
+/// Groups are ordered again until enough of them are mixed: how often is part of what is repeated.
+#[test]
+fn a_run_that_samples_groups_again_gives_the_same_weights_when_killed() {
+    let overrides = [
+        "algorithm.group_size=4",
+        "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\",max_rounds=3}",
+        // a policy that knows nothing succeeds now and then where all is near enough
+        "env.params={image_size=32,grasp_tol=0.6,place_tol=0.6,max_episode_steps=40}",
+    ];
+    assert_killed_at_any_moment_is_the_same("tabletop_grpo.toml", &overrides, 2);
 }
 
 /// A reference policy that is a mean over the iterations is part of what a run goes on from.
