@@ -149,6 +149,7 @@ pub fn manifest_of(
             },
             words @ TokenizerConfig::Words { .. } => words.clone(),
         },
+        discrete_state_input: model.discrete_state_input,
         normalization: model.normalization,
         norm_stats,
         delta_actions: model.delta_actions.clone(),

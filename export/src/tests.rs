@@ -58,7 +58,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
             steps: ValueSteps::Stochastic,
         }),
         sampling: Sampling {
-            noise_method: NoiseMethod::FlowSde,
+            noise_method: NoiseMethod::named("flow_sde").expect("registered"),
             noise_level: 0.5,
             ignore_last: false,
             num_steps: 4,
@@ -74,6 +74,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         normalization: Normalization::None,
         norm_stats: None,
         delta_actions: None,
+        discrete_state_input: false,
         weights,
         batch,
         config_digest: String::new(),

@@ -6,7 +6,7 @@ use policy::{
     config::ModelConfig,
     dims::PolicyDims,
     norm::{NormStats, bool_mask},
-    prompt::Tokenizer,
+    prompt::{PromptTokens, Tokenizer},
 };
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
@@ -103,20 +103,9 @@ pub fn read(
         return Err(bad(format!("`{targets}` is {target_shape:?}, expected [{n}, _, _]")));
     }
 
-    // prompts are few: tokenize each once, then pick rows
-    let tokenizer = Tokenizer::from_config(&model.tokenizer, None)?;
-    let (mut ids, mut masks) = (Vec::new(), Vec::new());
-    for prompt in &prompts {
-        let tokens = tokenizer.tokenize(prompt, dims.prompt_len)?;
-        ids.extend(tokens.ids);
-        masks.extend(tokens.mask);
-    }
     if prompt_id.min().int64_value(&[]) < 0 || prompt_id.max().int64_value(&[]) >= prompts.len() as i64 {
         return Err(bad(format!("`prompt_id` lies outside 0..{}", prompts.len())));
     }
-    let table = [prompts.len() as i64, dims.prompt_len as i64];
-    let prompt = Tensor::from_slice(&ids).view(table).index_select(0, &prompt_id);
-    let prompt_mask = Tensor::from_slice(&masks).view(table).index_select(0, &prompt_id);
 
     let normalise = |values: &Tensor, which: fn(&NormStats) -> &policy::norm::DimStats| -> Result<Tensor> {
         let Some(stats) = stats else {
@@ -143,7 +132,10 @@ pub fn read(
         values.constant_pad_nd([0, missing.max(0)])
     };
     let raw_state = state.shallow_clone();
-    let state = pad(normalise(&state, |s| &s.state)?);
+    let state = normalise(&state, |s| &s.state)?;
+    let tokenizer = Tokenizer::from_config(&model.tokenizer, None)?;
+    let (prompt, prompt_mask) = tokenized(model, &tokenizer, &prompts, &prompt_id, &state)?;
+    let state = pad(state);
     let target = if targets == "actions" {
         if target_shape[1] != dims.action_horizon as i64 || target_shape[2] > dims.action_dim as i64 {
             return Err(bad(format!(
@@ -171,6 +163,44 @@ pub fn read(
         observations,
         targets: target,
     })
+}
+
+/// Prompt ids and masks, `[N, prompt_len]`. `state` is normalised, not padded; only a prompt that holds it reads it.
+fn tokenized(
+    model: &ModelConfig,
+    tokenizer: &Tokenizer,
+    prompts: &[String],
+    prompt_id: &Tensor,
+    state: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let length = model.prompt_len;
+    let (mut ids, mut masks) = (Vec::new(), Vec::new());
+    let mut add = |tokens: PromptTokens| {
+        ids.extend(tokens.ids);
+        masks.extend(tokens.mask);
+    };
+    if !model.discrete_state_input {
+        // prompts are few: tokenize each once, then pick rows
+        for prompt in prompts {
+            add(tokenizer.tokenize(prompt, length)?);
+        }
+        let table = |flat: Tensor| flat.view([-1, length as i64]).index_select(0, prompt_id);
+        return Ok((table(Tensor::from_slice(&ids)), table(Tensor::from_slice(&masks))));
+    }
+    let rows = prompt_id.size().first().copied().unwrap_or(0);
+    for row in 0..rows {
+        let own = |t: &Tensor| t.get(row);
+        let mut numbers = vec![0.0f32; own(state).numel()];
+        let len = numbers.len();
+        own(state).copy_data(&mut numbers, len);
+        // the ids were checked against the list of prompts
+        let prompt = prompts
+            .get(own(prompt_id).int64_value(&[]) as usize)
+            .map_or("", String::as_str);
+        add(tokenizer.tokenize_with_state(prompt, &numbers, length)?);
+    }
+    let table = |flat: Tensor| flat.view([-1, length as i64]);
+    Ok((table(Tensor::from_slice(&ids)), table(Tensor::from_slice(&masks))))
 }
 
 /// Actions `[N, H, A]` as differences from the state `[N, D]` of their observation where the mask says so; both raw.

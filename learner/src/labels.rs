@@ -7,26 +7,11 @@ use policy::{
 use wire::messages::{Reset, Trajectory};
 
 use crate::{
-    advantage::{Advantages, Episode, Estimator, EstimatorSettings, estimator, normalize},
+    advantage::{Advantages, Episode, EstimatorSettings, LayeredEpisode, normalize},
     error::{LearnerError, Result},
     filter::group_ids,
-    two_layer,
+    method,
 };
-
-/// Refuses an `algorithm.adv_type` that is not registered, before anything starts.
-///
-/// # Errors
-/// Lists the registered names.
-pub fn check_estimator(plan: &RunPlan) -> Result<Estimator> {
-    let name = &plan.config.algorithm.adv_type;
-    estimator(name).ok_or_else(|| {
-        let known: Vec<&str> = crate::advantage::ESTIMATORS.iter().map(|(n, _)| *n).collect();
-        LearnerError::Missing(format!(
-            "`algorithm.adv_type` is `{name}`, expected one of {}",
-            known.join(", ")
-        ))
-    })
-}
 
 /// Advantages of the episodes, at the level of the rewards, not normalised. `values` are by episode and sample; a chunk has `samples`
 /// of them: its denoise steps where each is a transition of its own, else 1.
@@ -37,7 +22,7 @@ pub(crate) fn estimate(
     samples: usize,
 ) -> Result<Vec<Advantages>> {
     let algorithm = &plan.config.algorithm;
-    let estimate = check_estimator(plan)?;
+    let estimator = method::estimator(plan)?;
     let critic = plan.heads.value.is_some();
     let by_action = algorithm.reward_type == RewardType::ActionLevel;
     let rewards = |trajectory: &Trajectory| -> Vec<f32> {
@@ -76,13 +61,21 @@ pub(crate) fn estimate(
         gamma: algorithm.gamma,
         gae_lambda: algorithm.gae_lambda,
     };
-    if samples > 1 && algorithm.adv_type == "gae" {
-        let pairs = episodes.iter().zip(values);
-        return Ok(pairs
-            .map(|(e, values)| two_layer::gae(e.rewards, values, samples, e.final_value, settings))
-            .collect());
+    if samples > 1
+        && let Some(layered) = estimator.layered
+    {
+        let of_episode = |(episode, values): (&Episode<'_>, &Vec<f32>)| {
+            let episode = LayeredEpisode {
+                rewards: episode.rewards,
+                values,
+                steps: samples,
+                final_value: episode.final_value,
+            };
+            layered(&episode, settings)
+        };
+        return Ok(episodes.iter().zip(values).map(of_episode).collect());
     }
-    let per_chunk = estimate(&episodes, settings)?;
+    let per_chunk = (estimator.estimate)(&episodes, settings)?;
     Ok(per_chunk.into_iter().map(|a| repeated(a, samples)).collect())
 }
 

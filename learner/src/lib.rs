@@ -1,43 +1,44 @@
 //! The learner: supervised stages, then online RL on what the rollout engine records, a new policy bundle per iteration.
 //!
-//! Modules stand in the data's order: data sets and supervised stages, the hub that talks to engines, a rollout becomes a batch,
-//! advantages, minibatches, network, log-probability, loss, optimizer, update, and what is written down.
+//! Modules stand in the data's order: data sets, network and supervised stages, the hub that talks to engines, episodes become a batch,
+//! advantages, minibatches, log-probability, loss, update, and what is written down.
 
-pub mod advantage;
-pub mod ahead;
-pub mod bench;
-pub mod checkpoint;
-mod curves;
-pub mod dataset;
 pub mod error;
-pub mod evaluate;
-pub mod filter;
-pub mod hub;
-pub mod inspect;
-pub mod labels;
-pub mod launch;
-pub mod logprob;
-pub mod loss;
-pub mod metrics;
-pub mod minibatch;
-pub mod model;
 pub mod native;
+pub mod launch;
+pub mod dataset;
+pub mod model;
 pub mod observation;
 pub mod optim;
-pub mod picture;
-pub mod prefix_store;
+mod stage;
 pub mod pretrain;
-pub mod publish;
-pub mod records;
-pub mod reference;
-pub mod report;
-pub mod resume;
+pub mod sft;
+pub mod method;
+pub mod hub;
+pub mod filter;
 pub mod rollout;
 pub mod sampling;
-pub mod sft;
-mod stage;
-pub mod train;
-pub mod two_layer;
-pub mod update;
-mod update_velocity;
+pub mod ahead;
+pub mod records;
+pub mod advantage;
+pub mod labels;
+pub mod minibatch;
+pub mod prefix_store;
+pub mod reference;
+pub mod logprob;
+pub mod loss;
 pub mod velocity;
+mod update_likelihood;
+mod update_velocity;
+pub mod update;
+pub mod publish;
+pub mod checkpoint;
+pub mod resume;
+pub mod metrics;
+pub mod evaluate;
+pub mod train;
+mod curves;
+pub mod picture;
+pub mod report;
+pub mod inspect;
+pub mod bench;

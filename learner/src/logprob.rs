@@ -3,6 +3,7 @@
 use policy::{
     flow::{Sampling, Schedule, time_embedding},
     logprob::LN_SQRT_TWO_PI,
+    plan::RunPlan,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -76,6 +77,17 @@ pub struct Executed {
     pub env_action_dim: usize,
 }
 
+impl Executed {
+    /// That of a plan.
+    pub fn of(plan: &RunPlan) -> Self {
+        let model = &plan.config.actor.model;
+        Self {
+            action_chunk: model.num_action_chunks,
+            env_action_dim: model.env_action_dim,
+        }
+    }
+}
+
 /// What the policy says of recorded transitions.
 #[derive(Debug)]
 pub struct Transition {
@@ -93,6 +105,11 @@ pub struct Transition {
 pub fn gaussian(x_next: &Tensor, mean: &Tensor, std: &Tensor) -> Tensor {
     let z = (x_next - mean) / std;
     z.square() * -0.5 - (std.log() + f64::from(LN_SQRT_TWO_PI))
+}
+
+/// Entropy of `N(0, 1)`: `ln sqrt(2 pi e)`.
+pub fn standard_normal_entropy() -> f64 {
+    0.5 + f64::from(LN_SQRT_TWO_PI)
 }
 
 /// Recomputes the log-probability of each transition and, with an expert value head, the value at the same step: one expert
@@ -142,8 +159,8 @@ pub fn transition(
     } else {
         gaussian(&cut(x_next), &mean, &std)
     };
-    // of N(., std^2): ln(std sqrt(2 pi e))
-    let entropy = learnt.map(|_| std.log() + (0.5 + f64::from(LN_SQRT_TWO_PI)));
+    // of N(., std^2)
+    let entropy = learnt.map(|_| std.log() + standard_normal_entropy());
     let value = if detach_critic_input {
         policy.value_expert(&velocity.hidden.detach())
     } else {

@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{bench, inspect, native, report, resume::Resume, train};
+use learner::{bench, inspect, method, native, report, resume::Resume, train};
 use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
@@ -97,7 +97,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Inspect { config, overrides } => {
             let plan = plan(&Config { config, overrides })?;
-            train::check(&plan)?;
+            method::check(&plan)?;
             Ok(std::io::stdout().write_all(inspect::describe(&plan)?.as_bytes())?)
         }
         Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),

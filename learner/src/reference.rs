@@ -13,6 +13,13 @@ use crate::{
     model::Pi0,
 };
 
+/// What is trained of a policy that acts, and so what a reference has of its own.
+const OWN: [Part; 2] = [Part::Expert, Part::NoiseHead];
+
+fn own(policy: &Pi0) -> impl Iterator<Item = (&str, &Tensor)> {
+    OWN.into_iter().flat_map(|part| policy.store().part(part))
+}
+
 /// The reference policy of a run.
 #[derive(Debug)]
 pub struct Reference {
@@ -28,22 +35,26 @@ impl Reference {
     /// # Errors
     /// The sizes do not fit together.
     pub fn new(config: ReferenceConfig, policy: &Pi0) -> Result<Self> {
-        let store = policy.store().fork(&[Part::Expert]);
+        let store = policy.store().fork(&OWN);
+        let heads = Heads {
+            value: None,
+            noise: policy.noise_head().cloned(),
+        };
         Ok(Self {
             config,
-            policy: Pi0::new(policy.dims().clone(), &Heads::default(), store)?,
+            policy: Pi0::new(policy.dims().clone(), &heads, store)?,
             filled: false,
         })
     }
 
-    /// The policy with the reference's weights, without heads.
+    /// The policy with the reference's weights, without a value head.
     pub fn policy(&self) -> &Pi0 {
         &self.policy
     }
 
     /// An iteration's updates begin.
     pub fn begin(&mut self, trained: &Pi0) {
-        if !self.filled || self.config == ReferenceConfig::Acting {
+        if !self.filled || matches!(self.config, ReferenceConfig::Acting {}) {
             self.mix(trained, 0.0);
             self.filled = true;
         }
@@ -58,12 +69,7 @@ impl Reference {
 
     fn mix(&self, trained: &Pi0, keep: f64) {
         no_grad(|| {
-            let pairs = self
-                .policy
-                .store()
-                .part(Part::Expert)
-                .zip(trained.store().part(Part::Expert));
-            for ((_, own), (_, trained)) in pairs {
+            for ((_, own), (_, trained)) in own(&self.policy).zip(own(trained)) {
                 let mut own = own.shallow_clone();
                 if keep == 0.0 {
                     own.copy_(trained);
@@ -76,11 +82,11 @@ impl Reference {
 
     /// Its weights by name, for a checkpoint; none where the next update makes them anew.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        if !self.filled || self.config == ReferenceConfig::Acting {
+        if !self.filled || matches!(self.config, ReferenceConfig::Acting {}) {
             return BTreeMap::new();
         }
-        let own = self.policy.store().part(Part::Expert);
-        own.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()))
+        own(&self.policy)
+            .map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()))
             .collect()
     }
 
@@ -92,10 +98,12 @@ impl Reference {
         if state.is_empty() {
             return Ok(());
         }
-        let own: Vec<(&str, &Tensor)> = self.policy.store().part(Part::Expert).collect();
+        let own: Vec<(&str, &Tensor)> = own(&self.policy).collect();
         let wrong = |detail: String| LearnerError::Missing(format!("reference: {detail}"));
         if let Some(extra) = state.keys().find(|name| own.iter().all(|(n, _)| n != name)) {
-            return Err(wrong(format!("`{extra}` is no tensor of the action expert")));
+            return Err(wrong(format!(
+                "`{extra}` is no tensor of the action expert or the noise head"
+            )));
         }
         for (name, tensor) in own {
             let found = state

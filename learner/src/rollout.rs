@@ -380,7 +380,7 @@ impl Rows {
                 let initial = logprob::executed(at(0), at(0), width, rows, cols, |_, x, _| {
                     logprob::gaussian(x, 0.0, 1.0)
                 });
-                let joined = joint(model.openpi.joint_logprob, &logprob, steps.len(), &initial);
+                let joined = joint(model.openpi.joint_logprob, &logprob, model.num_steps, &initial);
                 self.step.extend(steps);
                 self.logprob.extend(joined);
             }
@@ -474,15 +474,16 @@ impl Rows {
     }
 }
 
-/// The log-probability per element of one decision from its `steps` stochastic steps, `logprob` `[steps, elements]`, and the initial
-/// noise's `[elements]`. Without a rule there is one step.
-fn joint(rule: Option<JointLogprob>, logprob: &[f32], steps: usize, initial: &[f32]) -> Vec<f32> {
+/// The log-probability per element of one decision from those of its stochastic steps, `logprob` `[steps, elements]`, and of the initial
+/// noise, `[elements]`. A mean is over all `num_steps` and the noise, where a step without density has none, as in the reference. Without
+/// a rule there is one step.
+fn joint(rule: Option<JointLogprob>, logprob: &[f32], num_steps: usize, initial: &[f32]) -> Vec<f32> {
     let elements = initial.len();
     (0..elements)
         .map(|e| {
             let sum: f32 = logprob.iter().skip(e).step_by(elements.max(1)).sum();
             match rule {
-                Some(JointLogprob::Mean) => (sum + initial.get(e).copied().unwrap_or(0.0)) / (steps + 1) as f32,
+                Some(JointLogprob::Mean) => (sum + initial.get(e).copied().unwrap_or(0.0)) / (num_steps + 1) as f32,
                 Some(JointLogprob::Sum) | None => sum,
             }
         })

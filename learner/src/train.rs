@@ -20,8 +20,8 @@ use crate::{
     error::{LearnerError, Result},
     evaluate::{check_seed, evaluate},
     hub::Hub,
-    labels::check_estimator,
     launch::Children,
+    method,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
     picture,
@@ -31,7 +31,7 @@ use crate::{
     rollout::{RolloutBatch, failure_rate},
     sampling::sample,
     sft::sft,
-    update::{UpdateReport, Updater, check_loss},
+    update::{UpdateReport, Updater},
 };
 
 /// Seeds of the data sets, apart from the run's own.
@@ -44,15 +44,6 @@ const VIDEOS: usize = 12;
 fn libtorch(plan: &RunPlan) -> Result<()> {
     tch::set_num_threads(plan.config.actor.threads as i32);
     check_seed(plan)
-}
-
-/// Refuses names and parameters that no method knows, before anything starts.
-///
-/// # Errors
-/// Names the key and what is registered.
-pub fn check(plan: &RunPlan) -> Result<()> {
-    check_estimator(plan)?;
-    check_loss(plan)
 }
 
 /// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
@@ -177,7 +168,7 @@ impl Ring {
 /// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     libtorch(plan)?;
-    check(plan)?;
+    method::check(plan)?;
     let config = &plan.config;
     let dir = config.runner.output_dir.clone();
     let from = resume::find(plan, resume)?;

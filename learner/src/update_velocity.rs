@@ -2,6 +2,7 @@
 //! policy per sample and epoch.
 
 use policy::{
+    config::{LossAgg, ReferenceConfig},
     flow::Schedule,
     noise::{Purpose, fill_normal, stream, uniform},
     plan::RunPlan,
@@ -10,13 +11,13 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::{
     error::{LearnerError, Result},
-    logprob::Executed,
+    loss::episode_weighted_mean,
     model::{Pi0, path},
     prefix_store::PrefixStore,
     reference::Reference,
     rollout::RolloutBatch,
     update::CreditReport,
-    velocity::{Episodes, VELOCITY_LOSSES, Velocities, VelocityLoss, velocity_loss},
+    velocity::{Episodes, Velocities, VelocityLoss},
 };
 
 /// A method without likelihood, with its reference.
@@ -24,6 +25,7 @@ use crate::{
 pub(crate) struct VelocityObjective {
     method: Box<dyn VelocityLoss>,
     pub(crate) reference: Reference,
+    by_episode: bool,
 }
 
 /// What an iteration's chunks are worth to the method.
@@ -31,7 +33,7 @@ pub(crate) struct VelocityObjective {
 pub(crate) struct Credit {
     /// By sample, f32 `[M]`.
     by_sample: Tensor,
-    /// 1 for executed elements, f32 `[M, H, A]`.
+    /// Which elements were executed, bool `[M, H, A]`.
     executed: Tensor,
     report: CreditReport,
 }
@@ -42,40 +44,22 @@ impl Credit {
     }
 }
 
-/// The method of a plan; `None` where the loss needs likelihoods.
-///
-/// # Errors
-/// A section without its loss or the reverse, or parameters that the method refuses.
-pub(crate) fn method(plan: &RunPlan) -> Result<Option<Box<dyn VelocityLoss>>> {
-    let algorithm = &plan.config.algorithm;
-    let name = &algorithm.loss_type;
-    let missing = |text: String| Err(LearnerError::Missing(text));
-    match (velocity_loss(name), &algorithm.velocity) {
-        (None, None) => Ok(None),
-        (Some(_), None) => missing(format!(
-            "`algorithm.velocity` is missing, `loss_type = \"{name}\"` needs `reference` and `params`"
-        )),
-        (None, Some(_)) => missing(format!(
-            "`algorithm.velocity` is given, but `algorithm.loss_type` is `{name}`: remove the section or set one of {}",
-            VELOCITY_LOSSES.map(|(known, _)| known).join(", ")
-        )),
-        (Some(build), Some(velocity)) => build(&velocity.params)
-            .map(Some)
-            .map_err(|detail| LearnerError::Missing(format!("`algorithm.velocity.params` of `{name}`: {detail}"))),
-    }
-}
-
 impl VelocityObjective {
-    /// The method of a plan beside `policy`; `None` where the loss needs likelihoods.
+    /// The method beside `policy`.
     ///
     /// # Errors
-    /// See [`method`].
-    pub(crate) fn new(plan: &RunPlan, policy: &Pi0) -> Result<Option<Self>> {
-        let Some((method, config)) = method(plan)?.zip(plan.config.algorithm.velocity.as_ref()) else {
-            return Ok(None);
-        };
-        let reference = Reference::new(config.reference, policy)?;
-        Ok(Some(Self { method, reference }))
+    /// The sizes do not fit together.
+    pub(crate) fn new(
+        plan: &RunPlan,
+        method: Box<dyn VelocityLoss>,
+        reference: ReferenceConfig,
+        policy: &Pi0,
+    ) -> Result<Self> {
+        Ok(Self {
+            method,
+            reference: Reference::new(reference, policy)?,
+            by_episode: plan.config.algorithm.loss_agg == LossAgg::EpisodeLength,
+        })
     }
 
     /// Whether the records can teach anything.
@@ -86,23 +70,19 @@ impl VelocityObjective {
     /// Gives credit to the samples of an iteration. The reference acts on the recorded initial noise, by ODE.
     pub(crate) fn credit(&self, plan: &RunPlan, batch: &RolloutBatch, prefixes: &PrefixStore<'_>) -> Result<Credit> {
         let model = &plan.config.actor.model;
-        let (chunk, width) = (model.num_action_chunks, model.env_action_dim);
+        let width = model.env_action_dim;
         let (horizon, action_dim) = (plan.dims.action_horizon, plan.dims.action_dim);
-        let mut executed = vec![0.0f32; batch.len() * horizon * action_dim];
+        let mut executed = vec![false; batch.len() * horizon * action_dim];
         for (sample, count) in executed.chunks_mut(horizon * action_dim).zip(&batch.executed) {
             for row in sample.chunks_mut(action_dim).take(*count) {
-                row.iter_mut().take(width).for_each(|element| *element = 1.0);
+                row.iter_mut().take(width).for_each(|element| *element = true);
             }
         }
         let executed = Tensor::from_slice(&executed)
             .view([batch.len() as i64, horizon as i64, action_dim as i64])
             .to_device(batch.chain.device());
         let displacement: Vec<f32> = if self.method.reads_displacement() {
-            let executed = Executed {
-                action_chunk: chunk,
-                env_action_dim: width,
-            };
-            self.displacement(plan, batch, prefixes, executed)?
+            self.displacement(plan, batch, prefixes, &executed)?
         } else {
             Vec::new()
         };
@@ -130,16 +110,16 @@ impl VelocityObjective {
         plan: &RunPlan,
         batch: &RolloutBatch,
         prefixes: &PrefixStore<'_>,
-        executed: Executed,
+        executed: &Tensor,
     ) -> Result<Vec<f32>> {
         let model = &plan.config.actor.model;
         let schedule = Schedule::new(model.openpi.noise_method, model.num_steps, 0.0, false);
-        let (chunk, width) = (executed.action_chunk as i64, executed.env_action_dim as i64);
         let (samples, rows) = (batch.len() as i64, prefixes.pass_rows());
         let mut distances = Vec::with_capacity(batch.len());
         let mut from = 0;
         while from < samples {
-            let record = batch.record.narrow(0, from, rows.min(samples - from));
+            let count = rows.min(samples - from);
+            let record = batch.record.narrow(0, from, count);
             let chain = batch.chain.index_select(0, &record);
             let state = batch.observations.state.index_select(0, &record);
             let sample = self.reference.policy().sample(
@@ -149,10 +129,11 @@ impl VelocityObjective {
                 &schedule,
                 &[],
             )?;
-            let cut = |x: &Tensor| x.narrow(1, 0, chunk).narrow(2, 0, width);
-            let gap = cut(&chain.select(1, -1)) - cut(&sample.actions);
+            let left_out = executed.narrow(0, from, count).logical_not();
+            let gap = chain.select(1, -1) - &sample.actions;
             distances.push(
-                gap.square()
+                gap.masked_fill(&left_out, 0.0)
+                    .square()
                     .sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float)
                     .sqrt(),
             );
@@ -203,6 +184,15 @@ impl VelocityObjective {
             executed: &credit.executed.index_select(0, &index),
             credit: &credit.by_sample.index_select(0, &index),
         });
-        Ok(loss.mean(Kind::Float))
+        if !self.by_episode {
+            return Ok(loss.mean(Kind::Float));
+        }
+        let lengths = batch.value_episodes.len.index_select(0, &index);
+        Ok(episode_weighted_mean(
+            &loss,
+            &loss.ones_like(),
+            &lengths,
+            batch.value_episodes.steps,
+        ))
     }
 }

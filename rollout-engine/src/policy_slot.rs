@@ -203,6 +203,10 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
         ("env_action_dim", live.env_action_dim == new.env_action_dim),
         ("cameras", live.cameras == new.cameras),
         ("delta_actions", live.delta_actions == new.delta_actions),
+        (
+            "discrete_state_input",
+            live.discrete_state_input == new.discrete_state_input,
+        ),
     ];
     match fields.into_iter().find(|(_, same)| !same) {
         Some((field, _)) => Err(PolicyError::Other { field }),

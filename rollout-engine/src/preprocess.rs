@@ -148,16 +148,24 @@ impl Preprocessor {
                 images.extend(fitted.into_data());
             }
         }
-        let tokens = self.tokenizer.tokenize(&seen.prompt, dims.prompt_len)?;
+        let mut state = self.state(&seen.state)?;
+        let tokens = if manifest.discrete_state_input {
+            self.tokenizer
+                .tokenize_with_state(&seen.prompt, &state, dims.prompt_len)?
+        } else {
+            self.tokenizer.tokenize(&seen.prompt, dims.prompt_len)?
+        };
+        state.resize(dims.action_dim, 0.0);
         Ok(ModelInput {
             images,
             image_mask: seen.images.iter().map(Option::is_some).collect(),
             prompt: tokens.ids,
             prompt_mask: tokens.mask,
-            state: self.state(&seen.state)?,
+            state,
         })
     }
 
+    /// Checked and normalised, not padded yet.
     fn state(&self, state: &[f32]) -> Result<Vec<f32>, ObservationError> {
         let width = self.manifest.dims.action_dim;
         if state.len() > width {
@@ -169,12 +177,10 @@ impl Preprocessor {
         if let Some((index, value)) = state.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(ObservationError::NotFinite { index, value: *value });
         }
-        let mut normalised = match &self.manifest.norm_stats {
+        Ok(match &self.manifest.norm_stats {
             Some(stats) => self.manifest.normalization.normalize(&stats.state, state)?,
             None => state.to_vec(),
-        };
-        normalised.resize(width, 0.0);
-        Ok(normalised)
+        })
     }
 }
 

@@ -1,14 +1,16 @@
 //! Properties of advantages and losses on random input: what must hold whatever the numbers are.
 
 use learner::{
-    advantage::{ESTIMATORS, Episode, EstimatorSettings, estimator, gae_episode, normalize},
+    advantage::{
+        Advantages, ESTIMATORS, Episode, EstimatorSettings, EstimatorSpec, LayeredEpisode, estimator, gae_episode,
+        normalize,
+    },
     filter::keep_members,
     loss::{
         ActorInput, ActorSettings, CriticInput, CriticSettings, POLICY_LOSSES, PolicyInput, PolicyLossFn,
-        PolicySettings, aggregate_logprob, policy_loss,
+        PolicyLossSpec, PolicySettings, Share, aggregate_logprob, policy_loss,
     },
     minibatch::{ShuffleSeed, permutation},
-    two_layer,
 };
 use policy::config::LogprobType;
 use proptest::{collection::vec, prelude::*};
@@ -40,6 +42,24 @@ fn episode(chunk_len: usize) -> impl Strategy<Value = (Vec<f32>, Vec<f32>, f32)>
 }
 
 type Drawn = (Vec<f32>, Vec<f32>, f32);
+
+/// GAE over chunks of `steps` denoise steps.
+fn layered_gae(
+    rewards: &[f32],
+    values: &[f32],
+    steps: usize,
+    final_value: f32,
+    settings: EstimatorSettings,
+) -> Advantages {
+    let gae = ESTIMATORS.iter().find(|spec| spec.name == "gae").expect("registered");
+    let episode = LayeredEpisode {
+        rewards,
+        values,
+        steps,
+        final_value,
+    };
+    gae.layered.expect("over both layers")(&episode, settings)
+}
 
 fn episodes<'a>(drawn: &'a [Drawn], groups: &[u64]) -> Vec<Episode<'a>> {
     let one = |((rewards, values, last), group): (&'a Drawn, &u64)| Episode {
@@ -81,7 +101,7 @@ proptest! {
     ) {
         let settings = EstimatorSettings { gamma, gae_lambda: 1.0 };
         let values = &values[..rewards.len() * steps];
-        let got = two_layer::gae(&rewards, values, steps, last, settings);
+        let got = layered_gae(&rewards, values, steps, last, settings);
         prop_assert_eq!((got.advantages.len(), got.returns.len()), (values.len(), values.len()));
         for (at, value) in values.iter().enumerate() {
             // all denoise steps of a chunk see what its execution and the later ones pay
@@ -145,7 +165,7 @@ proptest! {
             order.iter().map(|at| (drawn[*at].clone(), groups[*at])).unzip()
         };
         let (moved, moved_groups) = pick(&order);
-        for (name, estimate) in ESTIMATORS {
+        for EstimatorSpec { name, estimate, .. } in ESTIMATORS {
             let plain = estimate(&episodes(&drawn, &groups), SETTINGS).unwrap();
             let permuted = estimate(&episodes(&moved, &moved_groups), SETTINGS).unwrap();
             for (to, from) in order.iter().enumerate() {
@@ -283,7 +303,7 @@ fn evaluate(
     loss: PolicyLossFn,
     level: LogprobType,
     settings: &PolicySettings,
-    share: Option<f64>,
+    share: Option<Share>,
 ) -> Outcome {
     let rows = numbers.value.len() as i64;
     let element = |data: &[f32]| Tensor::from_slice(data).view([rows, ACTIONS as i64, DIMS as i64]);
@@ -313,6 +333,7 @@ fn evaluate(
             logprob: &logprob,
             old_logprob: &old_logprob,
             proximal_logprob: Some(&proximal),
+            reference_logprob: None,
             advantage: &advantage,
             mask: Some(&mask),
             episode_len: Some(&episode_len),
@@ -325,7 +346,7 @@ fn evaluate(
             episode_len: Some(&episode_len),
         }),
         entropy: (settings.entropy_coef > 0.0).then_some(&entropy),
-        actor_share: share,
+        share: share.unwrap_or_default(),
     };
     let out = loss(&input, settings).expect("loss");
     out.loss.backward();
@@ -369,7 +390,7 @@ proptest! {
     fn a_masked_entry_changes_neither_loss_nor_gradient(numbers in numbers(), junk in prop::sample::select(vec![
         f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0,
     ])) {
-        for (name, loss) in POLICY_LOSSES {
+        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 // at the chunk level a row counts as a whole
                 let left_out = |at: usize| match level {
@@ -421,6 +442,7 @@ proptest! {
                         logprob: &logprob,
                         old_logprob: &logprob,
                         proximal_logprob: Some(&logprob),
+                        reference_logprob: None,
                         advantage: &advantage,
                         mask: None,
                         episode_len: None,
@@ -433,7 +455,7 @@ proptest! {
                         episode_len: None,
                     }),
                     entropy: None,
-                    actor_share: None,
+                    share: Share::default(),
                 };
                 let metrics = policy_loss(name).unwrap()(&input, &settings()).unwrap().actor.unwrap();
                 let zeros = [
@@ -458,7 +480,7 @@ proptest! {
         let back = |grad: &[f32], width: usize| -> Vec<f32> {
             order.iter().flat_map(|row| grad.get(row * width..(row + 1) * width).unwrap_or_default().to_vec()).collect()
         };
-        for (name, loss) in POLICY_LOSSES {
+        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 for (what, settings) in variants() {
                     let plain = evaluate(&numbers, loss, level, &settings, None);
@@ -494,6 +516,7 @@ proptest! {
             for part in [&rows[..cut], &rows[cut..]] {
                 let weight = part.len() as f64 / ROWS as f64;
                 let share = valid(part) / valid(&rows) / weight;
+                let share = Share { surrogate: share, entropy: share };
                 let one = evaluate(&rows_of(&numbers, part), loss, level, &settings(), Some(share));
                 total += one.loss * weight;
                 logprob_grad.extend(one.logprob_grad.iter().map(|g| g * weight as f32));
@@ -526,6 +549,7 @@ proptest! {
                 logprob: &new,
                 old_logprob: &old,
                 proximal_logprob: None,
+                reference_logprob: None,
                 advantage: &advantages,
                 mask: Some(&mask),
                 episode_len: Some(&len),

@@ -325,9 +325,10 @@ fn a_run_that_samples_groups_again_gives_the_same_weights_when_killed() {
 fn a_reference_policy_goes_on_bit_for_bit() {
     let recipe = "tabletop_flow_ipo.toml";
     let (whole, killed) = (Run::of(recipe), Run::of(recipe));
-    whole.train(None, &[]).end(true);
-    killed.train(None, &[]).kill_at("iteration 3/4");
-    killed.train(Some("auto"), &[]).end(true);
+    let no_critic = ["actor.optim.critic_warmup_epochs=0"];
+    whole.train(None, &no_critic).end(true);
+    killed.train(None, &no_critic).kill_at("iteration 3/4");
+    killed.train(Some("auto"), &no_critic).end(true);
     assert_eq!(whole.sha256(4), killed.sha256(4));
     assert_eq!(whole.metrics(), killed.metrics());
     let optimizer = Tensor::read_safetensors(killed.checkpoint(4).join(OPTIMIZER)).expect("tensors");
@@ -341,7 +342,7 @@ fn a_reference_policy_goes_on_bit_for_bit() {
     let from = killed.checkpoint(4).display().to_string();
     killed.assert_refused(
         Some(&from),
-        &["runner.max_epochs=5"],
+        &["runner.max_epochs=5", no_critic[0]],
         &["reference", "`action_out_proj.weight` is missing"],
     );
 }
@@ -365,7 +366,8 @@ fn drop_tensor(dir: &Path, file: &str, tensor: &str) {
 #[test]
 fn what_cannot_be_resumed_from_is_refused_by_name_and_auto_takes_the_one_before() {
     let run = Run::new();
-    let two = ["runner.max_epochs=2", "runner.val_check_interval=1"];
+    let no_warm_up = "actor.optim.critic_warmup_epochs=0";
+    let two = ["runner.max_epochs=2", "runner.val_check_interval=1", no_warm_up];
     let log = run.train(Some("auto"), &two).end(true);
     assert!(log.contains("no checkpoint in") && log.contains("begins anew"), "{log}");
     let want = run.sha256(2);
@@ -373,19 +375,19 @@ fn what_cannot_be_resumed_from_is_refused_by_name_and_auto_takes_the_one_before(
     let (older, newer) = (first.display().to_string(), second.display().to_string());
 
     run.assert_refused(None, &two, &["iteration_000002", "--resume auto"]);
-    let other = [two[0], two[1], "algorithm.gamma=0.5"];
+    let other = [two[0], two[1], no_warm_up, "algorithm.gamma=0.5"];
     run.assert_refused(
         Some("auto"),
         &other,
         &["iteration_000002", "`algorithm.gamma` is 0.99 there, 0.5 here"],
     );
-    let other = [two[0], two[1], "actor.model.expert.mlp=64"];
+    let other = [two[0], two[1], no_warm_up, "actor.model.expert.mlp=64"];
     run.assert_refused(
         Some(&newer),
         &other,
         &["`actor.model.expert.mlp` is 128 there, 64 here"],
     );
-    let other = ["runner.max_epochs=1", two[1]];
+    let other = ["runner.max_epochs=1", two[1], no_warm_up];
     run.assert_refused(
         Some("auto"),
         &other,

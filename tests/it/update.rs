@@ -558,3 +558,40 @@ fn a_short_chunk_inside_an_episode_is_refused() {
         .to_string();
     assert!(error.contains("chunk 0 has 2 rewards, expected 4"), "{error}");
 }
+
+#[test]
+fn the_learning_rate_rises_over_updates_and_falls_over_iterations() {
+    let plan = plan(
+        "quickstart",
+        &[
+            "runner.max_epochs=2",
+            "actor.optim.lr=0.1",
+            "actor.optim.lr_warmup_steps=4",
+            "actor.optim.min_lr_ratio=0.5",
+        ],
+    );
+    let policy = network(&plan, 5);
+    let batch = batch(&plan, &policy, &records(&plan));
+    let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+    // one update per iteration: fifths of the warm-up, then the cosine over two iterations half way down to a half
+    for (iteration, lr) in [(0, 0.1 / 5.0), (1, 0.1 * 2.0 / 5.0 * 0.75)] {
+        let report = updater.update(&policy, &batch, iteration).expect("update");
+        assert_eq!(report.updates, 1);
+        assert!((report.lr - lr).abs() < 1e-12, "{} against {lr}", report.lr);
+    }
+}
+
+#[test]
+fn the_actor_is_clipped_by_its_own_norm() {
+    let plan = plan("quickstart", &["algorithm.huber_delta=1000.0"]);
+    let norms = [0.0, 100.0].map(|shift| {
+        let policy = network(&plan, 5);
+        let mut batch = batch(&plan, &policy, &records(&plan));
+        batch.returns = &batch.returns + shift;
+        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let report = updater.update(&policy, &batch, 0).expect("update");
+        (report.grad_norm.to_bits(), report.value_loss)
+    });
+    assert_eq!(norms[0].0, norms[1].0, "the critic's error is no part of it");
+    assert!(norms[1].1 > 100.0 * norms[0].1);
+}

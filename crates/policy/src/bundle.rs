@@ -87,6 +87,9 @@ pub struct Manifest {
     pub cameras: Vec<String>,
     /// Prompt tokenizer; a model path is [`TOKENIZER_MODEL`] inside the bundle.
     pub tokenizer: TokenizerConfig,
+    /// The prompt holds the normalised state in words, see [`crate::prompt::pi05_prompt`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub discrete_state_input: bool,
     /// Normalisation of state and actions.
     pub normalization: Normalization,
     /// Its statistics.

@@ -2,11 +2,11 @@
 
 use crate::{
     config::{
-        ActorConfig, ConfigError, ModelConfig, PrefixCachePlace, RunConfig, TokenizerConfig, ValueHeadConfig,
-        WorkerKind,
+        ActorConfig, ConfigError, ModelConfig, PrefixCachePlace, RunConfig, StageOptim, TokenizerConfig,
+        ValueHeadConfig, WorkerKind,
     },
     dims::{PolicyDims, Variant},
-    flow::{Mdp, NoiseMethod, Sampling, Schedule},
+    flow::{Mdp, Sampling, Schedule},
     norm::{Normalization, mask_fits},
     params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps},
     prompt::Tokenizer,
@@ -188,7 +188,6 @@ impl RunPlan {
             ("actor.optim.eps", o.eps),
             ("actor.optim.clip_grad", o.clip_grad),
         ];
-        positive.extend(a.clip_ratio_c.map(|v| ("algorithm.clip_ratio_c", v)));
         positive.extend(a.value_clip.map(|v| ("algorithm.value_clip", v)));
         positive.extend(a.target_kl.map(|v| ("algorithm.target_kl", v)));
         for (key, value) in positive {
@@ -204,6 +203,31 @@ impl RunPlan {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(refuse(key, format!("{value}, expected a number of at least 0")));
             }
+        }
+        let stages = [
+            ("pretrain.optim", config.pretrain.as_ref().map(|stage| &stage.optim)),
+            ("sft.optim", config.sft.as_ref().map(|stage| &stage.optim)),
+        ];
+        for (section, optim) in stages
+            .into_iter()
+            .filter_map(|(section, optim)| Some((section, optim?)))
+        {
+            check_stage(section, optim)?;
+        }
+        check_fraction("actor.optim.min_lr_ratio", o.min_lr_ratio)?;
+        for beta in o.betas {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(refuse(
+                    "actor.optim.betas",
+                    format!("{beta}, expected at least 0 and below 1"),
+                ));
+            }
+        }
+        for (key, episodes) in [
+            ("env.eval.episodes", config.env.eval.episodes),
+            ("env.eval.train_episodes", config.env.eval.train_episodes),
+        ] {
+            at_most(key, episodes, "the most episodes", 1 << 20)?;
         }
         crate::plan_algorithm::check(&config)?;
         if !model.openpi.train_expert_only {
@@ -227,6 +251,12 @@ impl RunPlan {
                     "{runs:?}, expected run lengths other than 0 over at most `actor.model.env_action_dim` = {} dimensions, like [6, -1]",
                     model.env_action_dim
                 ),
+            ));
+        }
+        if model.discrete_state_input && model.variant != Variant::Pi05 {
+            return Err(refuse(
+                "actor.model.discrete_state_input",
+                "true, but pi0 has a token for the state: remove the key",
             ));
         }
         if let TokenizerConfig::Words { words } = &model.tokenizer {
@@ -292,6 +322,37 @@ impl RunPlan {
     }
 }
 
+fn check_fraction(key: &str, value: f64) -> Result<(), ConfigError> {
+    if (0.0..=1.0).contains(&value) {
+        return Ok(());
+    }
+    Err(refuse(key, format!("{value}, expected 0 to 1")))
+}
+
+fn check_stage(section: &str, optim: &StageOptim) -> Result<(), ConfigError> {
+    check_fraction(&format!("{section}.min_lr_ratio"), optim.min_lr_ratio)?;
+    for (key, value) in [("lr", optim.lr), ("weight_decay", optim.weight_decay)] {
+        if !(value.is_finite() && value >= 0.0) {
+            return Err(refuse(
+                &format!("{section}.{key}"),
+                format!("{value}, expected a number of at least 0"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Hidden widths of a head.
+fn check_hidden(key: &str, hidden: &[usize]) -> Result<(), ConfigError> {
+    if hidden.len() > 16 || hidden.iter().any(|width| !(1..=65_536).contains(width)) {
+        return Err(refuse(
+            key,
+            format!("{hidden:?}, expected at most 16 widths of 1 to 65536"),
+        ));
+    }
+    Ok(())
+}
+
 fn check_prefix_cache(actor: &ActorConfig) -> Result<(), ConfigError> {
     let key = "actor.prefix_cache_mb";
     match (actor.prefix_cache, actor.prefix_cache_mb) {
@@ -313,6 +374,7 @@ fn check_prefix_cache(actor: &ActorConfig) -> Result<(), ConfigError> {
 
 fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), ConfigError> {
     let openpi = &model.openpi;
+    let method = openpi.noise_method;
     let mut levels = vec![("actor.model.openpi.noise_level", openpi.noise_level)];
     if let Some(anneal) = &openpi.noise_anneal {
         levels.push(("actor.model.openpi.noise_anneal.start", anneal.start));
@@ -323,32 +385,39 @@ fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), C
                 "0, expected at least 1",
             ));
         }
-        if openpi.noise_method == NoiseMethod::FlowNoise {
+        if method.levels.is_none() {
             return Err(refuse(
                 "actor.model.openpi.noise_anneal",
-                "given, but the noise of `flow_noise` is learnt: remove the section",
+                format!("given, but `{}` reads no noise level: remove the section", method.name),
             ));
         }
     }
+    let largest = method.levels.unwrap_or(f64::INFINITY);
     for (key, level) in levels {
-        if !(level.is_finite() && level > 0.0 && level <= 2.0) {
-            return Err(refuse(key, format!("{level}, expected above 0, at most 2")));
+        if !(level.is_finite() && level > 0.0 && level <= largest) {
+            return Err(refuse(
+                key,
+                format!("{level}, expected above 0, at most {largest} with `{}`", method.name),
+            ));
         }
     }
-    match (&openpi.noise_head, openpi.noise_method) {
-        (None, NoiseMethod::FlowNoise) => {
+    match &openpi.noise_head {
+        None if method.learnt => {
             return Err(refuse(
                 "actor.model.openpi.noise_head",
-                "missing, `flow_noise` needs `{ hidden = [128, 64], std_range = [0.08, 0.16] }`",
+                format!(
+                    "missing, `{}` needs `{{ hidden = [128, 64], std_range = [0.08, 0.16] }}`",
+                    method.name
+                ),
             ));
         }
-        (Some(_), method) if method != NoiseMethod::FlowNoise => {
+        Some(_) if !method.learnt => {
             return Err(refuse(
                 "actor.model.openpi.noise_head",
-                format!("given, but `{}` learns no noise: remove the section", method.name()),
+                format!("given, but `{}` learns no noise: remove the section", method.name),
             ));
         }
-        (Some(head), _) => {
+        Some(head) => {
             let [low, high] = head.std_range;
             if !(low > 0.0 && low < high && high <= 2.0) {
                 return Err(refuse(
@@ -356,14 +425,18 @@ fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), C
                     format!("[{low}, {high}], expected 0 < smallest < largest <= 2"),
                 ));
             }
-            if head.hidden.len() > 16 || head.hidden.iter().any(|w| *w == 0 || *w > 65_536) {
-                return Err(refuse(
-                    "actor.model.openpi.noise_head.hidden",
-                    format!("{:?}, expected at most 16 widths of 1 to 65536", head.hidden),
-                ));
-            }
+            check_hidden("actor.model.openpi.noise_head.hidden", &head.hidden)?;
         }
-        (None, _) => {}
+        None => {}
+    }
+    if openpi.safe_get_logprob && method.learnt {
+        return Err(refuse(
+            "actor.model.openpi.safe_get_logprob",
+            format!(
+                "true, but it does not read the standard deviation that `{}` learns: remove the key",
+                method.name
+            ),
+        ));
     }
     match (openpi.mdp, openpi.joint_logprob) {
         (Mdp::Joint, None) => {
@@ -391,9 +464,7 @@ fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), C
             "actor.model.openpi.noise_method",
             format!(
                 "`{}` with `num_steps` = {} and `ignore_last` = {} leaves no stochastic step, so nothing can be learnt",
-                openpi.noise_method.name(),
-                model.num_steps,
-                openpi.ignore_last
+                method.name, model.num_steps, openpi.ignore_last
             ),
         ));
     }
@@ -401,11 +472,13 @@ fn check_sampling(model: &ModelConfig, without_likelihood: bool) -> Result<(), C
 }
 
 fn value_head(head: &ValueHeadConfig, model: &ModelConfig) -> Result<ValueHeadDims, ConfigError> {
+    check_hidden("actor.model.value_head.hidden", &head.hidden)?;
     let vlm = head.input == CriticInput::Vlm;
     if head.state && !(vlm && model.variant == Variant::Pi0) {
         return Err(refuse(
             "actor.model.value_head.state",
-            "true, but only `V_vlm` of pi0 can read the state apart: the expert and pi0.5's prompt hold it already",
+            "true, but only `V_vlm` of pi0 can read the state apart: pi0's expert holds it already, and so does pi0.5's prompt with \
+             `actor.model.discrete_state_input`",
         ));
     }
     let only = |key: &str, name: &str| {

@@ -1,9 +1,7 @@
 //! What of the algorithm's keys contradicts another or lies out of range.
 
 use crate::{
-    config::{
-        AlgorithmConfig, BootstrapType, ConfigError, FilterMode, LogprobType, ReferenceConfig, RewardType, RunConfig,
-    },
+    config::{AlgorithmConfig, ConfigError, FilterMode, LogprobType, ReferenceConfig, RewardType, RunConfig},
     flow::Mdp,
     plan::refuse,
 };
@@ -38,62 +36,69 @@ pub(crate) fn check(config: &RunConfig) -> Result<(), ConfigError> {
              `chunk_level`",
         ));
     }
-    if algorithm.behave_weight_threshold.is_some() && algorithm.loss_type != "decoupled_actor_critic" {
-        return Err(refuse(
-            "algorithm.behave_weight_threshold",
-            format!(
-                "given, but only `loss_type = \"decoupled_actor_critic\"` weighs by it, not `{}`: remove the key",
-                algorithm.loss_type
-            ),
-        ));
-    }
-    let method = config.actor.model.openpi.noise_method.name();
-    if algorithm.entropy_bonus.is_some() && method != "flow_noise" {
+    let method = config.actor.model.openpi.noise_method;
+    if algorithm.entropy_bonus.is_some() && !method.learnt {
         return Err(refuse(
             "algorithm.entropy_bonus",
             format!(
-                "given, but the noise of `{method}` has the same entropy under all weights: remove the key or set \
-                 `actor.model.openpi.noise_method = \"flow_noise\"`"
+                "given, but the noise of `{}` has the same entropy under all weights: remove the key or set \
+                 `actor.model.openpi.noise_method = \"flow_noise\"`",
+                method.name
             ),
         ));
     }
     Ok(())
 }
 
+/// What belongs to a critic and to the penalty's policy.
 fn check_critic(config: &RunConfig) -> Result<(), ConfigError> {
-    let algorithm = &config.algorithm;
+    let (algorithm, optim) = (&config.algorithm, &config.actor.optim);
     let head = config.actor.model.value_head.is_some();
-    match (algorithm.loss_type.as_str(), head) {
-        ("actor_critic" | "decoupled_actor_critic", false) => {
-            return Err(refuse(
-                "actor.model.value_head",
-                format!("missing, `algorithm.loss_type = \"{}\"` needs one", algorithm.loss_type),
-            ));
-        }
-        ("actor", true) => {
-            return Err(refuse(
-                "actor.model.value_head",
-                "given, but `algorithm.loss_type = \"actor\"` trains none: remove the section",
-            ));
-        }
-        ("critic", _) => {
-            return Err(refuse(
-                "algorithm.loss_type",
-                "`critic` trains no policy, it is the loss of `actor.optim.critic_warmup_epochs`: set `actor_critic`",
-            ));
-        }
-        _ => {}
-    }
-    if algorithm.adv_type == "gae" && !head {
+    if !head && optim.critic_warmup_epochs > 0 {
         return Err(refuse(
-            "algorithm.adv_type",
-            "`gae` needs values: add `actor.model.value_head`, or set `grpo`, `reinforce_pp` or `raw`",
+            "actor.optim.critic_warmup_epochs",
+            format!(
+                "{}, but there is no `actor.model.value_head` to warm up: set 0",
+                optim.critic_warmup_epochs
+            ),
         ));
     }
-    if algorithm.bootstrap_type != BootstrapType::None && !head {
+    if !head && algorithm.value_clip.is_some() {
         return Err(refuse(
-            "algorithm.bootstrap_type",
-            "without `actor.model.value_head` there is no value to bootstrap with: set `none`",
+            "algorithm.value_clip",
+            "given, but there is no `actor.model.value_head`: remove the key",
+        ));
+    }
+    if optim.critic_warmup_epochs > 0 && optim.critic_warmup_epochs >= config.runner.max_epochs {
+        return Err(refuse(
+            "actor.optim.critic_warmup_epochs",
+            format!(
+                "{}, but `runner.max_epochs` = {} ends the run before the policy trains: set less",
+                optim.critic_warmup_epochs, config.runner.max_epochs
+            ),
+        ));
+    }
+    match (algorithm.kl_beta, algorithm.kl_reference) {
+        (None, Some(_)) => Err(refuse(
+            "algorithm.kl_reference",
+            "given, but without `algorithm.kl_beta` there is no penalty: set the factor or remove the key",
+        )),
+        (Some(_), Some(ReferenceConfig::Acting {})) => Err(refuse(
+            "algorithm.kl_reference.kind",
+            "`acting` is what `algorithm.kl_beta` compares with by itself: remove the key",
+        )),
+        (_, Some(reference)) => check_reference("algorithm.kl_reference", reference),
+        (_, None) => Ok(()),
+    }
+}
+
+fn check_reference(key: &str, reference: ReferenceConfig) -> Result<(), ConfigError> {
+    if let ReferenceConfig::Ema { decay } = reference
+        && !(0.0..1.0).contains(&decay)
+    {
+        return Err(refuse(
+            &format!("{key}.decay"),
+            format!("{decay}, expected at least 0 and below 1"),
         ));
     }
     Ok(())
@@ -152,15 +157,7 @@ fn check_velocity(config: &RunConfig) -> Result<(), ConfigError> {
             ),
         ));
     }
-    if let ReferenceConfig::Ema { decay } = velocity.reference
-        && !(0.0..1.0).contains(&decay)
-    {
-        return Err(refuse(
-            "algorithm.velocity.reference.decay",
-            format!("{decay}, expected at least 0 and below 1"),
-        ));
-    }
-    Ok(())
+    check_reference("algorithm.velocity.reference", velocity.reference)
 }
 
 /// What training on records of older versions needs.
@@ -175,16 +172,6 @@ fn check_staleness(config: &RunConfig) -> Result<(), ConfigError> {
         ));
     }
     let algorithm = &config.algorithm;
-    if algorithm.loss_type != "decoupled_actor_critic" {
-        return Err(refuse(
-            "rollout.max_staleness",
-            format!(
-                "given, but `algorithm.loss_type = \"{}\"` does not correct for records of older versions: set \
-                 `decoupled_actor_critic`, or remove the key",
-                algorithm.loss_type
-            ),
-        ));
-    }
     if algorithm
         .filter_rewards
         .is_some_and(|filter| filter.mode == FilterMode::Resample)
@@ -206,22 +193,6 @@ fn check_staleness(config: &RunConfig) -> Result<(), ConfigError> {
 }
 
 fn check_groups(algorithm: &AlgorithmConfig) -> Result<(), ConfigError> {
-    let adv_type = algorithm.adv_type.as_str();
-    if matches!(adv_type, "grpo" | "reinforce_pp_baseline") && algorithm.group_size < 2 {
-        return Err(refuse(
-            "algorithm.group_size",
-            format!(
-                "{}, but `algorithm.adv_type = \"{adv_type}\"` compares episodes of a group: set at least 2",
-                algorithm.group_size
-            ),
-        ));
-    }
-    if matches!(adv_type, "reinforce_pp" | "reinforce_pp_baseline") && !algorithm.normalize_advantages {
-        return Err(refuse(
-            "algorithm.normalize_advantages",
-            format!("false, but `{adv_type}` is defined by its normalisation over the batch: set true"),
-        ));
-    }
     let Some(filter) = &algorithm.filter_rewards else {
         return Ok(());
     };
@@ -255,8 +226,21 @@ fn check_groups(algorithm: &AlgorithmConfig) -> Result<(), ConfigError> {
 }
 
 fn check_ranges(algorithm: &AlgorithmConfig) -> Result<(), ConfigError> {
+    if algorithm.update_epoch == 0 {
+        return Err(refuse(
+            "algorithm.update_epoch",
+            "0, expected at least 1 pass over the records",
+        ));
+    }
+    if let Some(threshold) = algorithm.behave_weight_threshold
+        && !(threshold.is_finite() && threshold >= 1.0)
+    {
+        return Err(refuse(
+            "algorithm.behave_weight_threshold",
+            format!("{threshold}, expected at least 1, the weight of a record of the version in training"),
+        ));
+    }
     let positive = [
-        ("algorithm.behave_weight_threshold", algorithm.behave_weight_threshold),
         ("algorithm.entropy_bonus", algorithm.entropy_bonus),
         ("algorithm.kl_beta", algorithm.kl_beta),
     ];
@@ -317,19 +301,7 @@ mod tests {
         let asynchronous = "tabletop_async.toml";
         let resample = "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\"}";
         for (config, overrides, wanted) in [
-            (grpo, &["algorithm.group_size=1"][..], ["group_size", "at least 2"]),
-            (grpo, &["algorithm.adv_type=\"gae\""], ["adv_type", "value_head"]),
-            (
-                grpo,
-                &["algorithm.bootstrap_type=\"truncation\""],
-                ["bootstrap_type", "`none`"],
-            ),
-            (
-                grpo,
-                &["algorithm.adv_type=\"reinforce_pp\""],
-                ["normalize_advantages", "true"],
-            ),
-            (grpo, &[resample], ["filter_rewards.max_rounds", "missing"]),
+            (grpo, &[resample][..], ["filter_rewards.max_rounds", "missing"]),
             (
                 grpo,
                 &["algorithm.filter_rewards.max_rounds=1"],
@@ -357,28 +329,8 @@ mod tests {
             ),
             (
                 quickstart,
-                &["algorithm.loss_type=\"actor\""],
-                ["value_head", "trains none"],
-            ),
-            (
-                quickstart,
-                &["algorithm.loss_type=\"critic\""],
-                ["loss_type", "no policy"],
-            ),
-            (
-                grpo,
-                &["algorithm.loss_type=\"decoupled_actor_critic\""],
-                ["value_head", "missing"],
-            ),
-            (
-                quickstart,
                 &["algorithm.reward_type=\"action_level\""],
                 ["logprob_type", "action_level"],
-            ),
-            (
-                quickstart,
-                &["algorithm.behave_weight_threshold=2.0"],
-                ["behave_weight_threshold", "decoupled"],
             ),
             (
                 quickstart,
@@ -396,11 +348,6 @@ mod tests {
                 quickstart,
                 &["algorithm.clip_log_ratio={min=-0.1,maxx=2.0}"],
                 ["maxx", "did you mean `max`"],
-            ),
-            (
-                quickstart,
-                &["rollout.max_staleness=1"],
-                ["rollout.max_staleness", "`decoupled_actor_critic`"],
             ),
             (
                 asynchronous,
@@ -424,6 +371,93 @@ mod tests {
                 asynchronous,
                 &["actor.model.openpi.noise_anneal={start=0.7,end=0.3,steps=10}"],
                 ["noise_anneal", "rollout.max_staleness"],
+            ),
+            (grpo, &["algorithm.update_epoch=0"], ["update_epoch", "at least 1"]),
+            (
+                grpo,
+                &["actor.optim.critic_warmup_epochs=2"],
+                ["critic_warmup_epochs", "set 0"],
+            ),
+            (grpo, &["algorithm.value_clip=0.2"], ["value_clip", "remove"]),
+            (
+                quickstart,
+                &["actor.optim.critic_warmup_epochs=120"],
+                ["critic_warmup_epochs", "set less"],
+            ),
+            (
+                quickstart,
+                &["actor.optim.min_lr_ratio=-1.0"],
+                ["min_lr_ratio", "0 to 1"],
+            ),
+            (
+                quickstart,
+                &["sft.optim.min_lr_ratio=nan"],
+                ["sft.optim.min_lr_ratio", "0 to 1"],
+            ),
+            (quickstart, &["actor.optim.betas=[0.9, 1.0]"], ["betas", "below 1"]),
+            (
+                quickstart,
+                &["env.eval.train_episodes=0"],
+                ["train_episodes", "expected 1"],
+            ),
+            (
+                quickstart,
+                &["actor.model.value_head.hidden=[0]"],
+                ["value_head.hidden", "1 to 65536"],
+            ),
+            (
+                quickstart,
+                &["actor.model.discrete_state_input=true"],
+                ["discrete_state_input", "remove"],
+            ),
+            (
+                quickstart,
+                &[
+                    "actor.model.openpi.noise_method=\"flow_cps\"",
+                    "actor.model.openpi.noise_level=1.5",
+                ],
+                ["noise_level", "at most 1"],
+            ),
+            (
+                "tabletop_flow_noise.toml",
+                &["actor.model.openpi.safe_get_logprob=true"],
+                ["safe_get_logprob", "flow_noise"],
+            ),
+            (
+                "tabletop_flow_noise.toml",
+                &["actor.model.openpi.noise_anneal={start=0.7,end=0.3,steps=10}"],
+                ["noise_anneal", "remove"],
+            ),
+            (
+                quickstart,
+                &["algorithm.kl_reference={kind=\"frozen\"}"],
+                ["kl_reference", "kl_beta"],
+            ),
+            (
+                quickstart,
+                &["algorithm.kl_beta=0.1", "algorithm.kl_reference={kind=\"acting\"}"],
+                ["kl_reference", "remove"],
+            ),
+            (
+                quickstart,
+                &[
+                    "algorithm.kl_beta=0.1",
+                    "algorithm.kl_reference={kind=\"frozen\",decay=0.9}",
+                ],
+                ["kl_reference", "decay"],
+            ),
+            (
+                quickstart,
+                &[
+                    "algorithm.kl_beta=0.1",
+                    "algorithm.kl_reference={kind=\"ema\",decay=1.0}",
+                ],
+                ["kl_reference.decay", "below 1"],
+            ),
+            (
+                asynchronous,
+                &["algorithm.behave_weight_threshold=0.9"],
+                ["behave_weight_threshold", "at least 1"],
             ),
         ] {
             let error = plan(config, overrides).expect_err("refused");

@@ -1,6 +1,6 @@
 //! Generalised advantage estimation (Schulman et al. 2016).
 
-use super::{AdvantageError, Advantages, Episode, EstimatorSettings, Layout, Result};
+use super::{AdvantageError, Advantages, Episode, EstimatorSettings, EstimatorSpec, Layout, Result, two_layer};
 
 /// What [`gae`] reads. Index `t` of an end flag says how step `t` ended.
 #[derive(Debug, Clone, Copy)]
@@ -103,8 +103,18 @@ pub fn reward_to_go(layout: Layout, rewards: &[f32], ended: &[bool]) -> Result<V
     Ok(gae(&input, 1.0, 1.0)?.advantages)
 }
 
+/// In the registry.
+pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
+    name: "gae",
+    estimate: episodes,
+    layered: Some(two_layer::gae),
+    values: true,
+    groups: false,
+    normalised: false,
+};
+
 /// [`gae_episode`] of every episode; the returns are `advantage + value` at the start of each chunk.
-pub(super) fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
+fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let one = |(index, episode): (usize, &Episode<'_>)| {
         let (chunks, values) = (episode.chunks(), episode.values.len());
         if chunks != values {

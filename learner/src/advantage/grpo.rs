@@ -1,7 +1,8 @@
 //! Group-relative advantages (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
 
 use super::{
-    AdvantageError, Advantages, Episode, EstimatorSettings, Layout, Result, group_spreads, mean_and_std, spread,
+    AdvantageError, Advantages, Episode, EstimatorSettings, EstimatorSpec, Layout, Result, group_spreads, mean_and_std,
+    spread,
 };
 
 /// Added to the standard deviation of a group's scores.
@@ -34,9 +35,19 @@ pub fn group_relative_grid(layout: Layout, scores: &[f32], group_size: usize, ma
     spread(layout, &group_relative(scores, group_size)?, mask)
 }
 
+/// In the registry.
+pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
+    name: "grpo",
+    estimate: episodes,
+    layered: None,
+    values: false,
+    groups: true,
+    normalised: false,
+};
+
 /// `(s - mean) / (std + GROUP_EPS)` of an episode's score within its group, for all its steps. A group of equal scores
 /// gives 0.
-pub(super) fn episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
+fn episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
     let one = |episode: &Episode<'_>| {
         let (mean, std) = spreads.get(&episode.group).copied().unwrap_or((0.0, 0.0));

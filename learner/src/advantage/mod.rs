@@ -15,6 +15,7 @@ mod grpo;
 mod normalize;
 mod raw;
 mod reinforce_pp;
+mod two_layer;
 
 use std::collections::BTreeMap;
 
@@ -138,21 +139,55 @@ pub struct EstimatorSettings {
 /// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalised.
 pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
 
+/// Estimates the advantages of one episode over both layers of the two-layer MDP: one advantage and one return per denoise step, from
+/// the values of all of them.
+pub type LayeredEstimator = fn(&LayeredEpisode<'_>, EstimatorSettings) -> Advantages;
+
+/// One episode whose denoise steps are transitions of their own.
+#[derive(Debug, Clone, Copy)]
+pub struct LayeredEpisode<'a> {
+    /// Reward of each chunk.
+    pub rewards: &'a [f32],
+    /// Value before each denoise step, `[chunks * steps]` in time order.
+    pub values: &'a [f32],
+    /// Denoise steps of a chunk.
+    pub steps: usize,
+    /// Value of the observation after the last chunk: 0 where nothing is bootstrapped.
+    pub final_value: f32,
+}
+
+/// An estimator of the registry with what it asks of a run.
+#[derive(Debug, Clone, Copy)]
+pub struct EstimatorSpec {
+    /// `algorithm.adv_type` of the configuration.
+    pub name: &'static str,
+    /// The estimator.
+    pub estimate: Estimator,
+    /// Its form where every denoise step is a transition; without one all denoise steps have the advantage of their chunk.
+    pub layered: Option<LayeredEstimator>,
+    /// Whether it reads values, and so needs a critic.
+    pub values: bool,
+    /// Whether it compares the episodes of a group.
+    pub groups: bool,
+    /// Whether it is defined by the normalisation over the batch.
+    pub normalised: bool,
+}
+
 /// The one table of advantage estimators.
-pub const ESTIMATORS: [(&str, Estimator); 5] = [
-    ("gae", gae::episodes),
-    ("grpo", grpo::episodes),
-    ("reinforce_pp", reinforce_pp::episodes),
-    ("reinforce_pp_baseline", reinforce_pp::episodes_with_baseline),
-    ("raw", raw::episodes),
+pub const ESTIMATORS: &[EstimatorSpec] = &[
+    gae::SPEC,
+    grpo::SPEC,
+    reinforce_pp::SPEC,
+    reinforce_pp::BASELINE,
+    raw::SPEC,
 ];
 
-/// The advantage estimator of this name (`algorithm.adv_type` of the configuration); see [`ESTIMATORS`].
+/// The advantage estimator of this name; see [`ESTIMATORS`].
 pub fn estimator(name: &str) -> Option<Estimator> {
     ESTIMATORS
         .iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, estimator)| *estimator)
+        .find(|spec| spec.name == name)
+        .map(|spec| spec.estimate)
 }
 
 /// Mean and unbiased standard deviation of the scores of every group; a group of one episode has none.

@@ -1,13 +1,33 @@
 //! REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): rewards to go without a critic, normalised over the whole batch.
 //!
-//! The normalisation is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a
-//! reference model is `algorithm.kl_beta`, a term of the loss.
+//! The normalisation is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a reference model is
+//! `algorithm.kl_beta` with `algorithm.kl_reference`, a term of the loss.
 
-use super::{Advantages, Episode, EstimatorSettings, Result, group_spreads};
+use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group_spreads};
+
+/// In the registry.
+pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
+    name: "reinforce_pp",
+    estimate: episodes,
+    layered: None,
+    values: false,
+    groups: false,
+    normalised: true,
+};
+
+/// The variant with a group baseline.
+pub(super) const BASELINE: EstimatorSpec = EstimatorSpec {
+    name: "reinforce_pp_baseline",
+    estimate: episodes_with_baseline,
+    layered: None,
+    values: false,
+    groups: true,
+    normalised: true,
+};
 
 /// The discounted reward to go of every step.
 #[expect(clippy::unnecessary_wraps, reason = "every estimator of the table has one signature")]
-pub(super) fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
+fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     Ok(episodes
         .iter()
         .map(|episode| episode.rewards_to_go(settings.gamma))
@@ -15,10 +35,7 @@ pub(super) fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) ->
 }
 
 /// The variant with a group baseline: the episode's undiscounted score less the mean of its group, for all its steps.
-pub(super) fn episodes_with_baseline(
-    episodes: &[Episode<'_>],
-    _settings: EstimatorSettings,
-) -> Result<Vec<Advantages>> {
+fn episodes_with_baseline(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
     let one = |episode: &Episode<'_>| {
         let (mean, _) = spreads.get(&episode.group).copied().unwrap_or((0.0, 0.0));

@@ -7,7 +7,7 @@ mod keys;
 use policy::{
     config::PrefixCachePlace,
     dims::Variant,
-    flow::{Mdp, NoiseMethod, Schedule},
+    flow::{Mdp, Schedule},
     params::{ParamSpec, Part, params},
     plan::RunPlan,
 };
@@ -149,7 +149,7 @@ fn sampling(plan: &RunPlan) -> Vec<String> {
     };
     let mut lines = vec![format!(
         "{}, {} denoise steps; {}",
-        sampling.noise_method.name(),
+        sampling.noise_method.name,
         sampling.num_steps,
         if schedule.drawable == 0 {
             "all deterministic"
@@ -170,7 +170,7 @@ fn sampling(plan: &RunPlan) -> Vec<String> {
             "version 0; the level goes from {} to {} until version {}",
             anneal.start, anneal.end, anneal.steps
         ));
-    } else if sampling.noise_method == NoiseMethod::FlowSde || sampling.noise_method == NoiseMethod::FlowCps {
+    } else if sampling.noise_method.levels.is_some() {
         lines.push(format!("noise level {}", sampling.noise_level));
     }
     lines

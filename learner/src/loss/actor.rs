@@ -1,9 +1,6 @@
 //! `actor`: the clipped policy loss of PPO, alone.
 
-use super::{
-    ActorInput, ActorLoss, ActorSettings, PolicyInput, PolicyLoss, PolicySettings, Result, combine,
-    surrogate::actor_loss,
-};
+use super::{ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine, surrogate::actor_loss};
 
 /// The clipped policy loss of PPO (Schulman et al. 2017, eq. 7; dual clip as in Ye et al. 2020, eq. 5).
 /// A masked element gives neither loss nor gradient, even where its ratio overflows.
@@ -21,6 +18,9 @@ pub fn ppo_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Resul
 }
 
 /// The policy's part alone.
-pub(super) fn loss(input: &PolicyInput<'_>, settings: &PolicySettings) -> Result<PolicyLoss> {
-    combine("actor", input, settings, Some(ppo_actor_loss), false)
-}
+pub(super) const SPEC: PolicyLossSpec = PolicyLossSpec {
+    name: "actor",
+    loss: |input, settings| combine(SPEC.name, input, settings, Some(ppo_actor_loss), false),
+    critic: false,
+    proximal: false,
+};

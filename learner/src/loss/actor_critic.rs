@@ -1,8 +1,11 @@
 //! `actor_critic`: the losses of PPO's policy and critic.
 
-use super::{PolicyInput, PolicyLoss, PolicySettings, Result, actor::ppo_actor_loss, combine};
+use super::{PolicyLossSpec, actor::ppo_actor_loss, combine};
 
 /// Policy and critic.
-pub(super) fn loss(input: &PolicyInput<'_>, settings: &PolicySettings) -> Result<PolicyLoss> {
-    combine("actor_critic", input, settings, Some(ppo_actor_loss), true)
-}
+pub(super) const SPEC: PolicyLossSpec = PolicyLossSpec {
+    name: "actor_critic",
+    loss: |input, settings| combine(SPEC.name, input, settings, Some(ppo_actor_loss), true),
+    critic: true,
+    proximal: false,
+};

@@ -1,11 +1,10 @@
-//! `decoupled_actor_critic`: PPO whose clip is around a proximal policy that is not the one that acted, for rollouts of
+//! `decoupled_actor` and `decoupled_actor_critic`: PPO whose clip is around a proximal policy that is not the one that acted, for rollouts of
 //! older versions.
 
 use tch::Tensor;
 
 use super::{
-    ActorInput, ActorLoss, ActorSettings, PolicyInput, PolicyLoss, PolicySettings, Result, combine, reduce::align,
-    surrogate::actor_loss,
+    ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine, reduce::align, surrogate::actor_loss,
 };
 
 /// The proximal log-probability between the behaviour policy and the current one, by policy versions (decoupled PPO,
@@ -29,21 +28,26 @@ pub fn interpolated_proximal(
 
 /// Decoupled PPO (Hilton et al. 2022, eq. 4): the surrogate clips against the proximal policy and each element is
 /// weighted by the ratio of the proximal policy to the one that acted. Elements whose weight exceeds
-/// [`ActorSettings::behaviour_ratio_max`] are left out of the mean.
+/// [`ActorSettings::behaviour_ratio_max`] add nothing.
 pub fn decoupled_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
     actor_loss(input, settings)
 }
 
+/// The policy alone.
+pub(super) const ACTOR: PolicyLossSpec = PolicyLossSpec {
+    name: "decoupled_actor",
+    loss: |input, settings| combine(ACTOR.name, input, settings, Some(decoupled_actor_loss), false),
+    critic: false,
+    proximal: true,
+};
+
 /// Policy and critic.
-pub(super) fn loss(input: &PolicyInput<'_>, settings: &PolicySettings) -> Result<PolicyLoss> {
-    combine(
-        "decoupled_actor_critic",
-        input,
-        settings,
-        Some(decoupled_actor_loss),
-        true,
-    )
-}
+pub(super) const ACTOR_CRITIC: PolicyLossSpec = PolicyLossSpec {
+    name: "decoupled_actor_critic",
+    loss: |input, settings| combine(ACTOR_CRITIC.name, input, settings, Some(decoupled_actor_loss), true),
+    critic: true,
+    proximal: true,
+};
 
 #[cfg(test)]
 mod tests {
@@ -71,6 +75,7 @@ mod tests {
             logprob: &logprob,
             old_logprob: &old,
             proximal_logprob: Some(&proximal),
+            reference_logprob: None,
             advantage: &advantage,
             mask: None,
             episode_len: None,

@@ -1,4 +1,4 @@
-//! The KL penalty against the policy that acted.
+//! The KL penalty.
 
 use tch::Tensor;
 
@@ -6,7 +6,8 @@ use tch::Tensor;
 /// never negative, 0 at equal log-probabilities.
 ///
 /// With `r = pi_theta(a) / pi_old(a)` and actions that `pi_old` drew, its mean estimates `KL(pi_old || pi_theta)` without
-/// bias, and so does its gradient. `algorithm.kl_beta` times that mean is added to the policy loss.
+/// bias, and so does its gradient. With `r = pi_ref(a) / pi_theta(a)` and actions of `pi_theta` it estimates `KL(pi_theta || pi_ref)`
+/// (Shao et al. 2024, "DeepSeekMath", eq. 4). `algorithm.kl_beta` times the mean is added to the policy loss.
 pub fn k3(log_ratio: &Tensor) -> Tensor {
     log_ratio.exp() - 1.0 - log_ratio
 }

@@ -77,9 +77,27 @@ pub struct PolicyInput<'a> {
     pub critic: Option<CriticInput<'a>>,
     /// Entropy of the policy per row (or per element), with gradient; masked as the policy's part is.
     pub entropy: Option<&'a Tensor>,
-    /// Factor of the policy's mean; 1 without. A part of a minibatch has its share of the minibatch's valid elements over
-    /// its share of the rows, so that the parts add up to the minibatch's mean (rows are what they are weighed by).
-    pub actor_share: Option<f64>,
+    /// Factors of the means over the valid elements; 1 without.
+    pub share: Share,
+}
+
+/// A part of a minibatch is weighed by its rows; its means over valid elements have its share of the minibatch's valid elements over its
+/// share of the rows as a factor, so that the parts add up to the minibatch's means.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    /// Of the policy's mean; 1 where that is by episodes, which counts all elements.
+    pub surrogate: f64,
+    /// Of the mean entropy, which is over valid elements whatever the policy's is.
+    pub entropy: f64,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self {
+            surrogate: 1.0,
+            entropy: 1.0,
+        }
+    }
 }
 
 /// What the configuration says about the whole loss.
@@ -111,20 +129,36 @@ pub struct PolicyLoss {
 /// A loss of the registry.
 pub type PolicyLossFn = fn(&PolicyInput<'_>, &PolicySettings) -> Result<PolicyLoss>;
 
-/// The one table of policy losses. `critic` is the loss of the critic's warm-up: the policy stays as it is.
-pub const POLICY_LOSSES: [(&str, PolicyLossFn); 4] = [
-    ("actor", actor::loss),
-    ("critic", critic::loss),
-    ("actor_critic", actor_critic::loss),
-    ("decoupled_actor_critic", decoupled::loss),
+/// A loss of the registry with what it asks of a run.
+#[derive(Debug, Clone, Copy)]
+pub struct PolicyLossSpec {
+    /// `algorithm.loss_type` of the configuration.
+    pub name: &'static str,
+    /// The loss.
+    pub loss: PolicyLossFn,
+    /// Whether it trains a value head.
+    pub critic: bool,
+    /// Whether it clips around a proximal policy of its own, and so may read records of older versions.
+    pub proximal: bool,
+}
+
+/// The one table of policy losses.
+pub const POLICY_LOSSES: &[PolicyLossSpec] = &[
+    actor::SPEC,
+    actor_critic::SPEC,
+    decoupled::ACTOR,
+    decoupled::ACTOR_CRITIC,
 ];
 
-/// The policy loss of this name (`algorithm.loss_type` of the configuration); see [`POLICY_LOSSES`].
+/// The loss of the critic's warm-up: the policy stays as it is.
+pub const WARM_UP: PolicyLossFn = critic::loss;
+
+/// The policy loss of this name; see [`POLICY_LOSSES`].
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
     POLICY_LOSSES
         .iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, loss)| *loss)
+        .find(|spec| spec.name == name)
+        .map(|spec| spec.loss)
 }
 
 type ActorLossFn = fn(&ActorInput<'_>, &ActorSettings) -> Result<ActorLoss>;
@@ -148,7 +182,7 @@ fn combine(
     if let Some(actor_loss) = actor_loss {
         let actor_input = input.actor.as_ref().ok_or_else(|| missing("actor"))?;
         let actor = actor_loss(actor_input, &settings.actor)?;
-        terms.push(actor.loss * input.actor_share.unwrap_or(1.0));
+        terms.push(actor.loss * input.share.surrogate);
         whole.actor = Some(actor.metrics);
         if settings.entropy_coef > 0.0 && input.entropy.is_none() {
             return Err(missing("entropy"));
@@ -158,7 +192,7 @@ fn combine(
             let [value] = read_metrics(&[entropy.detach()])?;
             whole.entropy = Some(value);
             if settings.entropy_coef > 0.0 {
-                terms.push(entropy * -settings.entropy_coef);
+                terms.push(entropy * (-settings.entropy_coef * input.share.entropy));
             }
         }
     }
@@ -242,14 +276,14 @@ mod tests {
             value_coef: 1.0,
             entropy_coef: 0.0,
         };
-        let loss = policy_loss("critic").unwrap();
-        let error = loss(&PolicyInput::default(), &settings).unwrap_err();
+        let error = WARM_UP(&PolicyInput::default(), &settings).unwrap_err();
         assert_eq!(error.to_string(), "policy loss `critic` needs the `critic` input");
         let logprob = f(&[0.0]);
         let actor = ActorInput {
             logprob: &logprob,
             old_logprob: &logprob,
             proximal_logprob: None,
+            reference_logprob: None,
             advantage: &logprob,
             mask: None,
             episode_len: None,

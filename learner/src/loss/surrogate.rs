@@ -30,6 +30,8 @@ pub struct ActorInput<'a> {
     pub old_logprob: &'a Tensor,
     /// The same under the policy that the update stays close to; without it that is the one that acted.
     pub proximal_logprob: Option<&'a Tensor>,
+    /// The same under a reference policy, for the KL penalty; without it the penalty is against the policy that acted.
+    pub reference_logprob: Option<&'a Tensor>,
     /// Advantage of each row.
     pub advantage: &'a Tensor,
     /// Rows (or elements) that count; all without it.
@@ -52,9 +54,11 @@ pub struct ActorSettings {
     /// Elements per episode, valid or not: with it, and with mask and episode lengths, rows are weighted by
     /// [`super::episode_weighted_mean`].
     pub episode_steps: Option<f64>,
-    /// Factor of the KL penalty [`super::k3`] against the policy that acted; none: no penalty.
+    /// Factor of the KL penalty [`super::k3`] against the reference policy, or without one against the policy that acted; none: no
+    /// penalty.
     pub kl_beta: Option<f64>,
-    /// Decoupled loss only: rows whose proximal-to-behaviour ratio exceeds this are left out.
+    /// Decoupled loss only: rows whose proximal-to-behaviour ratio exceeds this add nothing to the mean. They stay in its count, so
+    /// that the parts of a minibatch add up to the whole.
     pub behaviour_ratio_max: Option<f64>,
 }
 
@@ -63,7 +67,7 @@ pub struct ActorSettings {
 pub struct ActorMetrics {
     /// The loss without the KL penalty.
     pub policy_loss: f64,
-    /// Mean [`super::k3`] against the policy that acted, before its factor; 0 where no penalty is configured.
+    /// Mean of the KL penalty before its factor; 0 where none is configured.
     pub kl_penalty: f64,
     /// Mean ratio of new to old (decoupled: proximal) probability.
     pub ratio: f64,
@@ -71,9 +75,10 @@ pub struct ActorMetrics {
     pub ratio_deviation: f64,
     /// Largest `|r - 1|`.
     pub ratio_deviation_max: f64,
-    /// `mean((r - 1) - log r)`, never negative (Schulman 2020, "Approximating KL Divergence", estimator k3).
+    /// `mean((r - 1) - log r)` with `r` the ratio to the policy that acted, not clamped; never negative (Schulman 2020, "Approximating
+    /// KL Divergence", estimator k3).
     pub approx_kl: f64,
-    /// `mean(-log r)`: unbiased, may be negative (estimator k1).
+    /// `mean(-log r)` of the same: unbiased, may be negative (estimator k1).
     pub approx_kl_k1: f64,
     /// Share of elements where the clip decided the loss.
     pub clip_fraction: f64,
@@ -81,6 +86,22 @@ pub struct ActorMetrics {
     pub dual_clip_fraction: f64,
     /// Share of elements left out because the proximal policy is too far from the one that acted.
     pub behaviour_clip_fraction: f64,
+}
+
+impl ActorMetrics {
+    /// `self += weight * one`; the largest deviation is a maximum, not a mean.
+    pub fn add(&mut self, one: &Self, weight: f64) {
+        self.policy_loss += weight * one.policy_loss;
+        self.kl_penalty += weight * one.kl_penalty;
+        self.ratio += weight * one.ratio;
+        self.ratio_deviation += weight * one.ratio_deviation;
+        self.ratio_deviation_max = self.ratio_deviation_max.max(one.ratio_deviation_max);
+        self.approx_kl += weight * one.approx_kl;
+        self.approx_kl_k1 += weight * one.approx_kl_k1;
+        self.clip_fraction += weight * one.clip_fraction;
+        self.dual_clip_fraction += weight * one.dual_clip_fraction;
+        self.behaviour_clip_fraction += weight * one.behaviour_clip_fraction;
+    }
 }
 
 /// A policy loss and its metrics.
@@ -131,15 +152,19 @@ pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Re
         None => surrogate.shallow_clone(),
     };
     let weighted = &bounded * &behaviour_ratio;
-    let total = |values: &Tensor, mask: &Tensor| {
-        let mask = (input.mask.is_some() || settings.behaviour_ratio_max.is_some()).then_some(mask);
+    let total = |values: &Tensor| {
+        let mask = input.mask.is_some().then_some(&given_mask);
         aggregate(values, mask, input.episode_len, settings.episode_steps)
     };
-    let surrogate_loss = total(&weighted, &mask)?;
+    let surrogate_loss = total(&weighted.masked_fill(&mask.logical_not(), 0.0))?;
+    let moved = (&logprob - &old_logprob).masked_fill(&left_out, 0.0);
     let (loss, kl_penalty) = match settings.kl_beta {
         Some(beta) => {
-            let log_ratio = (&logprob - &old_logprob).masked_fill(&left_out, 0.0);
-            let penalty = total(&k3(&log_ratio), &given_mask)?;
+            let log_ratio = match input.reference_logprob {
+                Some(reference) => companion("reference_logprob", reference)?.detach() - &logprob,
+                None => moved.shallow_clone(),
+            };
+            let penalty = total(&k3(&log_ratio.masked_fill(&left_out, 0.0)))?;
             (&surrogate_loss + &penalty * beta, penalty.detach())
         }
         None => (surrogate_loss.shallow_clone(), surrogate_loss.zeros_like().detach()),
@@ -147,6 +172,7 @@ pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Re
 
     let metrics = tch::no_grad(|| {
         let mean = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&mask));
+        let over_all = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&given_mask));
         let deviation = (&ratio - 1.0).abs();
         let unclipped = -(&advantage * &ratio);
         let dropped = masked_mean(&mask.logical_not().to_kind(Kind::Float), Some(&given_mask));
@@ -156,8 +182,8 @@ pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Re
             mean(&ratio),
             mean(&deviation),
             deviation.masked_fill(&mask.logical_not(), 0.0).max(),
-            mean(&k3(&log_ratio)),
-            mean(&log_ratio.neg()),
+            over_all(&k3(&moved)),
+            over_all(&moved.neg()),
             mean(&unclipped.lt_tensor(&surrogate)),
             mean(&bounded.lt_tensor(&surrogate)),
             dropped,

@@ -40,6 +40,7 @@ impl ValueHead {
 /// Noise head: the standard deviation of every action element from the expert's output of its token.
 #[derive(Debug)]
 pub(super) struct NoiseHead {
+    pub(super) dims: NoiseHeadDims,
     layers: Vec<Linear>,
     /// Ends of the log-variance.
     logvar: (f64, f64),
@@ -53,6 +54,7 @@ impl NoiseHead {
         Ok(Self {
             layers,
             logvar: dims.logvar_range(),
+            dims: dims.clone(),
         })
     }
 

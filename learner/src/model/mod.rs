@@ -13,7 +13,7 @@ mod store;
 
 use policy::{
     dims::{DimsError, PolicyDims},
-    params::{CriticInput, EMBEDDING, Heads, Pooling, VLM, ValueHeadDims},
+    params::{CriticInput, EMBEDDING, Heads, NoiseHeadDims, Pooling, VLM, ValueHeadDims},
     weights::WeightsError,
 };
 use tch::{Device, Kind, Tensor};
@@ -249,6 +249,11 @@ impl Pi0 {
     /// The value head, when there is one.
     pub fn value_head(&self) -> Option<&ValueHeadDims> {
         self.value_head.as_ref().map(|head| &head.dims)
+    }
+
+    /// The noise head, when there is one.
+    pub fn noise_head(&self) -> Option<&NoiseHeadDims> {
+        self.noise_head.as_ref().map(|head| &head.dims)
     }
 
     /// `[B, H, A]`.

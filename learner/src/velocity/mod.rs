@@ -26,7 +26,7 @@ pub struct Episodes<'a> {
     pub displacement: &'a [f32],
 }
 
-/// One pass of the trained and the reference policy; every tensor but `credit` is f32 `[B, H, A]`.
+/// One pass of the trained and the reference policy; every tensor but `credit` is `[B, H, A]`, f32 unless it says otherwise.
 #[derive(Debug, Clone, Copy)]
 pub struct Velocities<'a> {
     /// Of the trained policy, with gradient.
@@ -35,18 +35,20 @@ pub struct Velocities<'a> {
     pub reference: &'a Tensor,
     /// Flow-matching target `u`.
     pub target: &'a Tensor,
-    /// 1 for the elements that the environment executed, 0 elsewhere.
+    /// Which elements the environment executed, bool.
     pub executed: &'a Tensor,
     /// Credit of each sample, f32 `[B]`.
     pub credit: &'a Tensor,
 }
 
 impl Velocities<'_> {
-    /// Mean square distance of two velocities over the executed elements of each sample, `[B]`.
+    /// Mean square distance of two velocities over the executed elements of each sample, `[B]`. An element that was not executed
+    /// reaches neither the sum nor a gradient, whatever it holds.
     fn distance(&self, a: &Tensor, b: &Tensor) -> Tensor {
         let dims: &[i64] = &[1, 2];
-        let sum = ((a - b).square() * self.executed).sum_dim_intlist(dims, false, Kind::Float);
-        sum / self.executed.sum_dim_intlist(dims, false, Kind::Float).clamp_min(1.0)
+        let gap = (a - b).masked_fill(&self.executed.logical_not(), 0.0);
+        let count = self.executed.sum_dim_intlist(dims, false, Kind::Float);
+        gap.square().sum_dim_intlist(dims, false, Kind::Float) / count.clamp_min(1.0)
     }
 }
 
@@ -76,7 +78,7 @@ pub trait VelocityLoss: Debug {
 pub type Build = fn(&toml::Table) -> Result<Box<dyn VelocityLoss>, String>;
 
 /// The one table of methods without likelihood.
-pub const VELOCITY_LOSSES: [(&str, Build); 2] = [("flow_ipo", flow_ipo::build), ("nft", nft::build)];
+pub const VELOCITY_LOSSES: &[(&str, Build)] = &[("flow_ipo", flow_ipo::build), ("nft", nft::build)];
 
 /// The method of this name (`algorithm.loss_type` of the configuration); see [`VELOCITY_LOSSES`].
 pub fn velocity_loss(name: &str) -> Option<Build> {

@@ -30,7 +30,7 @@ fn evaluate(method: &dyn VelocityLoss, case: &Case) -> (f64, Vec<f32>) {
         velocity: &velocity,
         reference: &tensor(&case.reference),
         target: &tensor(&case.target),
-        executed: &tensor(&[1.0, 1.0, 0.0, 0.0]),
+        executed: &tensor(&[1.0, 1.0, 0.0, 0.0]).to_kind(tch::Kind::Bool),
         credit: &Tensor::from_slice(&[case.credit as f32]),
     });
     assert_eq!(loss.size(), [1]);
@@ -244,7 +244,7 @@ fn the_reference_shares_what_is_frozen_and_keeps_its_own_expert() {
         "a restored one is not begun anew"
     );
 
-    let mut acting = Reference::new(ReferenceConfig::Acting, &policy).expect("reference");
+    let mut acting = Reference::new(ReferenceConfig::Acting {}, &policy).expect("reference");
     acting.begin(&policy);
     acting.end(&policy);
     assert!(close(value(&first(acting.policy(), Part::Expert)), start + 1.0));

@@ -476,9 +476,9 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
 fn denoise_graph_matches_the_golden_step_grids_and_expert_values() {
     for mode in MODES {
         for (file, method) in [
-            ("flow_sde", NoiseMethod::FlowSde),
-            ("flow_ode", NoiseMethod::FlowOde),
-            ("flow_cps", NoiseMethod::FlowCps),
+            ("flow_sde", NoiseMethod::named("flow_sde").expect("registered")),
+            ("flow_ode", NoiseMethod::ODE),
+            ("flow_cps", NoiseMethod::named("flow_cps").expect("registered")),
         ] {
             let rl = Golden::open(&format!("{mode}_rl_{file}"));
             let grids: Vec<String> = rl

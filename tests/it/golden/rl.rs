@@ -40,13 +40,7 @@ pub(super) fn noise_level(mode: &str) -> f64 {
 }
 
 pub(super) fn method(name: &str) -> NoiseMethod {
-    match name {
-        "flow_ode" => NoiseMethod::FlowOde,
-        "flow_sde" => NoiseMethod::FlowSde,
-        "flow_cps" => NoiseMethod::FlowCps,
-        "flow_noise" => NoiseMethod::FlowNoise,
-        other => panic!("no noise method {other}"),
-    }
+    NoiseMethod::named(name).unwrap_or_else(|| panic!("unknown noise method {name}"))
 }
 
 /// The first part of every tensor name, before the first dot.
@@ -63,7 +57,7 @@ pub(super) fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
     let (_, value, _) = policy_dims(&format!("{mode}_model"));
     Heads {
         value: Some(value),
-        noise: (method == NoiseMethod::FlowNoise).then(|| noise_head(mode)),
+        noise: method.learnt.then(|| noise_head(mode)),
     }
 }
 
@@ -575,10 +569,10 @@ fn rollouts_and_their_recomputation() {
         }
         // a pure ODE has no density: the reference records zeros, we refuse the transition
         let golden = Golden::open(&format!("{mode}_rl_flow_ode"));
-        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowOde));
+        let s = setup(mode, &heads_of(mode, NoiseMethod::ODE));
         for case in groups(&golden).iter().filter(|c| c.starts_with("single")) {
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
-            let sampling = sampling(NoiseMethod::FlowOde, steps, 0.0, false);
+            let sampling = sampling(NoiseMethod::ODE, steps, 0.0, false);
             check_rollout(&s, &Schedule::of(&sampling), &golden, case, &format!("{mode} flow_ode"));
             let recorded = [
                 "prev_logprobs",
@@ -739,7 +733,7 @@ fn value_of_the_pooled_prefix() {
                 );
             }
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
-            let sampling = sampling(NoiseMethod::FlowSde, steps, noise_level(mode), false);
+            let sampling = sampling(method("flow_sde"), steps, noise_level(mode), false);
             let what = format!("{mode} V_vlm");
             check_rollout(&s, &Schedule::of(&sampling), &golden, case, &what);
             check_likelihood(&s, &sampling, &golden, case, &what);

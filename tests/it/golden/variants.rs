@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use integration_tests::{Golden, assert_close_relative};
-use policy::flow::{NoiseAnneal, NoiseMethod, Schedule};
+use policy::flow::{NoiseAnneal, Schedule};
 use policy::params::Part;
 use tch::Kind;
 
@@ -149,10 +149,10 @@ fn check_snapshot(golden: &Golden, case: &str, steps: usize, noise_level: f64, w
 /// `detach_critic_input`: same value, gradient only in the head. The recorded values belong to the chain of `lvl02`.
 fn check_detach(mode: &str, golden: &Golden) {
     for (case, detach) in [("detach0", false), ("detach1", true)] {
-        let s = setup(mode, &heads_of(mode, NoiseMethod::FlowSde));
+        let s = setup(mode, &heads_of(mode, method("flow_sde")));
         s.policy.store().set_trainable(&[Part::Expert, Part::ValueHead]);
         let steps = golden.get("lvl02.flow_sde.chains").shape[1] - 1;
-        let sampling = sampling(NoiseMethod::FlowSde, steps, 0.2, false);
+        let sampling = sampling(method("flow_sde"), steps, 0.2, false);
         let result =
             Recomputed::new(&s, &s.prefix.cache, &sampling, golden, "lvl02.flow_sde", detach).expect("transition");
         let value = result.value().expect("head");

@@ -1,6 +1,7 @@
 """LIBERO's adapter against a stand-in with LIBERO's interface: what the adapter asks of it and makes of its answers."""
 
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -9,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 
-from pirl_env_worker.envs import make
+from pirl_env_worker.envs import WITHOUT_ADAPTER, make
 from pirl_env_worker.envs.base import EnvError
 from pirl_env_worker.envs.libero_env import axis_angle
 
@@ -148,6 +149,36 @@ class LiberoEnvTest(unittest.TestCase):
         spec = self.env(suite="libero_130").spec()
         self.assertEqual((len(spec.tasks), len(set(spec.tasks)), spec.max_episode_steps), (130, 130, 512))
 
+    def test_only_the_tasks_of_the_list_are_played(self):
+        env = self.env(suite="libero_object", tasks=[7, 2])
+        self.assertEqual(env.spec().tasks, ["libero_object/7", "libero_object/2"])
+        self.assertEqual(env.spec().prompts, ["do libero_object 7", "do libero_object 2"])
+        # environments of training, groups, and tasks that an evaluation asks for
+        keys = [({}, number) for number in range(4)] + [({"reset_state": 5}, 0), ({"task": 0}, 3)]
+        played = [env.reset(1, number, 0, **more).prompt[-1] for more, number in keys]
+        self.assertEqual(played, ["7", "2", "7", "2", "2", "7"])
+        self.assertEqual([pathlib.Path(one.file).stem for one in Simulator.built], ["7", "2", "7", "2", "7"])
+        with self.assertRaisesRegex(EnvError, "task index 7 is outside 0..2"):
+            env.reset(1, 0, 0, task=7)
+        single = self.env(suite="libero_object", tasks=[0])
+        starts = [single.reset(1, number, 0, reset_state=number // 8) for number in range(16)]
+        self.assertEqual({seen.prompt for seen in starts}, {"do libero_object 0"})
+        self.assertEqual(len({float(seen.state[0]) for seen in starts[:8]}), 1)
+        self.assertEqual(self.env(suite="libero_130", tasks=[129]).spec().tasks, ["libero_90/89"])
+
+    def test_a_bad_list_of_tasks_is_refused(self):
+        for tasks, wanted in [
+            (0, "`tasks` is `0`, expected a list"),
+            ([], r"`tasks` is `\[\]`, expected a list"),
+            ([10], "`tasks` holds `10`, expected whole numbers in 0..10"),
+            ([-1], "`tasks` holds `-1`"),
+            ([True], "`tasks` holds `True`"),
+            ([0.0], "`tasks` holds `0.0`"),
+            ([3, 4, 3], "`tasks` holds 3 twice"),
+        ]:
+            with self.assertRaisesRegex(EnvError, wanted):
+                self.env(tasks=tasks)
+
     def test_bad_input_is_refused_by_name(self):
         with self.assertRaisesRegex(EnvError, "unknown LIBERO suite `libero_11`.*`libero_10`"):
             self.env(suite="libero_11")
@@ -161,8 +192,9 @@ class LiberoEnvTest(unittest.TestCase):
         with mock.patch.dict(sys.modules, {"libero": None, "libero.libero": None}):
             with self.assertRaisesRegex(EnvError, "import LIBERO: .*configs/README.md"):
                 self.env()
-        for name in ("calvin", "maniskill"):
-            with self.assertRaisesRegex(EnvError, f"`{name}` has no adapter yet"):
+        self.assertGreaterEqual(len(WITHOUT_ADAPTER), 6)
+        for name, reason in WITHOUT_ADAPTER.items():
+            with self.assertRaisesRegex(EnvError, f"`{name}` has no adapter yet: {re.escape(reason)}"):
                 make(name, {})
 
 

@@ -86,7 +86,8 @@ pub struct Bounds {
 pub struct AlgorithmConfig {
     /// Advantage estimator by registered name (`gae`, `grpo`, `reinforce_pp`, `reinforce_pp_baseline`, `raw`).
     pub adv_type: String,
-    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`; without likelihood `flow_ipo`, `nft`).
+    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`, `decoupled_actor`; without likelihood `flow_ipo`,
+    /// `nft`).
     pub loss_type: String,
     /// What a reward and an advantage belong to.
     pub reward_type: RewardType,
@@ -114,8 +115,10 @@ pub struct AlgorithmConfig {
     pub behave_weight_threshold: Option<f64>,
     /// Factor of the mean entropy that is subtracted from the loss; absent: none.
     pub entropy_bonus: Option<f64>,
-    /// Factor of the KL penalty against the policy that acted (estimator k3); absent: none.
+    /// Factor of the KL penalty (estimator k3); absent: none.
     pub kl_beta: Option<f64>,
+    /// Against which policy `kl_beta` holds; absent: the one that acted.
+    pub kl_reference: Option<ReferenceConfig>,
     /// Value clip; absent: off.
     pub value_clip: Option<f64>,
     /// Huber threshold of the value loss.
@@ -142,17 +145,17 @@ pub struct VelocityConfig {
     pub params: toml::Table,
 }
 
-/// Which weights the reference policy has.
+/// Which weights the reference policy has. All variants have braces: serde refuses unknown keys beside the tag only there.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
 pub enum ReferenceConfig {
     /// Those that RL began with.
-    Frozen,
+    Frozen {},
     /// An exponential mean over the iterations: `ref <- decay ref + (1 - decay) trained` after each.
     Ema {
         /// Share that stays, in `[0, 1)`.
         decay: f64,
     },
     /// Those that acted in this iteration.
-    Acting,
+    Acting {},
 }

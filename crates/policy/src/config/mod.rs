@@ -211,6 +211,9 @@ pub struct ModelConfig {
     pub delta_actions: Option<Vec<i32>>,
     /// Prompt tokenizer.
     pub tokenizer: TokenizerConfig,
+    /// pi0.5 only: the prompt holds the normalised state in words; absent: false, and pi0.5 sees no state.
+    #[serde(default)]
+    pub discrete_state_input: bool,
     /// Value head; absent for algorithms without a critic.
     pub value_head: Option<ValueHeadConfig>,
     /// Sampling.
@@ -243,7 +246,8 @@ pub struct ValueHeadConfig {
     pub hidden: Vec<usize>,
     /// Stop the value gradient at the head's input.
     pub detach_critic_input: bool,
-    /// `V_vlm` of pi0 only: also read the proprioceptive state, which pi0's prefix does not hold (pi0.5's prompt does).
+    /// `V_vlm` of pi0 only: also read the proprioceptive state, which pi0's prefix does not hold. pi0.5's prompt holds it with
+    /// `discrete_state_input`.
     #[serde(default)]
     pub state: bool,
     /// `V_vlm`: which tokens; absent: the mean over the valid ones.
@@ -264,7 +268,8 @@ pub type NoiseHeadConfig = NoiseHeadDims;
 pub enum JointLogprob {
     /// Their sum: the likelihood of the whole path (piRL, Eq. 5).
     Sum,
-    /// Their mean together with the initial noise's, over `K + 1` terms, as the reference does: the ratio is the `K + 1`-th root.
+    /// Their mean together with the initial noise's, over `K + 1` terms, as the reference does: the ratio is the `K + 1`-th root. The
+    /// entropy is such a mean too.
     Mean,
 }
 

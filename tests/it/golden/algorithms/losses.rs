@@ -56,10 +56,10 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
     let mut sums: BTreeMap<&'static str, f64> = BTreeMap::new();
     let mut largest = 0.0f64;
     for at in (0..new.len()).filter(|at| mask[*at] != 0.0) {
-        let mut log_ratio = new[at] - old[at];
-        if let Some((low, high)) = settings.log_ratio_clamp {
-            log_ratio = log_ratio.clamp(low, high);
-        }
+        let moved = new[at] - old[at];
+        let log_ratio = settings
+            .log_ratio_clamp
+            .map_or(moved, |(low, high)| moved.clamp(low, high));
         // f32, as both programs have it: an overflow is infinite here too
         let ratio = f64::from((log_ratio as f32).exp());
         let clipped_ratio = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high);
@@ -75,8 +75,9 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
         add("clipped_ratio", clipped_ratio);
         add("dual_cliped_ratio", if bound < surrogate { ratio } else { 0.0 });
         add("dual_clip_fraction", f64::from(u8::from(bound < surrogate)));
-        add("k1", -log_ratio);
-        add("k3", ratio - 1.0 - log_ratio);
+        add("k1", -moved);
+        add("clamped_k1", -log_ratio);
+        add("k3", f64::from((moved as f32).exp()) - 1.0 - moved);
         add("clip_fraction", f64::from(u8::from(unclipped < clipped)));
     }
     let mean = |name: &str| sums.get(name).copied().unwrap_or(0.0) / valid;
@@ -96,7 +97,7 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
         ("ratio_abs", mean("ratio_abs") * ratio_excess),
         ("clipped_ratio", mean("clipped_ratio") * ratio_excess),
         ("dual_cliped_ratio", mean("dual_cliped_ratio") * ratio_excess),
-        ("approx_kl", mean("k1") * excess),
+        ("approx_kl", mean("clamped_k1") * excess),
         ("clip_fraction", mean("clip_fraction") * excess),
     ]);
     // with weights by episode that mean is another one
@@ -129,6 +130,18 @@ pub(super) fn check_actor_metrics(case: &Case<'_>, oracle: &ActorOracle, ours: &
             case.close(&format!("recorded {name}"), case.scalar(&recorded), *expected);
         }
     }
+}
+
+/// The line that states the two estimates of the KL where a clamp of the log-ratio parts them: ours is of the policy, not of the clamp.
+pub(super) fn clamped_kl(case: &Case<'_>, oracle: &ActorOracle) -> Option<String> {
+    let (clamped, ours) = (
+        oracle.reference["approx_kl"] / oracle.excess,
+        oracle.metrics["approx_kl_k1"],
+    );
+    (clamped - ours).abs().gt(&ABS).then(|| {
+        let recorded = case.scalar("out.metric.actor/approx_kl");
+        format!("approx_kl {recorded:.5} of the clamped log-ratio, ours {ours:.5} of the log-ratio")
+    })
 }
 
 /// Compares loss and gradient, `excess` times too large in the reference.
@@ -184,6 +197,7 @@ impl ActorTensors {
             logprob: &self.logprob,
             old_logprob: &self.old_logprob,
             proximal_logprob: self.proximal.as_ref(),
+            reference_logprob: None,
             advantage: &self.advantage,
             mask: self.mask.as_ref(),
             episode_len: self.episode_len.as_ref(),
@@ -259,6 +273,8 @@ fn check_actor(case: &Case<'_>, coverage: &mut Coverage) {
     if oracle.excess > 1.0 {
         let (recorded, ours) = (case.scalar("out.loss"), ours.loss.double_value(&[]));
         coverage.differs(case, &format!("a mask spread over {} elements divides the reference's sums by its entries: loss {recorded:.5}, ours {ours:.5}", oracle.excess));
+    } else if let Some(why) = clamped_kl(case, &oracle) {
+        coverage.differs(case, &why);
     }
 }
 
@@ -268,22 +284,25 @@ fn check_decoupled(case: &Case<'_>, coverage: &mut Coverage) {
     let ours = decoupled_actor_loss(&input, &settings).unwrap();
     ours.loss.backward();
     let excess = actor_oracle(&input, &settings).excess;
-    check_loss(case, &ours.loss, &tensors.logprob, "out.grad.logprobs", excess);
+    let dropped = ours.metrics.behaviour_clip_fraction;
+    // the reference divides by the elements that are left, ours by all valid ones
+    let factor = excess / (1.0 - dropped);
+    check_loss(case, &ours.loss, &tensors.logprob, "out.grad.logprobs", factor);
     case.close(
         "dropped",
         ours.metrics.behaviour_clip_fraction,
         case.scalar("out.metric.actor/behav_clip_fraction"),
     );
-    let (recorded, clip) = (
-        case.scalar("out.metric.actor/clip_fraction"),
-        ours.metrics.clip_fraction,
-    );
-    let dropped = ours.metrics.behaviour_clip_fraction;
     if excess > 1.0 {
         let (loss, ours) = (case.scalar("out.loss"), ours.loss.double_value(&[]));
         coverage.differs(case, &format!("a mask spread over {excess} elements divides the reference's sums by its entries: loss {loss:.5}, ours {ours:.5}"));
     } else if dropped > 0.0 {
-        coverage.differs(case, &format!("share of clipped elements {recorded} of the valid ones, ours {clip} of those that were not dropped; loss and gradient equal"));
+        let (recorded, clip) = (
+            case.scalar("out.metric.actor/clip_fraction"),
+            ours.metrics.clip_fraction,
+        );
+        let (loss, ours) = (case.scalar("out.loss"), ours.loss.double_value(&[]));
+        coverage.differs(case, &format!("{dropped:.2} of the elements dropped: loss {loss:.5}, ours {ours:.5} over all valid ones; share of clipped elements {recorded:.2} of the valid ones, ours {clip:.2} of those that were not dropped"));
     }
     check_decoupled_metrics(case, &ours.metrics, excess);
 }
@@ -295,7 +314,6 @@ pub(super) fn check_decoupled_metrics(case: &Case<'_>, ours: &ActorMetrics, exce
     }
     for (recorded, ours) in [
         ("proximal_ratio", ours.ratio),
-        ("proximal_approx_kl", ours.approx_kl_k1),
         ("clip_fraction", ours.clip_fraction),
         ("dual_clip_fraction", ours.dual_clip_fraction),
     ] {

@@ -2,7 +2,8 @@
 
 use integration_tests::assert_close_relative;
 use learner::loss::{
-    ActorInput, PolicyInput, PolicySettings, aggregate_logprob, align, policy_loss, ppo_actor_loss, ppo_critic_loss,
+    ActorInput, PolicyInput, PolicySettings, Share, aggregate_logprob, align, policy_loss, ppo_actor_loss,
+    ppo_critic_loss,
 };
 use policy::config::LogprobType;
 
@@ -49,6 +50,7 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
         logprob: &logprob,
         old_logprob: &old_logprob,
         proximal_logprob: None,
+        reference_logprob: None,
         advantage: &advantage,
         mask: Some(&mask),
         episode_len: Some(&episode_len),
@@ -65,7 +67,7 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
         actor: Some(actor),
         critic: Some(critic.input()),
         entropy: None,
-        actor_share: None,
+        share: Share::default(),
     };
     let ours = policy_loss(name).unwrap_or_else(|| panic!("loss {name}"))(&input, &settings).unwrap();
     ours.loss.backward();

@@ -8,12 +8,16 @@ from .base import ChunkEnv, EnvError
 
 #: Simulators that published recipes use and no adapter drives yet, with the reason.
 WITHOUT_ADAPTER = {
+    "behavior": "BEHAVIOR-1K needs Isaac Sim, OmniGibson and its scenes, which no package holds",
     "calvin": "its scenes and task oracle come from a source checkout of calvin_env, not from a package",
+    "gsenv": "its splats and robot come from a source checkout of ManiSkill-GS, not from a package",
+    "isaaclab": "the task `Isaac-Stack-Cube-Franka-IK-Rel-Visuomotor-Rewarded-v0` is in RLinf's fork of Isaac Lab and needs Isaac Sim",
     "maniskill": "the tasks `PutOnPlateInScene25*` and their meshes are no part of the package mani_skill",
+    "robotwin": "its tasks and assets come from a source checkout of RoboTwin, not from a package",
 }
 
 #: Names accepted by `make`.
-NAMES = ("calvin", "gym", "libero", "maniskill", "metaworld")
+NAMES = tuple(sorted(["gym", "libero", "metaworld", *WITHOUT_ADAPTER]))
 
 
 def make(name: str, params: dict[str, Any]) -> ChunkEnv:

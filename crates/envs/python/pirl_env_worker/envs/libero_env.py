@@ -21,6 +21,7 @@ PARTS_OF_130 = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "
 
 PARAMS = {
     "suite": "libero_spatial",  # one of MAX_EPISODE_STEPS
+    "tasks": None,  # numbers of the suite's tasks that are played, in training and evaluation; None: all
     "image_size": 256,  # side of both images in px
     "max_episode_steps": 0,  # 0: by suite
     "settle_steps": 15,  # steps at rest with an open gripper after a reset, not counted
@@ -45,7 +46,7 @@ class LiberoEnv:
             raise EnvError(f"`image_size` is `{size}`, expected a whole number in 1..=4096")
         self._libero = _import_libero()
         suites = [self._libero.benchmark.get_benchmark(name)() for name in (PARTS_OF_130 if suite == "libero_130" else (suite,))]
-        self._tasks = [(one, index) for one in suites for index in range(one.n_tasks)]
+        self._tasks = _chosen([(one, index) for one in suites for index in range(one.n_tasks)], self._params["tasks"])
         described = [one.get_task(index) for one, index in self._tasks]
         self._spec = EnvSpec(
             cameras=[(name, size, size) for name in CAMERAS],
@@ -125,6 +126,20 @@ class LiberoEnv:
         except FileNotFoundError as error:
             raise EnvError(f"build LIBERO task `{described.name}`: {error}; LIBERO's assets belong into its folder `assets`") from error
         self._task = task
+
+
+def _chosen(tasks: list[Any], numbers: Any) -> list[Any]:
+    """The tasks of these numbers, in their order; all without numbers."""
+    if numbers is None:
+        return tasks
+    if not (isinstance(numbers, list) and numbers):
+        raise EnvError(f"`tasks` is `{numbers}`, expected a list of task numbers, or no such parameter for all tasks")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(tasks):
+            raise EnvError(f"`tasks` holds `{number}`, expected whole numbers in 0..{len(tasks)}")
+        if numbers.count(number) > 1:
+            raise EnvError(f"`tasks` holds {number} twice, expected every task once")
+    return [tasks[number] for number in numbers]
 
 
 def _import_libero() -> Any:

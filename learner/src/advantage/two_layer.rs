@@ -3,14 +3,19 @@
 //! Every denoise step is a transition (piRL, Eq. 10-12): its state is the observation and the partly denoised actions, its reward is 0
 //! until the last step of the chunk, which executes the actions and gets the chunk's reward.
 
-use crate::advantage::{Advantages, EstimatorSettings};
+use super::{Advantages, EstimatorSettings, LayeredEpisode};
 
-/// Advantages of one episode of `rewards.len()` chunks with `steps` denoise steps each; `values` is `[chunks * steps]` in time order,
-/// `final_value` the value of the last observation (0 when the episode terminated).
+/// Advantage and return of every denoise step.
 ///
 /// The discount acts between chunks only. `lambda` is per chunk: each of the `steps` transitions carries its `steps`-th root, so that the
-/// credit of a chunk reaches the chunk before it as in [`crate::advantage`]'s GAE.
-pub fn gae(rewards: &[f32], values: &[f32], steps: usize, final_value: f32, settings: EstimatorSettings) -> Advantages {
+/// credit of a chunk reaches the chunk before it as in [`super::gae_episode`].
+pub(super) fn gae(episode: &LayeredEpisode<'_>, settings: EstimatorSettings) -> Advantages {
+    let LayeredEpisode {
+        rewards,
+        values,
+        steps,
+        final_value,
+    } = *episode;
     let count = rewards.len() * steps;
     let decay = settings.gae_lambda.powf((steps.max(1) as f64).recip());
     let mut advantages = vec![0.0f32; count];
@@ -44,10 +49,19 @@ mod tests {
         gae_lambda: 1.0,
     };
 
+    fn episode<'a>(rewards: &'a [f32], values: &'a [f32], steps: usize, final_value: f32) -> LayeredEpisode<'a> {
+        LayeredEpisode {
+            rewards,
+            values,
+            steps,
+            final_value,
+        }
+    }
+
     #[test]
     fn lambda_one_is_the_discounted_return_minus_the_value() {
         let (rewards, values) = ([0.0f32, 1.0, 0.5], [0.1f32, 0.2, 0.3, 0.4, 0.5, 0.6]);
-        let got = gae(&rewards, &values, 2, 2.0, SETTINGS);
+        let got = gae(&episode(&rewards, &values, 2, 2.0), SETTINGS);
         // both denoise steps of a chunk see the same discounted return
         let returns = [
             0.9 * (1.0 + 0.9 * (0.5 + 0.9 * 2.0)),
@@ -71,7 +85,7 @@ mod tests {
             gamma: 0.95,
             gae_lambda: 0.8,
         };
-        let got = gae(&rewards, &values, 1, 0.0, settings);
+        let got = gae(&episode(&rewards, &values, 1, 0.0), settings);
         // by hand: A_t = sum (gamma lambda)^k delta_{t+k}
         let next = [0.4, 0.7, 0.0];
         let delta: Vec<f64> = (0..3)
@@ -91,7 +105,7 @@ mod tests {
         };
         for steps in [1, 2, 4] {
             let values = vec![0.0; 2 * steps];
-            let got = gae(&[0.0, 1.0], &values, steps, 0.0, settings);
+            let got = gae(&episode(&[0.0, 1.0], &values, steps, 0.0), settings);
             // from the end of the second chunk back to the end of the first: one chunk further
             let (last, earlier) = (got.advantages[2 * steps - 1], got.advantages[steps - 1]);
             assert!((earlier / last - 0.5).abs() < 1e-6, "{steps} steps: {earlier} {last}");

@@ -3,31 +3,97 @@
 //! `t = 1` is pure noise, `t = 0` is the action (the papers write the opposite). A denoise step is data: one row of numbers,
 //! the same for ODE, Flow-SDE and Flow-CPS, so that training, evaluation and hybrid sampling walk the same code.
 
-use serde::{Deserialize, Serialize};
+mod ode;
+mod sde;
+mod cps;
+mod learnt;
 
-/// How the stochastic denoise step adds noise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NoiseMethod {
-    /// No noise: Euler steps of the probability-flow ODE.
-    FlowOde,
-    /// The SDE with the same marginals (piRL, arXiv 2510.25889, Flow-SDE).
-    FlowSde,
-    /// Coefficient-preserving sampling (arXiv 2509.05952).
-    FlowCps,
-    /// ODE mean with a standard deviation that a noise head learns (piRL, Flow-Noise).
-    FlowNoise,
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+/// How a stochastic denoise step adds noise: one rule of the registry.
+pub struct NoiseRule {
+    /// `actor.model.openpi.noise_method` of the configuration.
+    pub name: &'static str,
+    /// Weight of the noise estimate and standard deviation of the step between these flow times at a noise level.
+    noise: fn(StepTimes, f64) -> (f64, f64),
+    /// Largest `noise_level`; `None`: the level is not read.
+    pub levels: Option<f64>,
+    /// Whether the standard deviation comes from a noise head, and the entropy so depends on the weights.
+    pub learnt: bool,
 }
 
+/// Flow times before and after a denoise step.
+#[derive(Debug, Clone, Copy)]
+struct StepTimes {
+    t: f64,
+    t_next: f64,
+}
+
+/// The one table of noise methods.
+pub const NOISE_METHODS: &[NoiseMethod] = &[
+    NoiseMethod(&ode::RULE),
+    NoiseMethod(&sde::RULE),
+    NoiseMethod(&cps::RULE),
+    NoiseMethod(&learnt::RULE),
+];
+
+/// A noise method of the registry; written as its name.
+#[derive(Clone, Copy)]
+pub struct NoiseMethod(&'static NoiseRule);
+
 impl NoiseMethod {
-    /// Its name in a configuration.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::FlowOde => "flow_ode",
-            Self::FlowSde => "flow_sde",
-            Self::FlowCps => "flow_cps",
-            Self::FlowNoise => "flow_noise",
-        }
+    /// Without noise, as every evaluation samples.
+    pub const ODE: Self = Self(&ode::RULE);
+
+    /// The method of this name; see [`NOISE_METHODS`].
+    pub fn named(name: &str) -> Option<Self> {
+        NOISE_METHODS.iter().find(|method| method.0.name == name).copied()
+    }
+}
+
+impl std::ops::Deref for NoiseMethod {
+    type Target = NoiseRule;
+
+    fn deref(&self) -> &NoiseRule {
+        self.0
+    }
+}
+
+impl PartialEq for NoiseMethod {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for NoiseMethod {}
+
+impl fmt::Debug for NoiseMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl Serialize for NoiseMethod {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
+    }
+}
+
+impl<'de> Deserialize<'de> for NoiseMethod {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Self::named(&name).ok_or_else(|| {
+            let known: Vec<String> = NOISE_METHODS
+                .iter()
+                .map(|method| format!("`{}`", method.name))
+                .collect();
+            D::Error::custom(format!(
+                "unknown variant `{name}`, expected one of {}",
+                known.join(", ")
+            ))
+        })
     }
 }
 
@@ -116,41 +182,19 @@ pub fn flow_times(num_steps: usize) -> Vec<f64> {
 }
 
 /// The rows of one method for all `num_steps` steps (`noise_level` is `a` of the papers, usually 0.1 to 0.8).
-///
-/// Flow-SDE: `sigma = a sqrt(t / (1 - t))`, at `t = 1` with the next time in the denominator, `std = sigma sqrt(d)`,
-/// `noise_weight = t_next - sigma^2 d / (2 t)`. Flow-CPS: `t_next cos(pi a / 2)` and `std = t_next sin(pi a / 2)`.
 pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Vec<DenoiseStep> {
-    let times = flow_times(num_steps);
-    times
-        .windows(2)
-        .enumerate()
-        .map(|(index, pair)| {
-            let (t, t_next) = (pair[0], pair[1]);
-            let d = t - t_next;
-            let action_weight = 1.0 - t_next;
-            let (noise_weight, std) = match method {
-                NoiseMethod::FlowOde => (t_next, 0.0),
-                NoiseMethod::FlowNoise => (t_next, 1.0),
-                NoiseMethod::FlowSde => {
-                    let below_one = if index == 0 { times[1] } else { t };
-                    let sigma = noise_level * (t / (1.0 - below_one)).sqrt();
-                    (t_next - sigma * sigma * d / (2.0 * t), sigma * d.sqrt())
-                }
-                NoiseMethod::FlowCps => {
-                    let angle = std::f64::consts::FRAC_PI_2 * noise_level;
-                    // sin(0) is not reached at the last step by rounding: t_next is exactly 0 there
-                    (t_next * angle.cos(), t_next * angle.sin())
-                }
-            };
-            DenoiseStep {
-                t,
-                t_next,
-                action_weight,
-                noise_weight,
-                std,
-            }
-        })
-        .collect()
+    let row = |pair: &[f64]| {
+        let (t, t_next) = (pair[0], pair[1]);
+        let (noise_weight, std) = (method.noise)(StepTimes { t, t_next }, noise_level);
+        DenoiseStep {
+            t,
+            t_next,
+            action_weight: 1.0 - t_next,
+            noise_weight,
+            std,
+        }
+    };
+    flow_times(num_steps).windows(2).map(row).collect()
 }
 
 /// How the stochastic steps of a chunk are chosen from the steps that have a density.
@@ -192,7 +236,7 @@ impl Schedule {
             usable
         };
         Self {
-            ode: step_table(NoiseMethod::FlowOde, num_steps, 0.0),
+            ode: step_table(NoiseMethod::ODE, num_steps, 0.0),
             stochastic,
             drawable,
             every: false,
@@ -273,9 +317,24 @@ pub fn training_time(uniform: f64) -> f64 {
 mod tests {
     use super::*;
 
+    fn named(name: &str) -> NoiseMethod {
+        NoiseMethod::named(name).expect("registered")
+    }
+
+    #[test]
+    fn a_method_is_written_as_its_name() {
+        for method in NOISE_METHODS {
+            let text = serde_json::to_string(method).expect("written");
+            assert_eq!(text, format!("\"{}\"", method.name));
+            assert_eq!(serde_json::from_str::<NoiseMethod>(&text).expect("read"), *method);
+        }
+        let error = serde_json::from_str::<NoiseMethod>("\"flow_sdee\"").expect_err("unknown");
+        assert!(error.to_string().contains("`flow_sde`"), "{error}");
+    }
+
     #[test]
     fn ode_step_is_euler_on_the_velocity() {
-        for row in step_table(NoiseMethod::FlowOde, 7, 0.5) {
+        for row in step_table(NoiseMethod::ODE, 7, 0.5) {
             let (c_x, c_v) = row.mean_coefficients();
             assert!((c_x - 1.0).abs() < 1e-15, "x keeps weight one");
             assert!((c_v + (row.t - row.t_next)).abs() < 1e-15, "v has weight -d");
@@ -286,7 +345,7 @@ mod tests {
     fn sde_step_is_euler_maruyama_with_the_score() {
         // x - d (v - sigma^2 score / 2), score = -x1 / t: the textbook form, from another direction
         let (x, v) = (0.37, -1.21);
-        for (k, row) in step_table(NoiseMethod::FlowSde, 10, 0.7).iter().enumerate().skip(1) {
+        for (k, row) in step_table(named("flow_sde"), 10, 0.7).iter().enumerate().skip(1) {
             let d = row.t - row.t_next;
             let sigma2 = 0.49 * row.t / (1.0 - row.t);
             let score = -(x + (1.0 - row.t) * v) / row.t;
@@ -299,7 +358,7 @@ mod tests {
 
     #[test]
     fn known_stds_of_four_steps() {
-        let stds: Vec<f64> = step_table(NoiseMethod::FlowSde, 4, 0.5).iter().map(|r| r.std).collect();
+        let stds: Vec<f64> = step_table(named("flow_sde"), 4, 0.5).iter().map(|r| r.std).collect();
         for (got, want) in stds.iter().zip([0.5, 0.433_012_701_9, 0.25, 0.144_337_567_3]) {
             assert!((got - want).abs() < 1e-9, "{stds:?}");
         }
@@ -307,11 +366,11 @@ mod tests {
 
     #[test]
     fn cps_never_draws_the_last_step() {
-        let schedule = Schedule::new(NoiseMethod::FlowCps, 5, 0.5, false);
+        let schedule = Schedule::new(named("flow_cps"), 5, 0.5, false);
         assert_eq!(schedule.drawable, 4);
-        assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, false).drawable, 5);
-        assert_eq!(Schedule::new(NoiseMethod::FlowSde, 5, 0.5, true).drawable, 4);
-        assert_eq!(Schedule::new(NoiseMethod::FlowOde, 5, 0.5, true).drawable, 0);
+        assert_eq!(Schedule::new(named("flow_sde"), 5, 0.5, false).drawable, 5);
+        assert_eq!(Schedule::new(named("flow_sde"), 5, 0.5, true).drawable, 4);
+        assert_eq!(Schedule::new(NoiseMethod::ODE, 5, 0.5, true).drawable, 0);
     }
 
     #[test]

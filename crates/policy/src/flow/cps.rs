@@ -1,0 +1,15 @@
+//! `flow_cps`: coefficient-preserving sampling (arXiv 2509.05952).
+
+use super::NoiseRule;
+
+/// `noise_weight = t_next cos(pi a / 2)`, `std = t_next sin(pi a / 2)`: at `a = 1` all noise is fresh, beyond it the old one would be
+/// taken away. The last step has no density, `t_next` is exactly 0 there.
+pub(super) const RULE: NoiseRule = NoiseRule {
+    name: "flow_cps",
+    noise: |step, level| {
+        let angle = std::f64::consts::FRAC_PI_2 * level;
+        (step.t_next * angle.cos(), step.t_next * angle.sin())
+    },
+    levels: Some(1.0),
+    learnt: false,
+};

@@ -1,0 +1,11 @@
+//! `flow_ode`: Euler steps of the probability-flow ODE, no noise.
+
+use super::NoiseRule;
+
+/// In the registry.
+pub(super) const RULE: NoiseRule = NoiseRule {
+    name: "flow_ode",
+    noise: |step, _level| (step.t_next, 0.0),
+    levels: None,
+    learnt: false,
+};
