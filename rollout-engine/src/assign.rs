@@ -338,6 +338,18 @@ impl<P: Ord + Clone> Assign<P> {
 
     /// Reports of a worker. One that breaks the protocol is turned away and its episodes begin anew.
     pub fn reports(&mut self, peer: &P, reports: Vec<SlotReport>) {
+        if self.shape.is_none() || !self.clients.contains_key(peer) {
+            // of before this engine's time, or of a worker that was taken for gone
+            self.effects.refusals.push((
+                peer.clone(),
+                Refusal {
+                    request: None,
+                    retry: true,
+                    reason: "reports of a worker that is not known here: say hello first".to_owned(),
+                },
+            ));
+            return;
+        }
         for report in reports {
             let slot = report.slot;
             if let Err(reason) = self.report(peer, report) {
@@ -362,8 +374,9 @@ impl<P: Ord + Clone> Assign<P> {
     }
 
     fn report(&mut self, peer: &P, report: SlotReport) -> Result<(), String> {
-        let shape = self.shape.ok_or("no policy is live yet")?;
-        let client = self.clients.get_mut(peer).ok_or("reports before hello")?;
+        let (Some(shape), Some(client)) = (self.shape, self.clients.get_mut(peer)) else {
+            return Ok(());
+        };
         let count = client.slots.len();
         let index = report.slot;
         let slot = client
@@ -414,11 +427,11 @@ impl<P: Ord + Clone> Assign<P> {
         seen: Option<Observation>,
         shape: Shape,
     ) -> Result<(), String> {
-        let problem = if outcome.rewards.len() > shape.action_chunk || outcome.rewards.is_empty() {
+        let (executed, full) = (outcome.rewards.len(), shape.action_chunk);
+        let goes_on = !outcome.terminated && !outcome.truncated;
+        let problem = if executed > full || executed == 0 || (executed < full && goes_on) {
             Some(format!(
-                "{} rewards, expected 1 to {}",
-                outcome.rewards.len(),
-                shape.action_chunk
+                "{executed} rewards, expected {full}, or 1 to {full} at the end of the episode"
             ))
         } else if let Some(reward) = outcome.rewards.iter().find(|r| !r.is_finite()) {
             Some(format!("reward {reward}"))
@@ -608,6 +621,7 @@ fn row(episode: &Episode, observation: Observation) -> Row {
         key,
         mode: episode.wanted.mode,
         record: episode.wanted.mode == Mode::Train,
+        guidance: None,
     }
 }
 

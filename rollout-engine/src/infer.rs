@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use policy::{
     flow::{DenoiseStep, Mdp, StepDraw, time_embedding},
+    guidance::Guidance,
     logprob,
     noise::{ChunkNoise, NoiseKey, StepNoise},
     params::{CriticInput, ValueSteps},
@@ -44,6 +45,19 @@ pub fn draw(policy: &LoadedPolicy, key: NoiseKey, mode: Mode) -> ChunkNoise {
         Mode::Eval => StepDraw::Every { of: 0 },
     };
     ChunkNoise::draw(key, dims.action_horizon * dims.action_dim, steps)
+}
+
+/// What one action chunk is sampled from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wanted {
+    /// What is seen.
+    pub input: ModelInput,
+    /// Its noise.
+    pub noise: ChunkNoise,
+    /// Key of the noise.
+    pub key: NoiseKey,
+    /// The chunk that it goes on from; only where no step is stochastic.
+    pub guidance: Option<Guidance>,
 }
 
 /// One sampled action chunk in model units.
@@ -104,7 +118,13 @@ pub struct Sampled {
 /// # Errors
 /// ONNX Runtime fails.
 pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>) -> Result<Sampled, InferError> {
-    sample_fixed(policy, rows, None)
+    let wanted = |(input, noise, key)| Wanted {
+        input,
+        noise,
+        key,
+        guidance: None,
+    };
+    sample_fixed(policy, rows.into_iter().map(wanted).collect(), None)
 }
 
 /// The same in batches of exactly `fixed` rows, whatever the number of rows is; graphs with a fixed batch size keep theirs.
@@ -114,11 +134,7 @@ pub fn sample(policy: &LoadedPolicy, rows: Vec<(ModelInput, ChunkNoise, NoiseKey
 ///
 /// # Errors
 /// ONNX Runtime fails.
-pub fn sample_fixed(
-    policy: &LoadedPolicy,
-    rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>,
-    fixed: Option<usize>,
-) -> Result<Sampled, InferError> {
+pub fn sample_fixed(policy: &LoadedPolicy, rows: Vec<Wanted>, fixed: Option<usize>) -> Result<Sampled, InferError> {
     let Some(fixed) = policy.manifest.batch.or(fixed) else {
         return sample_batch(policy, rows, None);
     };
@@ -140,43 +156,31 @@ pub fn sample_fixed(
     }
 }
 
-fn sample_batch(
-    policy: &LoadedPolicy,
-    rows: Vec<(ModelInput, ChunkNoise, NoiseKey)>,
-    fixed: Option<usize>,
-) -> Result<Sampled, InferError> {
+fn sample_batch(policy: &LoadedPolicy, rows: Vec<Wanted>, fixed: Option<usize>) -> Result<Sampled, InferError> {
     let first = rows.first().ok_or(InferError::Empty)?;
     let count = rows.len();
     let padding = fixed.map_or(0, |n| n.saturating_sub(count));
-    let inputs: Vec<&ModelInput> = rows
-        .iter()
-        .map(|(input, ..)| input)
-        .chain(std::iter::repeat_n(&first.0, padding))
-        .collect();
-    let draws: Vec<&ChunkNoise> = rows
-        .iter()
-        .map(|(_, draw, _)| draw)
-        .chain(std::iter::repeat_n(&first.1, padding))
-        .collect();
+    let batched: Vec<&Wanted> = rows.iter().chain(std::iter::repeat_n(first, padding)).collect();
+    let inputs: Vec<&ModelInput> = batched.iter().map(|row| &row.input).collect();
 
     let begun = Instant::now();
     let prefix_batch = batch(&inputs, policy.manifest.dims.vision.image_size);
     let cache = policy.with_sessions(|sessions| sessions.prefix(prefix_batch))?;
     let prefix = begun.elapsed();
     let begun = Instant::now();
-    let traces = denoise(policy, &draws, &cache)?;
+    let traces = denoise(policy, &batched, &cache)?;
     let denoise = begun.elapsed();
 
     let elements = policy.manifest.dims.action_horizon * policy.manifest.dims.action_dim;
     let samples = rows
         .into_iter()
         .zip(traces)
-        .map(|((input, draw, key), trace)| Sample {
-            input,
-            key,
+        .map(|(row, trace)| Sample {
+            input: row.input,
+            key: row.key,
             chain: trace.chain,
             elements,
-            denoise_steps: draw.steps.into_iter().map(|s| s.step).collect(),
+            denoise_steps: row.noise.steps.into_iter().map(|s| s.step).collect(),
             logprob: trace.logprob,
             values: trace.values,
         })
@@ -211,7 +215,8 @@ fn noise_at(draw: &ChunkNoise, k: usize) -> Option<&StepNoise> {
     draw.steps.iter().find(|s| s.step == k)
 }
 
-fn denoise(policy: &LoadedPolicy, draws: &[&ChunkNoise], cache: &PrefixCache) -> Result<Vec<Trace>, InferError> {
+fn denoise(policy: &LoadedPolicy, rows: &[&Wanted], cache: &PrefixCache) -> Result<Vec<Trace>, InferError> {
+    let draws: Vec<&ChunkNoise> = rows.iter().map(|row| &row.noise).collect();
     let manifest = &policy.manifest;
     let (dims, sampling) = (&manifest.dims, &manifest.sampling);
     let elements = dims.action_horizon * dims.action_dim;
@@ -252,10 +257,15 @@ fn denoise(policy: &LoadedPolicy, draws: &[&ChunkNoise], cache: &PrefixCache) ->
                 .flat_map(|d| noise_at(d, k).map_or_else(|| vec![0.0; elements], |s| s.z.clone()))
                 .collect(),
         };
-        let out = policy.with_sessions(|sessions| sessions.denoise(step, cache))?;
+        let mut out = policy.with_sessions(|sessions| sessions.denoise(step, cache))?;
+        for (row, x_next) in rows.iter().zip(out.x_next.chunks_mut(elements)) {
+            if let Some(guidance) = &row.guidance {
+                guidance.correct(x_next, dims.action_dim, k, steps);
+            }
+        }
         let moved = out.x_next.chunks(elements).zip(out.mean.chunks(elements));
         for (i, (((trace, draw), row), (x_next, mean))) in
-            traces.iter_mut().zip(draws).zip(&table).zip(moved).enumerate()
+            traces.iter_mut().zip(&draws).zip(&table).zip(moved).enumerate()
         {
             trace.chain.extend_from_slice(x_next);
             let stochastic = noise_at(draw, k).is_some();

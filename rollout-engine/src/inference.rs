@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use wire::messages::{ActedRow, Mode};
 
 use crate::{
-    infer::{Sample, draw, sample_fixed},
+    infer::{Sample, Wanted, draw, sample_fixed},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
     queue::{Job, Queue, Row, Target},
@@ -91,19 +91,13 @@ pub fn answer(
     let mut prepared = Vec::new();
     let mut waiting = Vec::with_capacity(jobs.len());
     for job in jobs {
-        let inputs: Result<Vec<_>, _> = job
-            .rows
-            .iter()
-            .map(|row| policy.preprocessor.prepare(&row.observation))
-            .collect();
-        match inputs {
-            Ok(inputs) => {
-                for (input, row) in inputs.into_iter().zip(&job.rows) {
-                    prepared.push((input, draw(policy, row.key, row.mode), row.key));
-                }
+        let rows: Result<Vec<_>, _> = job.rows.iter().map(|row| wanted(policy, row)).collect();
+        match rows {
+            Ok(rows) => {
+                prepared.extend(rows);
                 waiting.push((job, None));
             }
-            Err(error) => waiting.push((job, Some(error.to_string()))),
+            Err(reason) => waiting.push((job, Some(reason))),
         }
     }
     observe("preprocess", begun.elapsed());
@@ -146,6 +140,33 @@ pub fn answer(
         .collect();
     observe("record", begun.elapsed());
     results
+}
+
+fn wanted(policy: &LoadedPolicy, row: &Row) -> Result<Wanted, String> {
+    let input = policy
+        .preprocessor
+        .prepare(&row.observation)
+        .map_err(|e| e.to_string())?;
+    let guidance = match &row.guidance {
+        None => None,
+        Some(_) if row.mode == Mode::Train || row.record => {
+            return Err(
+                "a guided chunk is no sample of the policy: ask for it in mode `eval` and without a record".to_owned(),
+            );
+        }
+        Some(guidance) => Some(
+            policy
+                .preprocessor
+                .guidance(guidance, &row.observation.state)
+                .map_err(|e| e.to_string())?,
+        ),
+    };
+    Ok(Wanted {
+        input,
+        noise: draw(policy, row.key, row.mode),
+        key: row.key,
+        guidance,
+    })
 }
 
 fn finish(

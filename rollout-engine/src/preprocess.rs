@@ -2,10 +2,12 @@
 
 use policy::{
     bundle::Manifest,
+    guidance::Guidance,
     image::{CHANNELS, ImageError, RgbImage, normalise_u8, resize_with_pad},
+    norm::{bool_mask, delta_from_absolute},
     prompt::{PromptError, Tokenizer},
 };
-use wire::{array::ArrayError, messages::Observation};
+use wire::{array::ArrayError, messages};
 
 use crate::backend::PrefixBatch;
 
@@ -54,13 +56,26 @@ pub enum ObservationError {
         found: usize,
     },
     /// NaN or infinity.
-    #[error("state holds {value} at dimension {index}")]
+    #[error("state or actions hold {value} at element {index}")]
     NotFinite {
-        /// Which dimension.
+        /// Which element.
         index: usize,
         /// What is there.
         value: f32,
     },
+    /// A chunk to go on from that does not fit.
+    #[error("guidance.previous has shape {found:?}, expected [1 to {horizon}, {width}]")]
+    Previous {
+        /// Its shape.
+        found: Vec<usize>,
+        /// Width of an action.
+        width: usize,
+        /// Rows of a chunk.
+        horizon: usize,
+    },
+    /// A weight out of range.
+    #[error("guidance.max_weight is {0}, expected a number above 0")]
+    MaxWeight(f32),
     /// A prompt outside the vocabulary.
     #[error(transparent)]
     Prompt(#[from] PromptError),
@@ -108,7 +123,7 @@ impl Preprocessor {
     ///
     /// # Errors
     /// Says what was expected and what came.
-    pub fn prepare(&self, seen: &Observation) -> Result<ModelInput, ObservationError> {
+    pub fn prepare(&self, seen: &messages::Observation) -> Result<ModelInput, ObservationError> {
         let manifest = &self.manifest;
         let dims = &manifest.dims;
         if seen.images.len() != dims.cameras {
@@ -163,6 +178,55 @@ impl Preprocessor {
             prompt_mask: tokens.mask,
             state,
         })
+    }
+
+    /// Checks what a client goes on from and brings it to model units. `state` is the one of its observation, in the environment's units.
+    ///
+    /// # Errors
+    /// Says what was expected and what came.
+    pub fn guidance(&self, wanted: &messages::Guidance, state: &[f32]) -> Result<Guidance, ObservationError> {
+        let manifest = &self.manifest;
+        let (width, horizon) = (manifest.env_action_dim, manifest.dims.action_horizon);
+        let shape = wanted.previous.dims();
+        let &[rows, columns] = shape.as_slice() else {
+            return Err(ObservationError::Previous {
+                found: shape,
+                width,
+                horizon,
+            });
+        };
+        if rows == 0 || rows > horizon || columns != width {
+            return Err(ObservationError::Previous {
+                found: shape,
+                width,
+                horizon,
+            });
+        }
+        if !(wanted.max_weight.is_finite() && wanted.max_weight > 0.0) {
+            return Err(ObservationError::MaxWeight(wanted.max_weight));
+        }
+        let actions = wanted.previous.to_f32("guidance.previous", None)?;
+        if let Some((index, value)) = actions.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(ObservationError::NotFinite { index, value: *value });
+        }
+        let mut previous = Vec::with_capacity(actions.len());
+        for row in actions.chunks_exact(width) {
+            let row = match &manifest.delta_actions {
+                Some(runs) => delta_from_absolute(row, state, &bool_mask(runs))?,
+                None => row.to_vec(),
+            };
+            previous.extend(match &manifest.norm_stats {
+                Some(stats) => manifest.normalization.normalize(&stats.actions, &row)?,
+                None => row,
+            });
+        }
+        Ok(Guidance::new(
+            previous,
+            width,
+            horizon,
+            wanted.delay as usize,
+            f64::from(wanted.max_weight),
+        ))
     }
 
     /// Checked and normalised, not padded yet.

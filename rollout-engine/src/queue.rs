@@ -8,7 +8,7 @@ use std::{
 
 use policy::noise::NoiseKey;
 use wire::{
-    messages::{Mode, Observation},
+    messages::{Guidance, Mode, Observation},
     socket::Peer,
 };
 
@@ -23,6 +23,8 @@ pub struct Row {
     pub mode: Mode,
     /// Whether a chunk record is made.
     pub record: bool,
+    /// What a client goes on from.
+    pub guidance: Option<Guidance>,
 }
 
 /// Who waits for the result of a [`Job`].
@@ -228,6 +230,7 @@ mod tests {
             },
             mode: Mode::Eval,
             record: false,
+            guidance: None,
         };
         Job::new(Target::Slot(ticket), vec![row; rows])
     }

@@ -413,6 +413,7 @@ impl Server {
                 key: r.key,
                 mode: r.mode,
                 record: r.record,
+                guidance: r.guidance,
             })
             .collect();
         let target = Target::Client {

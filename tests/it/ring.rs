@@ -23,7 +23,10 @@ use policy::{
     plan::RunPlan,
 };
 use tch::{Kind, Tensor};
-use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
+use wire::{
+    array::Array,
+    messages::{ActRequest, ActRow, ChunkRecord, FromEngine, Guidance, Mode, Reset, ToEngine},
+};
 
 use crate::common::network;
 
@@ -251,6 +254,99 @@ fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {
 
 /// The same key gives the same noise bit for bit in any batch, the same actions bit for bit in a batch of the same size and within
 /// 1e-5 in another (matrix products sum in another order).
+/// A robot that executes one chunk while it waits for the next one moves on without a jump.
+#[test]
+fn a_guided_chunk_goes_on_from_the_one_before() {
+    let Ring {
+        plan,
+        engine,
+        hub: _hub,
+        dir: _dir,
+        ..
+    } = Ring::start(&[], 4);
+    block_on(async {
+        let mut client = Client::connect(&engine.listen).await;
+        let plain = |number| ActRow {
+            record: false,
+            ..row(&plan, number, Mode::Eval)
+        };
+        let guided = |number, previous: &Array| ActRow {
+            guidance: Some(Guidance {
+                previous: previous.clone(),
+                delay: 2,
+                max_weight: 1.0,
+            }),
+            ..plain(number)
+        };
+        let before = client.act(1, vec![plain(0)]).await.rows.remove(0).actions;
+        let chunk = before.to_f32("actions", None).expect("actions");
+        let width = plan.config.actor.model.env_action_dim;
+        // one row has been executed when the next observation is made
+        let rest = Array::f32(&[chunk.len() / width - 1, width], &chunk[width..]);
+        let mut reply = client.act(2, vec![plain(1), guided(1, &rest)]).await;
+        let [free, held] = [0, 0].map(|_| reply.rows.remove(0).actions.to_f32("actions", None).expect("actions"));
+        let gap = |actions: &[f32], rows: std::ops::Range<usize>| {
+            let range = rows.start * width..rows.end * width;
+            let pairs = actions[range.clone()]
+                .iter()
+                .zip(&chunk[range.start + width..range.end + width]);
+            pairs.map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max)
+        };
+        // the weight is 1 until half of the flow time is left; what the last two of four steps add is pulled back by 1/3 of it at least
+        let (without, with) = (gap(&free, 0..2), gap(&held, 0..2));
+        println!("largest gap to the chunk before: {without:.3} without, {with:.3} with guidance");
+        assert!(with < 0.7 * without, "{with} against {without}");
+
+        let wrong = |guidance: Guidance, record| ActRow {
+            record,
+            guidance: Some(guidance),
+            ..plain(1)
+        };
+        let good = Guidance {
+            previous: rest.clone(),
+            delay: 2,
+            max_weight: 5.0,
+        };
+        let wide = Array::f32(&[1, width + 1], &vec![0.0; width + 1]);
+        for (request, row, reason) in [
+            (3, wrong(good.clone(), true), "without a record"),
+            (
+                4,
+                wrong(
+                    Guidance {
+                        previous: wide,
+                        ..good.clone()
+                    },
+                    false,
+                ),
+                "guidance.previous",
+            ),
+            (
+                5,
+                wrong(
+                    Guidance {
+                        max_weight: 0.0,
+                        ..good.clone()
+                    },
+                    false,
+                ),
+                "max_weight",
+            ),
+        ] {
+            client
+                .send(&ToEngine::Act(ActRequest {
+                    request,
+                    rows: vec![row],
+                }))
+                .await;
+            match client.receive().await {
+                FromEngine::Refused(refusal) => assert!(refusal.reason.contains(reason), "{}", refusal.reason),
+                other => panic!("expected a refusal, got {other:?}"),
+            }
+        }
+    });
+}
+
 #[test]
 fn replay_reproduces_a_recorded_chunk() {
     let Ring {

@@ -220,5 +220,6 @@ pub fn row(plan: &RunPlan, number: u64, mode: Mode) -> ActRow {
         key,
         mode,
         record: true,
+        guidance: None,
     }
 }

@@ -1,8 +1,9 @@
 //! The env worker's loop: slots of an environment driven by an engine over the wire.
 //!
-//! The worker knows nothing of training: the engine tells each slot when to reset and what to do.
+//! The worker knows nothing of training: the engine tells each slot when to reset and what to do. Where the engine is silent for long, the
+//! worker gives a sign of life: an empty report, or before the welcome its hello again.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use wire::{
     array::{Array, ArrayError},
@@ -11,6 +12,9 @@ use wire::{
 };
 
 use crate::env::{self, Image, ResetKey, VecEnv};
+
+/// After how long without a word from the engine a worker gives a sign of life.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// What ends a worker.
 #[derive(Debug, thiserror::Error)]
@@ -77,14 +81,26 @@ async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(
         action_dim: spec.action_dim as u32,
         slots: slots as u32,
     };
-    send.send(&ToEngine::Hello(hello)).await?;
+    send.send(&ToEngine::Hello(hello.clone())).await?;
     let mut video: BTreeMap<u32, bool> = BTreeMap::new();
+    let mut welcome = false;
     loop {
-        match receive.receive::<FromEngine>().await? {
-            FromEngine::Welcome(welcome) => {
+        let Ok(message) = tokio::time::timeout(SILENCE, receive.receive::<FromEngine>()).await else {
+            // a connection that broke without a word is found by sending; an engine that took this worker for gone says so
+            let sign = if welcome {
+                ToEngine::Reports(Vec::new())
+            } else {
+                ToEngine::Hello(hello.clone())
+            };
+            send.send(&sign).await?;
+            continue;
+        };
+        match message? {
+            FromEngine::Welcome(said) => {
+                welcome = true;
                 tracing::info!(
                     "engine serves policy version {}, {} slots of {}",
-                    welcome.version,
+                    said.version,
                     slots,
                     spec.name
                 );
@@ -104,7 +120,11 @@ async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(
                 }
                 send.send(&ToEngine::Reports(reports)).await?;
             }
-            FromEngine::Refused(refusal) if refusal.retry => tracing::warn!("engine: {}", refusal.reason),
+            FromEngine::Refused(refusal) if refusal.retry => {
+                tracing::warn!("engine: {}; saying hello again", refusal.reason);
+                welcome = false;
+                send.send(&ToEngine::Hello(hello.clone())).await?;
+            }
             FromEngine::Refused(refusal) => return Err(WorkerError::Refused(refusal.reason)),
             FromEngine::Acted(_) => tracing::warn!("engine answered a request that this worker did not make"),
         }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod dims;
 pub mod flops;
 pub mod flow;
+pub mod guidance;
 pub mod image;
 pub mod logprob;
 pub mod noise;

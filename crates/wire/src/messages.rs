@@ -6,7 +6,8 @@
 //! An env worker owns *slots*. A slot is idle until the engine sends a [`Command::Reset`]; the worker resets and reports the
 //! first observation; the engine answers with [`Command::Act`]; the worker executes the chunk and reports outcome and next
 //! observation. A finished episode carries its last (the engine estimates its value; a terminated one may leave it out).
-//! After either the slot is idle again. Answers come in any order and any grouping, also only for some slots.
+//! After either the slot is idle again. Answers come in any order and any grouping, also only for some slots. An empty report is a
+//! sign of life; an engine that does not know the worker refuses it with `retry`, and the worker says hello again.
 
 use policy::{bundle::BundleFile, noise::NoiseKey};
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,20 @@ pub struct ActRow {
     pub mode: Mode,
     /// Whether the reply carries the chunk record.
     pub record: bool,
+    /// What the client is still executing; in [`Mode::Eval`] without a record only.
+    pub guidance: Option<Guidance>,
+}
+
+/// The chunk that a client executes while it waits: the new one goes on from it without a jump (real-time chunking).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guidance {
+    /// Its actions that were still to come when the observation was made, f32 `[rows, env_action_dim]` in the environment's units.
+    pub previous: Array,
+    /// How many of these rows will have been executed when the answer is there: they stand, the later ones may change.
+    pub delay: u32,
+    /// Largest weight of the correction after a denoise step, above 0; the reference's is 5.
+    pub max_weight: f32,
 }
 
 /// A request for action chunks.

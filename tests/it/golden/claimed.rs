@@ -111,6 +111,10 @@ const RL: &[&str] = &[
 
 /// A variant's name may have a dot: `k1.flow_sde`.
 const VARIANTS: &[&str] = &[
+    "rtc.noise",
+    "rtc.prev_model_actions",
+    "rtc.chains",
+    "rtc.actions",
     "anneal100.flow_sde.**",
     "anneal1000.flow_cps.**",
     "lvl02.flow_sde.**",
@@ -140,7 +144,6 @@ const LOSSES: &[&str] = &[
     "*.out.metric.actor/approx_kl",
     "*.out.metric.actor/clip_fraction",
     "*.out.metric.actor/proximal_ratio",
-    "*.out.metric.actor/proximal_approx_kl",
     "*.out.metric.actor/dual_clip_fraction",
     "*.out.metric.actor/behav_clip_fraction",
     "*.out.metric.critic/value_loss",
@@ -171,7 +174,19 @@ const NOT_READ: &[(&str, &str, &str)] = &[
         "**",
         "primitives inside the network are compared at the golden sizes",
     ),
-    ("rl_variants", "rtc.**", "guidance at evaluation is not offered"),
+    (
+        "rl_variants",
+        "rtc.denoise_inds",
+        "a guided chunk is no sample: it has no log-probability",
+    ),
+    ("rl_variants", "rtc.prev_logprobs", "as above"),
+    ("rl_variants", "rtc.prev_values", "as above"),
+    (
+        "rlinf_losses",
+        "*.out.metric.actor/proximal_approx_kl",
+        "ours is the KL to the policy that acted, which `target_kl` bounds",
+    ),
+    ("rlinf_policy_loss", "*.out.metric.actor/proximal_approx_kl", "as above"),
     (
         "rlinf_losses",
         "*.out.metric.actor/token_num",

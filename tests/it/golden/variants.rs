@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use integration_tests::{Golden, assert_close_relative};
-use policy::flow::{NoiseAnneal, Schedule};
-use policy::params::Part;
-use tch::Kind;
-
-use crate::differences::of_the_committed_set;
+use integration_tests::{Golden, assert_close, assert_close_relative};
+use policy::{
+    flow::{NoiseAnneal, NoiseMethod, Schedule},
+    guidance::Guidance,
+    params::Part,
+};
+use tch::{Kind, Tensor};
 
 use super::{
-    network::{GRADIENT, MODES, OUTPUT, close, policy_dims, setup, values},
+    network::{GRADIENT, MODES, OUTPUT, at, close, policy_dims, setup, values},
     rl::{
         LOGPROB, Recomputed, check_recompute, check_rollout, groups, heads_of, is_joint, method, noise_level, sampling,
         steps_of,
@@ -24,19 +25,49 @@ const ANNEAL: NoiseAnneal = NoiseAnneal {
     end: 0.3,
     steps: 400,
 };
-/// Variants of the reference that are not built: guidance at evaluation.
-const VARIANTS_NOT_BUILT: [&str; 1] = ["rtc"];
+/// How far the chunk before had been executed, and the settings, that `rtc` was recorded with.
+const EXECUTED_ROWS: usize = 1;
+const DELAY: usize = 2;
+const MAX_WEIGHT: f64 = 5.0;
 
+/// A chunk that goes on from the one before: the reference's correction after every ODE step.
 #[test]
-fn what_is_not_built_is_named() {
+fn guided_chunks() {
     for mode in MODES {
-        let variants = groups(&Golden::open(&format!("{mode}_rl_variants")));
-        for name in VARIANTS_NOT_BUILT {
-            assert!(
-                variants.contains(name) || !of_the_committed_set(name),
-                "{mode}: `{name}` is listed as not built but not in the file"
-            );
+        let golden = Golden::open(&format!("{mode}_rl_variants"));
+        let s = setup(mode, &heads_of(mode, NoiseMethod::ODE));
+        let (previous, chains) = (golden.get("rtc.prev_model_actions"), golden.get("rtc.chains"));
+        let (steps, horizon, width) = (chains.shape[1] - 1, chains.shape[2], chains.shape[3]);
+        let guidance: Vec<Guidance> = (0..chains.shape[0])
+            .map(|b| {
+                let rest = at(&previous, b).f32()[EXECUTED_ROWS * width..].to_vec();
+                Guidance::new(rest, width, horizon, DELAY, MAX_WEIGHT)
+            })
+            .collect();
+        let mut x: Vec<Vec<f32>> = (0..chains.shape[0])
+            .map(|b| at(&at(&golden.get("rtc.noise"), b), 0).f32())
+            .collect();
+        for (k, row) in Schedule::new(NoiseMethod::ODE, steps, 0.0, false)
+            .ode
+            .iter()
+            .enumerate()
+        {
+            let shape = [x.len() as i64, horizon as i64, width as i64];
+            let x_t = Tensor::from_slice(&x.concat()).view(shape);
+            let t = Tensor::full([x.len() as i64], row.t, (Kind::Double, tch::Device::Cpu));
+            let step = || s.policy.velocity(&s.prefix.cache, Some(&s.state), &x_t, &t);
+            let v = tch::no_grad(step).expect("velocity").v_t;
+            let (c_x, c_v) = row.mean_coefficients();
+            let mean = values(&(&x_t * c_x + v * c_v));
+            for ((b, x), mean) in x.iter_mut().enumerate().zip(mean.chunks(horizon * width)) {
+                x.copy_from_slice(mean);
+                guidance[b].correct(x, width, k, steps);
+                let want = at(&at(&chains, b), k + 1);
+                assert_close(&format!("{mode} rtc row {b} step {k}"), x, &want, OUTPUT * MAX_WEIGHT);
+            }
         }
+        let (got, want) = (x.concat(), golden.get("rtc.actions"));
+        assert_close(&format!("{mode} rtc actions"), &got, &want, OUTPUT * MAX_WEIGHT);
     }
 }
 
@@ -47,7 +78,7 @@ fn variants() {
         let (_, value, executed) = policy_dims(&format!("{mode}_model"));
         let (mut seen, usual) = (BTreeMap::new(), noise_level(mode));
         for group in groups(&golden) {
-            if VARIANTS_NOT_BUILT.contains(&group.as_str()) {
+            if group == "rtc" {
                 continue;
             }
             let (case, name, level) = match group.as_str() {

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 #: Both ends must agree.
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<4sHHI")
 MAGIC = b"PIRL"

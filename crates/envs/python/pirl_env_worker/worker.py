@@ -22,6 +22,8 @@ from .envs.base import ChunkEnv, ChunkResult, EnvError, EnvSpec, Observation
 RETRY_MS = 250
 #: How long a wait for frames lasts before the stop flag is looked at, in milliseconds.
 POLL_MS = 200
+#: After how many seconds without a word from the engine a worker gives a sign of life.
+SILENCE = 10.0
 #: Largest number of slot reports in one message: the engine can infer for these while the next slots are stepped.
 REPORTS_PER_MESSAGE = 16
 
@@ -131,9 +133,10 @@ class Connection:
             except zmq.Again:
                 self._watch(POLL_MS)
 
-    def receive(self) -> tuple[str, Any]:
-        """The next message. Raises `Lost`, `Stop` or `WireError`."""
-        while True:
+    def receive(self, patience: float) -> tuple[str, Any] | None:
+        """The next message, or None after so many seconds without one. Raises `Lost`, `Stop` or `WireError`."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
             ready = dict(self._poller.poll(POLL_MS))
             if self._stopped():
                 raise Stop
@@ -141,6 +144,7 @@ class Connection:
                 return wire.decode(self._socket.recv_multipart()[-1])
             if self._monitor in ready:
                 self._watch(0)
+        return None
 
     def close(self) -> None:
         self._socket.disable_monitor()
@@ -167,12 +171,16 @@ def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dic
     connection.send("hello", hello)
     order: list[int | None] | None = None
     while True:
-        name, body = connection.receive()
+        message = connection.receive(SILENCE)
+        if message is None:
+            # a connection that broke without a word is found by sending; an engine that took this worker for gone says so
+            connection.send(*(("hello", hello) if order is None else ("reports", [])))
+            continue
+        name, body = message
         if name == "refused":
             if not body["retry"]:
                 raise EnvError(f"the engine refuses this worker: {body['reason']}")
-            log(f"engine: {body['reason']}")
-            continue
+            raise Lost(f"engine: {body['reason']}")
         if name == "welcome":
             if body["env_action_dim"] != spec.action_dim:
                 raise EnvError(f"the policy's actions have {body['env_action_dim']} numbers, the environment's {spec.action_dim}")
