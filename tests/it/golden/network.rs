@@ -395,7 +395,7 @@ fn a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16() {
             tolerance,
         );
         let steps = golden.get("ode4.t").shape[0];
-        let schedule = Schedule::new(NoiseMethod::FlowOde, steps, 0.0, false);
+        let schedule = Schedule::new(NoiseMethod::ODE, steps, 0.0, false);
         let sample = policy.sample(&prefix.cache, Some(&state), &input("ode.noise"), &schedule, &[]);
         let actions = sample.expect("sample").actions;
         close(
