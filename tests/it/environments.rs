@@ -166,6 +166,57 @@ fn permuting_environments_permutes_the_batch_and_changes_no_update() {
     }
 }
 
+/// Where a sample has several denoise steps, or is one of them, the cut of a minibatch changes no update either.
+#[test]
+fn the_cut_of_a_minibatch_changes_no_update_of_any_formulation() {
+    let bonus = "algorithm.entropy_bonus=0.5";
+    for (name, special) in [
+        ("tabletop_flow_noise", &[bonus][..]),
+        (
+            "tabletop_flow_noise",
+            &[bonus, "actor.model.openpi.joint_logprob=\"mean\""],
+        ),
+        ("tabletop_two_layer", &[]),
+        (
+            "tabletop_two_layer",
+            &["actor.model.value_head={input=\"vlm\",hidden=[16],state=true,detach_critic_input=true}"],
+        ),
+    ] {
+        for level in ["chunk_level", "action_level", "token_level"] {
+            for agg in ["mean", "episode_length"] {
+                let keys = [
+                    format!("algorithm.logprob_type={level:?}"),
+                    format!("algorithm.loss_agg={agg:?}"),
+                ];
+                let with = |micro: &'static str| {
+                    let keys = keys.iter().map(String::as_str).chain([micro]);
+                    let overrides: Vec<&str> = SMALL.iter().chain(special).copied().chain(keys).collect();
+                    recipe(name, &overrides)
+                };
+                let start = network(&with("actor.micro_batch_size=4096"), 5);
+                let update = |plan: &RunPlan| {
+                    let policy = network(plan, 5);
+                    let batch = RolloutBatch::new(plan, &episodes(plan, &policy), 0).expect("records");
+                    let mut updater = Updater::new(plan, &policy).expect("optimizer");
+                    let report = updater.update(&policy, &batch, 0).expect("update");
+                    assert_eq!((report.updates, report.skipped), (1, 0), "{name}");
+                    weights(&policy)
+                };
+                let whole = update(&with("actor.micro_batch_size=4096"));
+                let moved = largest_gap(&weights(&start), &whole);
+                for micro in ["actor.micro_batch_size=5", "actor.micro_batch_size=1"] {
+                    let gap = largest_gap(&whole, &update(&with(micro)));
+                    // as above
+                    assert!(
+                        moved > 1e-3 && gap < 2e-5,
+                        "{name} {special:?} {level} {agg} {micro}: moved {moved:.1e}, gap {gap:.1e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 fn method(name: &str, params: &str) -> Box<dyn VelocityLoss> {
     velocity_loss(name).expect("registered")(&params.parse().expect("TOML")).expect("parameters")
 }

@@ -312,6 +312,8 @@ fn other_formulations_killed_at_any_moment_give_the_same_weights() {
 #[test]
 fn a_run_that_samples_groups_again_gives_the_same_weights_when_killed() {
     let overrides = [
+        // there is none
+        "actor.optim.critic_warmup_epochs=0",
         "algorithm.group_size=4",
         "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\",max_rounds=3}",
         // a policy that knows nothing succeeds now and then where all is near enough
