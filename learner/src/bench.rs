@@ -70,7 +70,7 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     let trajectories = episodes(plan, &network(plan)?, records)?;
     // past the warm-up the critic and the actor train
     let iteration = actor.optim.critic_warmup_epochs;
-    let batch = RolloutBatch::new(plan, &trajectories, 0)?;
+    let batch = RolloutBatch::new(plan, &trajectories, 0)?.to_device(policy.device());
     // the folder of the disk's file, not the run's
     let scratch = std::env::temp_dir().join(format!("pirl-bench-{}", std::process::id()));
     let mut runs: Vec<Vec<(f64, u64)>> = vec![Vec::new(); PLACES.len()];

@@ -1,6 +1,6 @@
 //! A batch of observations in model units, and its prefix.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::model::{ModelError, Pi0, Prefix, PrefixCache};
 
@@ -33,13 +33,25 @@ impl ObservationBatch {
     /// The rows `[n]` (i64).
     #[must_use]
     pub fn select(&self, rows: &Tensor) -> Self {
-        let pick = |t: &Tensor| t.index_select(0, rows);
+        let pick = |t: &Tensor| t.index_select(0, &rows.to_device(t.device()));
         Self {
             images: pick(&self.images),
             image_mask: pick(&self.image_mask),
             prompt: pick(&self.prompt),
             prompt_mask: pick(&self.prompt_mask),
             state: pick(&self.state),
+        }
+    }
+
+    /// The same on a device; tensors that are there already are shared.
+    #[must_use]
+    pub fn to_device(&self, device: Device) -> Self {
+        Self {
+            images: self.images.to_device(device),
+            image_mask: self.image_mask.to_device(device),
+            prompt: self.prompt.to_device(device),
+            prompt_mask: self.prompt_mask.to_device(device),
+            state: self.state.to_device(device),
         }
     }
 
@@ -50,12 +62,13 @@ impl ObservationBatch {
             .contiguous()
     }
 
-    /// The prefix pass over these observations.
+    /// The prefix pass over these observations, on the policy's device.
     ///
     /// # Errors
     /// A shape that does not fit the policy.
     pub fn prefix(&self, policy: &Pi0) -> Result<Prefix, ModelError> {
-        policy.prefix(&self.pixels(), &self.image_mask, &self.prompt, &self.prompt_mask)
+        let here = self.to_device(policy.device());
+        policy.prefix(&here.pixels(), &here.image_mask, &here.prompt, &here.prompt_mask)
     }
 
     /// The prefix of a frozen vision-language model for all rows: cache and pooled output `[N, vlm width]`, without gradient, in

@@ -9,7 +9,7 @@ use policy::{
     noise::{Purpose, below, fill_normal, stream},
     params::Part,
 };
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::{
     dataset::Dataset,
@@ -42,7 +42,7 @@ struct ReadOuts {
     centres: Tensor,
 }
 
-fn leaf(shape: &[i64], std: f64, seed: u64, index: u64) -> Tensor {
+fn leaf(shape: &[i64], std: f64, seed: u64, index: u64, device: Device) -> Tensor {
     let mut data = vec![0.0f32; shape.iter().product::<i64>() as usize];
     if std > 0.0 {
         fill_normal(&mut stream(Purpose::Init, seed, u64::MAX, index, 0), &mut data);
@@ -50,7 +50,10 @@ fn leaf(shape: &[i64], std: f64, seed: u64, index: u64) -> Tensor {
             *value *= std as f32;
         }
     }
-    Tensor::from_slice(&data).view(shape).set_requires_grad(true)
+    Tensor::from_slice(&data)
+        .view(shape)
+        .to_device(device)
+        .set_requires_grad(true)
 }
 
 impl ReadOuts {
@@ -65,24 +68,22 @@ impl ReadOuts {
             .flat_map(|i| [(i % side) as f32, (i / side) as f32].map(|c| (c + 0.5) / side as f32 * 4.0 - 2.0))
             .collect();
         let small = (width as f64).sqrt().recip();
+        let leaf = |shape: &[i64], std, index| leaf(shape, std, seed, index, policy.device());
         Self {
             points,
             cameras,
             tokens: dims.vision.tokens() as i64,
             token: [
-                leaf(&[3 * points / cameras, width], small, seed, 0),
-                leaf(&[3 * points / cameras], 0.0, seed, 1),
+                leaf(&[3 * points / cameras, width], small, 0),
+                leaf(&[3 * points / cameras], 0.0, 1),
             ],
             probe: [
-                leaf(&[layers, points, kv], 0.3, seed, 2),
-                leaf(&[layers, points, kv, 2], 0.2, seed, 3),
-                leaf(&[layers, points, 2], 0.0, seed, 4),
+                leaf(&[layers, points, kv], 0.3, 2),
+                leaf(&[layers, points, kv, 2], 0.2, 3),
+                leaf(&[layers, points, 2], 0.0, 4),
             ],
-            pooled: [
-                leaf(&[2 * points, width], small, seed, 5),
-                leaf(&[2 * points], 0.0, seed, 6),
-            ],
-            centres: Tensor::from_slice(&centres).view([-1, 1, 2]),
+            pooled: [leaf(&[2 * points, width], small, 5), leaf(&[2 * points], 0.0, 6)],
+            centres: Tensor::from_slice(&centres).view([-1, 1, 2]).to_device(policy.device()),
         }
     }
 
@@ -158,7 +159,7 @@ pub fn pretrain(
     for step in 0..u64::from(stage.steps) {
         let rows: Vec<i64> = (0..stage.batch_size).map(|_| below(&mut rng, total) as i64).collect();
         let rows = Tensor::from_slice(&rows);
-        let target = scenes.targets.index_select(0, &rows) * SCALE - SCALE / 2.0;
+        let target = scenes.targets.index_select(0, &rows).to_device(policy.device()) * SCALE - SCALE / 2.0;
         let prefix = scenes.observations.select(&rows).prefix(policy)?;
         let (located, probed, pooled) = read_outs.forward(policy, &prefix);
         let probe_target = target.unsqueeze(1).expand_as(&probed);

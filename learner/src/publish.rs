@@ -140,10 +140,13 @@ fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
         state: Tensor::from_slice(&input.state).view([1, -1]),
     };
     let (cache, _) = batch.frozen_prefix(policy, 1)?;
-    let noise = Tensor::from_slice(&input.noise).view([1, dims.action_horizon as i64, dims.action_dim as i64]);
+    let device = policy.device();
+    let noise = Tensor::from_slice(&input.noise)
+        .view([1, dims.action_horizon as i64, dims.action_dim as i64])
+        .to_device(device);
     let sample = policy.sample(
         &cache,
-        Some(&batch.state),
+        Some(&batch.state.to_device(device)),
         &noise,
         &Schedule::of(&plan.sampling(0)),
         &[],

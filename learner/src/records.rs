@@ -39,6 +39,7 @@ pub fn act(
         )));
     }
     let _guard = tch::no_grad_guard();
+    let observations = &observations.to_device(policy.device());
     let sampling = plan.sampling(version);
     let schedule = Schedule::of(&sampling);
     let elements = dims.action_horizon * dims.action_dim;
@@ -59,10 +60,7 @@ pub fn act(
     let sample = policy.sample(&cache, state, &initial, &schedule, &stochastic)?;
     let table = StepTable::of(&sampling, dims.expert.width, policy.device());
     let model = &plan.config.actor.model;
-    let executed = Executed {
-        action_chunk: model.num_action_chunks,
-        env_action_dim: model.env_action_dim,
-    };
+    let executed = Executed::of(plan);
     let rows = Tensor::arange(count as i64, (Kind::Int64, policy.device()));
     // by stochastic step, then by record
     let mut logprobs: Vec<Vec<f32>> = Vec::new();

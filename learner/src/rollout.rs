@@ -279,6 +279,28 @@ impl RolloutBatch {
         Ok(rows.into_batch(plan, labels, version))
     }
 
+    /// The same on the device that trains on it; pixels and prompts stay where they are, their rows move as they are encoded.
+    #[must_use]
+    pub fn to_device(mut self, device: Device) -> Self {
+        let lengths = [&mut self.policy_episodes.len, &mut self.value_episodes.len];
+        let own = [
+            &mut self.observations.state,
+            &mut self.chain,
+            &mut self.record,
+            &mut self.step,
+            &mut self.old_logprob,
+            &mut self.version,
+            &mut self.mask,
+            &mut self.old_value,
+            &mut self.advantage,
+            &mut self.returns,
+        ];
+        for tensor in own.into_iter().chain(lengths) {
+            *tensor = tensor.to_device(device);
+        }
+        self
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         self.record.numel()

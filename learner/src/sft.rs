@@ -26,22 +26,29 @@ pub fn sft(policy: &Pi0, config: &SftConfig, demos: &Dataset, seed: u64, log: &m
     let mut training = Stage::new("SFT", stage, params)?;
     let mut rng = stream(Purpose::FlowMatching, seed, 0, 0, 0);
     let total = demos.observations.len() as usize;
+    let device = policy.device();
     let (mut recent, mut counted) = (0.0, 0.0);
     let mut last = f64::NAN;
     for step in 0..u64::from(stage.steps) {
         let rows: Vec<i64> = (0..stage.batch_size).map(|_| below(&mut rng, total) as i64).collect();
         let rows = Tensor::from_slice(&rows);
-        let actions = demos.targets.index_select(0, &rows);
+        let actions = demos.targets.index_select(0, &rows).to_device(device);
         let mut noise = vec![0.0f32; actions.numel()];
         fill_normal(&mut rng, &mut noise);
-        let noise = Tensor::from_slice(&noise).view_as(&actions);
+        let noise = Tensor::from_slice(&noise).view_as(&actions).to_device(device);
         let time: Vec<f64> = (0..stage.batch_size)
             .map(|_| training_time(uniform(&mut rng)))
             .collect();
-        let time = Tensor::from_slice(&time);
-        let state = demos.observations.state.index_select(0, &rows);
+        let time = Tensor::from_slice(&time).to_device(device);
+        let state = demos.observations.state.index_select(0, &rows).to_device(device);
         let loss = policy
-            .flow_matching_loss(&cache.index_select(&rows)?, Some(&state), &actions, &noise, &time)?
+            .flow_matching_loss(
+                &cache.index_select(&rows.to_device(device))?,
+                Some(&state),
+                &actions,
+                &noise,
+                &time,
+            )?
             .loss
             .mean(Kind::Float);
         let report = training.step(&loss)?;

@@ -239,7 +239,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
             None => sample(&ring.hub, &mut ring.children, plan, iteration, version)?,
         };
         episodes += got.episodes as u64;
-        let batch = RolloutBatch::new(plan, &got.used.trajectories, version)?;
+        let batch = RolloutBatch::new(plan, &got.used.trajectories, version)?.to_device(policy.device());
         let report = updater.update(&policy, &batch, iteration)?;
         let publishing = Instant::now();
         bundle = publisher.publish(&policy, version + 1)?;
