@@ -1,8 +1,8 @@
 //! What a configuration amounts to, for a person, before anything starts: sizes, the arithmetic of batches, how chunks are sampled,
 //! what each key does, and where the run differs from the reference on purpose.
 
-mod differences;
 mod keys;
+mod differences;
 
 use policy::{
     config::PrefixCachePlace,

@@ -3,13 +3,13 @@
 //! Public functions check the shapes that they are given; inside, tensor operations fit together by construction and end the
 //! program only when memory runs out.
 
-mod expert;
-mod flow_matching;
+mod store;
+mod siglip;
 mod gemma;
+mod expert;
 mod heads;
 mod sampler;
-mod siglip;
-mod store;
+mod flow_matching;
 
 use policy::{
     dims::{DimsError, PolicyDims},

@@ -1,12 +1,12 @@
 //! One HTML page about several runs: success curves, final numbers, evaluation videos, differences of the configurations.
 //! Everything is inside the page; it asks the network for nothing and runs no script.
 
-mod chart;
-mod html;
-mod page;
-mod plot;
 mod run;
 mod series;
+mod chart;
+mod plot;
+mod html;
+mod page;
 
 use std::path::{Path, PathBuf};
 
