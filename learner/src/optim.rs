@@ -106,7 +106,7 @@ impl AdamWSettings {
 /// Parameters that share a learning rate.
 #[derive(Debug)]
 pub struct ParamGroup {
-    /// Name in logs, for instance `actor` or `value_head`.
+    /// Its name, for instance `actor` or `value_head`.
     pub name: String,
     /// Learning rate before the schedule's factor.
     pub lr: f64,
@@ -121,8 +121,6 @@ pub struct ParamGroup {
 pub struct StepReport {
     /// L2 norm of the gradient of all groups, before the clip.
     pub grad_norm: f64,
-    /// Factor that the clip put on the gradient, in (0, 1].
-    pub clip_coefficient: f64,
     /// The norm was not finite and nothing was changed.
     pub skipped: bool,
 }
@@ -141,7 +139,6 @@ struct Slot {
 
 #[derive(Debug)]
 struct Group {
-    name: String,
     lr: f64,
     weight_decay: f64,
     slots: Vec<Slot>,
@@ -180,7 +177,6 @@ impl AdamW {
                 slots.push(Slot::new(name, param)?);
             }
             built.push(Group {
-                name: group.name,
                 lr: group.lr,
                 weight_decay: group.weight_decay,
                 slots,
@@ -197,19 +193,6 @@ impl AdamW {
     /// Steps taken; skipped ones are not among them.
     pub fn updates(&self) -> u64 {
         self.updates.unsigned_abs()
-    }
-
-    /// Steps skipped because the gradient was not finite.
-    pub fn skipped(&self) -> u64 {
-        self.skipped.unsigned_abs()
-    }
-
-    /// Name and learning rate of each group under this schedule factor.
-    pub fn learning_rates(&self, lr_factor: f64) -> Vec<(&str, f64)> {
-        self.groups
-            .iter()
-            .map(|group| (group.name.as_str(), group.lr * lr_factor))
-            .collect()
     }
 
     /// Forgets the gradients of all parameters.
@@ -247,7 +230,6 @@ impl AdamW {
             self.skipped += 1;
             return Ok(StepReport {
                 grad_norm,
-                clip_coefficient: 1.0,
                 skipped: true,
             });
         }
@@ -272,7 +254,6 @@ impl AdamW {
         self.updates += 1;
         Ok(StepReport {
             grad_norm,
-            clip_coefficient,
             skipped: false,
         })
     }
@@ -418,13 +399,6 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The same learning rate at every step.
-    pub const CONSTANT: Self = Self {
-        warmup_steps: 0,
-        warmup_start: 0.0,
-        decay: Decay::Constant,
-    };
-
     /// A linear rise over `warmup_steps` steps that begins at `1 / (warmup_steps + 1)`, so that the first step counts.
     pub fn warmup(warmup_steps: u64, decay: Decay) -> Self {
         Self {
@@ -515,7 +489,8 @@ mod tests {
         (&weight * f64::INFINITY).sum(Kind::Float).backward();
         let report = optimizer.step(1.0).unwrap();
         assert!(report.skipped && !report.grad_norm.is_finite());
-        assert_eq!((optimizer.updates(), optimizer.skipped()), (0, 1));
+        let skipped = optimizer.state()["skipped"].int64_value(&[]);
+        assert_eq!((optimizer.updates(), skipped), (0, 1));
         assert_eq!(values(&weight), [1.0, 2.0]);
         assert_eq!(values(&optimizer.state()["m.w"]), [0.0, 0.0]);
     }

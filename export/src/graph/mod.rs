@@ -11,6 +11,6 @@ pub(crate) mod denoise;
 pub struct GraphOptions {
     /// Fixed batch size; absent: symbolic.
     pub batch: Option<usize>,
-    /// Intermediate values as further outputs, for tests.
+    /// Intermediate values as further outputs: only the golden tests ask for them, to find a deviation where it begins.
     pub debug: bool,
 }
