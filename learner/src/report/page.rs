@@ -358,7 +358,7 @@ fn videos(runs: &[Run]) -> String {
 fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
     let heading = "<h2>Configuration differences</h2>\n";
     if series.len() < 2 {
-        return format!("{heading}<p>None, apart from the seed, folders and endpoints.</p>\n");
+        return format!("{heading}<p>None, apart from the seed and keys that change no weight.</p>\n");
     }
     let head = each(series.iter().enumerate(), |(style, members)| {
         format!(
@@ -375,7 +375,7 @@ fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
         format!("<tr><th scope=\"row\"><code>{}</code></th>{cells}</tr>\n", escape(name))
     });
     format!(
-        "{heading}<p>All keys that differ, but for the seed, folders and endpoints.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n\
+        "{heading}<p>All keys that differ, but for the seed and keys that change no weight.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n\
          <thead><tr><th scope=\"col\">Key</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
 }

@@ -7,6 +7,7 @@ use std::{
     path::Path,
 };
 
+use policy::config::keys;
 use serde::Deserialize;
 
 use crate::error::{LearnerError, Result, io};
@@ -112,7 +113,7 @@ impl Run {
         evaluations.sort_by_key(|e| e.version);
         Ok(Self {
             name,
-            config: flatten(&table),
+            config: shown(&table),
             train: curves.train,
             eval: curves.eval,
             eval_episodes: curves.eval_episodes,
@@ -301,37 +302,24 @@ fn curves(metrics: &[u8], sessions: &[f64]) -> Curves {
     curves
 }
 
-/// The leaves of a configuration under dotted keys.
-fn flatten(table: &toml::Table) -> BTreeMap<String, String> {
-    fn walk(prefix: &str, table: &toml::Table, own: Option<&str>, out: &mut BTreeMap<String, String>) {
-        for (key, value) in table {
-            let path = if prefix.is_empty() {
-                key.clone()
-            } else {
-                format!("{prefix}.{key}")
-            };
-            match value {
-                toml::Value::Table(inner) => walk(&path, inner, own, out),
-                toml::Value::String(text) => {
-                    let inside = own
-                        .and_then(|o| text.strip_prefix(o))
-                        .filter(|rest| rest.starts_with('/'));
-                    let text = inside.map_or_else(|| text.clone(), |rest| format!("OUTPUT_DIR{rest}"));
-                    out.insert(path, toml::Value::String(text).to_string());
-                }
-                other => {
-                    out.insert(path, other.to_string());
-                }
-            }
-        }
-    }
+/// Every key with its value as TOML writes it; `OUTPUT_DIR` stands for the run's own folder.
+fn shown(table: &toml::Table) -> BTreeMap<String, String> {
     let own = table
         .get("runner")
         .and_then(|r| r.get("output_dir"))
-        .and_then(|d| d.as_str());
-    let mut out = BTreeMap::new();
-    walk("", table, own.map(|o| o.trim_end_matches('/')), &mut out);
-    out
+        .and_then(|d| d.as_str())
+        .map(|own| own.trim_end_matches('/'));
+    let inside = |text: &str| {
+        let rest = own.and_then(|own| text.strip_prefix(own));
+        rest.filter(|rest| rest.starts_with('/'))
+            .map(|rest| format!("OUTPUT_DIR{rest}"))
+    };
+    let all = keys(table).into_iter();
+    all.map(|(key, value)| match value.as_str().and_then(inside) {
+        Some(text) => (key, toml::Value::String(text).to_string()),
+        None => (key, value.to_string()),
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -402,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn leaves_have_dotted_keys_and_the_own_folder_is_neutral() {
+    fn the_own_folder_is_the_same_for_all_runs() {
         let table: toml::Table = r#"
             [runner]
             output_dir = "runs/a/"
@@ -421,7 +409,7 @@ mod tests {
             ("runner.output_dir", "\"OUTPUT_DIR/\""),
             ("runner.seed", "3"),
         ];
-        let got = flatten(&table);
+        let got = shown(&table);
         assert_eq!(
             got.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect::<Vec<_>>(),
             want

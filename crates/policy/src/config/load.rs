@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::RunConfig;
+use super::{Neutral, RunConfig};
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -97,19 +97,18 @@ impl RunConfig {
         })
     }
 
-    /// SHA-256 of the effective configuration without the run's folder, endpoints and prefix cache, which change no result.
+    /// SHA-256 over every key and value of the effective configuration but those of [`Neutral::Place`], which change no result.
     ///
     /// # Errors
     /// See [`RunConfig::to_toml`].
     pub fn digest(&self) -> Result<String, ConfigError> {
-        let mut neutral = self.clone();
-        neutral.runner.output_dir = PathBuf::new();
-        neutral.actor.prefix_cache = None;
-        neutral.actor.prefix_cache_mb = None;
-        neutral.learner.listen = String::new();
-        neutral.rollout.listen = String::new();
-        neutral.rollout.http = String::new();
-        Ok(hex(&Sha256::digest(neutral.to_toml()?.as_bytes())))
+        let mut hash = Sha256::new();
+        for (key, value) in self.keys()? {
+            if Neutral::of(&key) != Some(Neutral::Place) {
+                hash.update(format!("{key} = {value}\n"));
+            }
+        }
+        Ok(hex(&hash.finalize()))
     }
 }
 
@@ -125,7 +124,7 @@ pub fn hex(bytes: &[u8]) -> String {
         })
 }
 
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
