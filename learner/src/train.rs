@@ -19,14 +19,15 @@ use crate::{
     dataset,
     error::{LearnerError, Result},
     evaluate::{check_seed, evaluate},
+    film,
     hub::Hub,
     launch::Children,
     method,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
-    picture,
     pretrain::pretrain,
     publish::Publisher,
+    report,
     resume::{self, Resume},
     rollout::{RolloutBatch, failure_rate},
     sampling::sample,
@@ -318,7 +319,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         bundle.manifest.policy_version,
         bundle.dir().display()
     );
-    picture::success_curve(&dir.join("metrics.jsonl"), &dir.join("success.png"))
+    report::success_curve(&dir)
 }
 
 /// What an update did, in the numbers that its loss has. Parity of engine and learner is that of records of the version in training,
@@ -396,7 +397,7 @@ pub fn eval(plan: &RunPlan, bundles: &[PathBuf], episodes: usize, gif: Option<&P
     }
     drop(ring);
     if let Some(path) = gif {
-        picture::episode_gif(path, &films)?;
+        film::episode_gif(path, &films)?;
     }
     Ok(results)
 }

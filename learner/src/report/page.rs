@@ -1,9 +1,10 @@
 //! The page of a report, from the runs to the last `</html>`.
 
 use super::{
-    chart::{Axis, Chart, Line, STYLES, mark, number, thinning},
+    chart::{Axis, Chart, STYLES, Series, mark, number, thinning},
+    curves::Point,
     html::{base64, each, escape},
-    run::{Evaluation, Point, Run, Video},
+    run::{Evaluation, Run, Video},
     series::{Difference, differences, group},
 };
 
@@ -141,7 +142,7 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
             ),
         ];
         let figures = each(axes.into_iter().zip(stage.ids), |((over, axis, place), id)| {
-            let lines = series.iter().enumerate().map(|(style, members)| Line {
+            let drawn = series.iter().enumerate().map(|(style, members)| Series {
                 style,
                 label: label(members),
                 runs: members
@@ -155,7 +156,7 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
                 title: format!("{} over {over}", stage.title),
                 axis,
                 marks: stage.marks,
-                lines: lines.filter(|l| !l.runs.is_empty()).collect(),
+                series: drawn.filter(|s| !s.runs.is_empty()).collect(),
             };
             format!("<figure>{}</figure>\n", chart.svg())
         });
