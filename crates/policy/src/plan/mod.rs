@@ -35,6 +35,7 @@ pub struct RunPlan {
     pub heads: Heads,
 }
 
+/// The refusal of a key.
 pub(crate) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
     ConfigError::Key {
         key: key.to_owned(),
