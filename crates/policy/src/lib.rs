@@ -1,6 +1,7 @@
 //! What a policy is: sizes, tensor names, flow time, step table, log-probability, pre- and post-processing, run
 //! configuration, and the bundle on disk. No device, no socket.
 
+pub mod message;
 pub mod config;
 pub mod plan;
 mod plan_algorithm;

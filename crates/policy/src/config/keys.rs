@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{ConfigError, RunConfig, load::one_line};
+use super::{ConfigError, RunConfig};
+use crate::message::one_line;
 
 /// Every key of a TOML table under its dotted path; a section has no entry of its own.
 pub fn keys(table: &toml::Table) -> BTreeMap<String, &toml::Value> {
@@ -35,7 +36,7 @@ impl RunConfig {
     pub fn keys(&self) -> Result<BTreeMap<String, String>, ConfigError> {
         let table: toml::Table = self.to_toml()?.parse().map_err(|e: toml::de::Error| ConfigError::Key {
             key: "(all)".to_owned(),
-            detail: one_line(&e.to_string()),
+            detail: one_line(e),
         })?;
         let all = keys(&table).into_iter();
         Ok(all.map(|(key, value)| (key, value.to_string())).collect())

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::{Neutral, RunConfig};
+use crate::message::one_line;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -61,14 +62,14 @@ impl RunConfig {
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
             path: path.to_owned(),
-            detail: one_line(&e.to_string()),
+            detail: one_line(e),
         })?;
         for item in overrides {
             apply_override(&mut table, item)?;
         }
         serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|e| {
             let mut key = e.path().to_string();
-            let message = one_line(&e.inner().to_string());
+            let message = one_line(e.inner());
             let detail = match unknown_field(&message) {
                 Some((unknown, known)) => {
                     if !key.ends_with(&unknown) {
@@ -93,7 +94,7 @@ impl RunConfig {
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         toml::to_string_pretty(self).map_err(|e| ConfigError::Key {
             key: "(all)".to_owned(),
-            detail: one_line(&e.to_string()),
+            detail: one_line(e),
         })
     }
 
@@ -122,10 +123,6 @@ pub fn hex(bytes: &[u8]) -> String {
             }
             text
         })
-}
-
-pub(super) fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Takes serde's "unknown field `a`, expected one of `b`, `c`" apart.
