@@ -56,16 +56,8 @@ fn section(lines: &mut Vec<String>, title: &str, body: Vec<String>) {
     lines.extend(body.into_iter().map(|line| format!("  {line}")));
 }
 
-/// `1234567` as `1,234,567`.
 fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let groups: Vec<&str> = digits
-        .as_bytes()
-        .rchunks(3)
-        .rev()
-        .filter_map(|group| std::str::from_utf8(group).ok())
-        .collect();
-    groups.join(",")
+    crate::digits::grouped(&number.to_string())
 }
 
 fn bytes(count: usize) -> String {

@@ -4,6 +4,7 @@ use super::{
     html::{each, escape},
     series::{Spread, spread},
 };
+use crate::digits::grouped;
 
 /// Size of the drawing in its own units; the page scales it.
 const SIZE: (f64, f64) = (480.0, 300.0);
@@ -90,19 +91,7 @@ pub(super) fn number(value: f64, step: f64) -> String {
     };
     let text = format!("{value:.decimals$}");
     let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
-    let grouped: Vec<String> = whole
-        .chars()
-        .enumerate()
-        .map(|(i, c)| {
-            let left = whole.len() - i;
-            if i > 0 && left.is_multiple_of(3) {
-                format!(",{c}")
-            } else {
-                c.to_string()
-            }
-        })
-        .collect();
-    grouped.concat() + rest
+    grouped(whole) + rest
 }
 
 /// The mark of a series around (0, 0): the shape tells series apart without colour.
