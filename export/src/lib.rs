@@ -3,11 +3,6 @@
 //! The graphs hold no weights. Their external data points at offset and length inside the bundle's safetensors files, so a
 //! new policy version reuses the graphs of the first and writes only what was trained. No device, no runtime is linked here.
 
-pub mod builder;
-pub mod bundle;
-pub mod check;
-mod graph;
-mod ops;
 #[expect(
     unreachable_pub,
     clippy::pedantic,
@@ -16,7 +11,12 @@ mod ops;
 )]
 mod proto;
 pub mod shape;
+pub mod builder;
+mod ops;
 pub mod signature;
+mod graph;
+pub mod bundle;
+pub mod check;
 #[cfg(test)]
 mod tests;
 

@@ -13,6 +13,7 @@ use export::{
 };
 use policy::{
     config::RunConfig,
+    message::failed,
     norm::NormStats,
     params::{ParamSpec, params},
     plan::RunPlan,
@@ -29,23 +30,8 @@ fn main() -> ExitCode {
     };
     match done.and_then(|line| writeln!(std::io::stdout(), "{line}").context("writing to standard output")) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // a closed standard error leaves only the exit code to tell
-            let told = writeln!(std::io::stderr(), "export: {}", one_line(&error));
-            ExitCode::from(if told.is_ok() { 1 } else { 2 })
-        }
+        Err(error) => failed("export", error.as_ref()),
     }
-}
-
-/// The chain of causes on one line, without those that the text before them has already.
-fn one_line(error: &anyhow::Error) -> String {
-    error
-        .chain()
-        .fold(String::new(), |line, cause| match cause.to_string() {
-            text if line.is_empty() => text,
-            text if line.contains(&text) => line,
-            text => format!("{line}: {text}"),
-        })
 }
 
 fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {

@@ -26,7 +26,7 @@ const PLACES: [PrefixCachePlace; 3] = [PrefixCachePlace::Off, PrefixCachePlace::
 
 /// One place's measurement.
 #[derive(Debug, Clone)]
-pub struct Line {
+pub struct Measured {
     /// Which place.
     pub place: PrefixCachePlace,
     /// Seconds of an update, prefixes included: the median over the repeats.
@@ -51,7 +51,7 @@ pub struct Table {
     threads: usize,
     repeats: usize,
     /// By place.
-    pub lines: Vec<Line>,
+    pub places: Vec<Measured>,
 }
 
 /// Updates a fresh policy on the same records with each place of the prefix cache, `repeats` times in turn, and checks that all give
@@ -67,10 +67,11 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     }
     let actor = &plan.config.actor;
     tch::set_num_threads(actor.threads as i32);
-    let trajectories = episodes(plan, &network(plan)?, records)?;
+    let acting = network(plan)?;
+    let trajectories = episodes(plan, &acting, records)?;
     // past the warm-up the critic and the actor train
     let iteration = actor.optim.critic_warmup_epochs;
-    let batch = RolloutBatch::new(plan, &trajectories, 0)?.to_device(policy.device());
+    let batch = RolloutBatch::new(plan, &trajectories, 0)?.to_device(acting.device());
     // the folder of the disk's file, not the run's
     let scratch = std::env::temp_dir().join(format!("pirl-bench-{}", std::process::id()));
     let mut runs: Vec<Vec<(f64, u64)>> = vec![Vec::new(); PLACES.len()];
@@ -103,10 +104,10 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     }
     let off: Vec<f64> = runs.first().into_iter().flatten().map(|run| run.0).collect();
     let samples = (records * plan.config.algorithm.update_epoch as usize) as f64;
-    let lines = PLACES.into_iter().zip(&runs).zip(&weights).map(|((place, runs), own)| {
+    let places = PLACES.into_iter().zip(&runs).zip(&weights).map(|((place, runs), own)| {
         let seconds = median(runs.iter().map(|run| run.0).collect());
         let reference = weights.first().into_iter().flatten();
-        Line {
+        Measured {
             place,
             seconds,
             samples_per_second: samples / seconds,
@@ -122,7 +123,7 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
         micro_batch: actor.micro_batch_size,
         threads: actor.threads,
         repeats,
-        lines: lines.collect(),
+        places: places.collect(),
     })
 }
 
@@ -146,16 +147,16 @@ impl fmt::Display for Table {
             f,
             "prefix_cache  update s  samples/s  over off  kept MB  largest weight difference"
         )?;
-        for line in &self.lines {
+        for measured in &self.places {
             writeln!(
                 f,
                 "{:12} {:9.2} {:10.1} {:8.2}x {:8.1}  {:e}",
-                line.place.name(),
-                line.seconds,
-                line.samples_per_second,
-                line.over_off,
-                line.kept_bytes as f64 / 1e6,
-                line.weight_gap
+                measured.place.name(),
+                measured.seconds,
+                measured.samples_per_second,
+                measured.over_off,
+                measured.kept_bytes as f64 / 1e6,
+                measured.weight_gap
             )?;
         }
         Ok(())

@@ -5,8 +5,6 @@ use std::collections::BTreeMap;
 use policy::config::FilterConfig;
 use wire::messages::{Reset, Trajectory};
 
-use crate::advantage::AdvantageError;
-
 /// Numbers the groups of these resets: two episodes have one number exactly if they have the same task and the same reset
 /// state. An episode without a reset state is alone.
 pub fn group_ids<'a>(resets: impl IntoIterator<Item = &'a Reset>) -> Vec<u64> {
@@ -23,22 +21,6 @@ pub fn group_ids<'a>(resets: impl IntoIterator<Item = &'a Reset>) -> Vec<u64> {
             None => fresh(),
         })
         .collect()
-}
-
-/// Environments whose whole group is kept: the mean score of the group of `group_size` consecutive ones is in
-/// `[low, high]`.
-///
-/// # Errors
-/// The scores do not divide into groups.
-pub fn keep_groups(scores: &[f32], group_size: usize, low: f64, high: f64) -> Result<Vec<bool>, AdvantageError> {
-    if group_size == 0 || !scores.len().is_multiple_of(group_size) {
-        return Err(AdvantageError::Group {
-            scores: scores.len(),
-            group_size,
-        });
-    }
-    let groups: Vec<u64> = (0..scores.len()).map(|at| (at / group_size) as u64).collect();
-    Ok(keep_members(scores, &groups, low, high))
 }
 
 /// For every score whether the mean of its group is in `[low, high]`. Both slices have the same length.
@@ -176,6 +158,5 @@ mod tests {
         let kept = keep(episodes, &filter);
         let envs: Vec<u32> = kept.trajectories.iter().map(|t| t.reset.env).collect();
         assert_eq!((kept.groups, kept.outside, envs), (1, (1, 1), vec![2, 3]));
-        assert!(keep_groups(&[1.0; 3], 2, 0.0, 1.0).is_err());
     }
 }

@@ -4,8 +4,10 @@
 //! advantages, minibatches, log-probability, loss, update, and what is written down.
 
 pub mod error;
+mod digits;
 pub mod native;
 pub mod launch;
+mod prepare;
 pub mod dataset;
 pub mod model;
 pub mod observation;
@@ -13,8 +15,10 @@ pub mod optim;
 mod stage;
 pub mod pretrain;
 pub mod sft;
+pub mod supervised;
 pub mod method;
 pub mod hub;
+mod ring;
 pub mod filter;
 pub mod rollout;
 pub mod sampling;
@@ -35,10 +39,10 @@ pub mod publish;
 pub mod checkpoint;
 pub mod resume;
 pub mod metrics;
+mod iteration;
+pub mod film;
 pub mod evaluate;
 pub mod train;
-mod curves;
-pub mod picture;
 pub mod report;
 pub mod inspect;
 pub mod bench;

@@ -3,8 +3,8 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{bench, inspect, method, native, report, resume::Resume, train};
-use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
+use learner::{bench, evaluate, inspect, method, native, report, resume::Resume, supervised, train};
+use policy::{bundle::write_atomic, config::RunConfig, message::failed, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
 #[derive(Parser)]
@@ -100,7 +100,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             method::check(&plan)?;
             Ok(std::io::stdout().write_all(inspect::describe(&plan)?.as_bytes())?)
         }
-        Command::Sft(config) => Ok(train::supervised(&plan(&config)?)?),
+        Command::Sft(config) => Ok(supervised::supervised(&plan(&config)?)?),
         Command::Train { config, resume } => Ok(train::train(&plan(&config)?, resume.as_ref())?),
         Command::Eval {
             config,
@@ -111,7 +111,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         } => {
             let plan = plan(&config)?;
             let episodes = episodes.unwrap_or(plan.config.env.eval.episodes);
-            let results = train::eval(&plan, &bundle, episodes, gif.as_deref())?;
+            let results = evaluate::bundles(&plan, &bundle, episodes, gif.as_deref())?;
             let mut out = std::io::stdout();
             for (version, success) in &results {
                 writeln!(
@@ -155,9 +155,6 @@ fn main() -> ExitCode {
     native::register_cuda();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed("learner", error.as_ref()),
     }
 }

@@ -231,7 +231,11 @@ mod tests {
     fn what_does_not_fit_is_refused_with_the_key() {
         let (grpo, quickstart) = ("tabletop_grpo.toml", "quickstart.toml");
         for (config, overrides, wanted) in [
-            (grpo, &["algorithm.group_size=1"][..], ["group_size", "at least 2"]),
+            (
+                "tabletop_flow_ipo.toml",
+                &["algorithm.adv_type=\"grpo\"", "algorithm.group_size=1"][..],
+                ["group_size", "at least 2"],
+            ),
             (grpo, &["algorithm.adv_type=\"gae\""], ["adv_type", "value_head"]),
             (
                 grpo,

@@ -1,14 +1,13 @@
 //! Going on from a checkpoint: which one, and whether its configuration is this run's.
 
 use std::{
-    collections::BTreeMap,
     convert::Infallible,
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use policy::{
-    config::RunConfig,
+    config::{Neutral, RunConfig},
     params::{ParamSpec, params},
     plan::RunPlan,
 };
@@ -18,22 +17,6 @@ use crate::{
     error::{LearnerError, Result},
 };
 
-/// Keys that may differ between a checkpoint and the run that goes on from it: they change no weight, but for `max_epochs`, see
-/// [`find`].
-pub const FREE_KEYS: [&str; 12] = [
-    "actor.prefix_cache",
-    "actor.prefix_cache_mb",
-    "learner.listen",
-    "rollout.http",
-    "rollout.listen",
-    "runner.keep_best",
-    "runner.keep_last",
-    "runner.launch",
-    "runner.max_epochs",
-    "runner.output_dir",
-    "runner.save_interval",
-    "runner.val_check_interval",
-];
 /// Keys that a refusal lists with both values; of more it gives the number.
 const SHOWN: usize = 8;
 
@@ -64,8 +47,8 @@ pub fn folder(plan: &RunPlan) -> PathBuf {
 
 /// Finds, reads and checks the checkpoint to go on from; `None`: the run begins anew. Changes nothing on disk.
 ///
-/// `auto` passes over a damaged checkpoint with a warning to the one before. The configurations must be the same but for
-/// [`FREE_KEYS`]; another `runner.max_epochs` moves the rest of the learning-rate decay, which is warned of.
+/// `auto` passes over a damaged checkpoint with a warning to the one before. The configurations must be the same but for keys that change
+/// no weight; `runner.max_epochs` is free too and moves the rest of the learning-rate decay, which is warned of.
 ///
 /// # Errors
 /// Names the checkpoint and what is damaged or missing in it, or the keys that differ with both values; checkpoints that a fresh
@@ -152,11 +135,15 @@ fn other_config(plan: &RunPlan, dir: &Path) -> Option<LearnerError> {
 }
 
 fn check_config(plan: &RunPlan, dir: &Path, config: &RunConfig) -> Result<()> {
-    let (there, here) = (flat(config)?, flat(&plan.config)?);
+    let (there, here) = (config.keys()?, plan.config.keys()?);
     let mut different: Vec<String> = Vec::new();
     for key in there.keys().chain(here.keys().filter(|key| !there.contains_key(*key))) {
         let (a, b) = (there.get(key), here.get(key));
-        if a != b && !FREE_KEYS.contains(&key.as_str()) {
+        let free = matches!(
+            Neutral::of(key),
+            Some(Neutral::Place | Neutral::Upkeep | Neutral::Length)
+        );
+        if a != b && !free {
             let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "absent".to_owned());
             different.push(format!("`{key}` is {} there, {} here", show(a), show(b)));
         }
@@ -200,36 +187,6 @@ fn check_length(plan: &RunPlan, found: &Checkpoint) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Every key of a configuration as a dotted path, with its value as TOML writes it.
-///
-/// # Errors
-/// None for a configuration that was read.
-pub(crate) fn flat(config: &RunConfig) -> Result<BTreeMap<String, String>> {
-    let table: toml::Table = config
-        .to_toml()?
-        .parse()
-        .map_err(|e: toml::de::Error| LearnerError::Missing(format!("the configuration is no TOML: {e}")))?;
-    let mut keys = BTreeMap::new();
-    flatten("", &table, &mut keys);
-    Ok(keys)
-}
-
-fn flatten(prefix: &str, table: &toml::Table, keys: &mut BTreeMap<String, String>) {
-    for (name, value) in table {
-        let key = if prefix.is_empty() {
-            name.clone()
-        } else {
-            format!("{prefix}.{name}")
-        };
-        match value {
-            toml::Value::Table(inner) => flatten(&key, inner, keys),
-            other => {
-                keys.insert(key, other.to_string());
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -276,19 +233,6 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(wanted) && text.contains("checkpoint `c`"), "{text}");
             assert!(text.contains(&run.config_digest), "{text}");
-        }
-    }
-
-    #[test]
-    fn every_free_key_is_a_key() {
-        let optional = [
-            "runner.keep_last=2",
-            "actor.prefix_cache=\"memory\"",
-            "actor.prefix_cache_mb=7",
-        ];
-        let keys = flat(&plan(&optional).config).expect("keys");
-        for key in FREE_KEYS {
-            assert!(keys.contains_key(key), "{key}");
         }
     }
 }

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use policy::{noise::NoiseKey, selftest::SelfTestInput};
+use policy::noise::NoiseKey;
 use serde::Serialize;
 use wire::messages::Mode;
 
 use crate::{
     infer::{InferError, draw, sample},
-    policy_slot::LoadedPolicy,
+    policy_slot::{LoadedPolicy, drawn_input},
     preprocess::ModelInput,
 };
 
@@ -39,18 +39,7 @@ pub struct Latency {
 /// ONNX Runtime fails.
 pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Result<Latency, InferError> {
     let dims = &policy.manifest.dims;
-    let inputs: Vec<ModelInput> = (0..rows as u64)
-        .map(|seed| {
-            let drawn = SelfTestInput::draw(dims, seed);
-            ModelInput {
-                images: drawn.images,
-                image_mask: vec![true; dims.cameras],
-                prompt: drawn.prompt,
-                prompt_mask: drawn.prompt_mask,
-                state: drawn.state,
-            }
-        })
-        .collect();
+    let inputs: Vec<ModelInput> = (0..rows as u64).map(|seed| drawn_input(dims, seed).0).collect();
     let warm_up = 3;
     let (mut whole, mut prefix, mut denoise) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..batches + warm_up {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use policy::bundle::{Bundle, BundleFile, MANIFEST};
+use policy::bundle::{Bundle, BundleFile, MANIFEST, plain_name};
 use wire::messages::{Announce, Fetch, FilePart};
 
 /// Most files of a bundle.
@@ -384,9 +384,8 @@ fn check(announce: &Announce) -> Result<(), String> {
     if !announce.files.iter().any(|f| f.name == MANIFEST) {
         return Err(format!("its files lack `{MANIFEST}`"));
     }
-    let plain = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
     for file in &announce.files {
-        if !plain(&file.name) {
+        if !plain_name(&file.name) {
             return Err(format!("it names the file `{}`, expected a plain file name", file.name));
         }
         if file.bytes > MAX_FILE_BYTES {

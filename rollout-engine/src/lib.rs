@@ -1,16 +1,16 @@
 //! The rollout engine: serves a policy to env workers and clients, records what training needs, reloads without a gap.
 
-pub mod assign;
-pub mod backend;
-pub mod bench;
-pub mod http;
-pub mod incoming;
-pub mod infer;
-pub mod inference;
-pub mod learner_link;
-pub mod metrics;
-pub mod policy_slot;
-pub mod preprocess;
-pub mod queue;
-pub mod record;
 pub mod serve;
+pub mod assign;
+pub mod queue;
+pub mod preprocess;
+pub mod backend;
+pub mod infer;
+pub mod policy_slot;
+pub mod inference;
+pub mod record;
+pub mod learner_link;
+pub mod incoming;
+pub mod metrics;
+pub mod http;
+pub mod bench;

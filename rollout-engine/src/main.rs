@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use policy::config::{BootstrapType, Provider, RunConfig};
+use policy::{
+    config::{BootstrapType, Provider, RunConfig},
+    message::failed,
+};
 use rollout_engine::{
     backend::{Backend, provider_name},
     bench::chunk_latency,
@@ -137,34 +140,8 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // when stderr is closed too, the exit status is all that is left to tell
-            drop(writeln!(
-                std::io::stderr(),
-                "rollout-engine: {}",
-                one_line(&told(&error))
-            ));
-            ExitCode::FAILURE
-        }
+        Err(error) => failed("rollout-engine", error.as_ref()),
     }
-}
-
-/// The error and its causes; most texts name their cause themselves, and it is not told twice.
-fn told(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |text, cause| {
-        let cause = cause.to_string();
-        if text.is_empty() {
-            cause
-        } else if text.contains(&cause) {
-            text
-        } else {
-            format!("{text}: {cause}")
-        }
-    })
-}
-
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// How long the end waits for a load in the background.

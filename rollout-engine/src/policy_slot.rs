@@ -8,6 +8,7 @@ use std::{
 
 use policy::{
     bundle::{Bundle, BundleError, MANIFEST, Manifest, describe_file},
+    dims::PolicyDims,
     flow::Schedule,
     noise::{ChunkNoise, NoiseKey},
     prompt::PromptError,
@@ -148,16 +149,9 @@ impl LoadedPolicy {
     fn self_test(&self) -> Result<Option<f32>, PolicyError> {
         let dims = &self.manifest.dims;
         let reference = self.manifest.self_test.as_ref();
-        let drawn = SelfTestInput::draw(dims, reference.map_or(SELF_TEST_SEED, |r| r.seed));
-        let input = ModelInput {
-            images: drawn.images,
-            image_mask: vec![true; dims.cameras],
-            prompt: drawn.prompt,
-            prompt_mask: drawn.prompt_mask,
-            state: drawn.state,
-        };
+        let (input, initial) = drawn_input(dims, reference.map_or(SELF_TEST_SEED, |r| r.seed));
         let draw = ChunkNoise {
-            initial: drawn.noise,
+            initial,
             steps: Vec::new(),
         };
         let key = NoiseKey {
@@ -194,6 +188,19 @@ impl LoadedPolicy {
         }
         Ok(Some(largest))
     }
+}
+
+/// An observation in model units and its initial noise, `[action_horizon, action_dim]`, drawn from a seed.
+pub(crate) fn drawn_input(dims: &PolicyDims, seed: u64) -> (ModelInput, Vec<f32>) {
+    let drawn = SelfTestInput::draw(dims, seed);
+    let input = ModelInput {
+        images: drawn.images,
+        image_mask: vec![true; dims.cameras],
+        prompt: drawn.prompt,
+        prompt_mask: drawn.prompt_mask,
+        state: drawn.state,
+    };
+    (input, drawn.noise)
 }
 
 fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {

@@ -12,7 +12,8 @@ use learner::{
     publish::Publisher,
     resume::Resume,
     rollout::RolloutBatch,
-    train::{sft_checkpoint, train},
+    supervised::sft_checkpoint,
+    train::train,
 };
 use policy::{
     noise::NoiseKey,

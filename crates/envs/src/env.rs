@@ -22,8 +22,6 @@ pub struct EnvSpec {
     pub name: &'static str,
     /// Camera names in the order of [`Observation::images`].
     pub cameras: Vec<String>,
-    /// Width of the proprioceptive state.
-    pub state_dim: usize,
     /// Width of an action.
     pub action_dim: usize,
     /// Env steps after which an episode is truncated.

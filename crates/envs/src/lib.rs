@@ -1,8 +1,8 @@
 //! Where a policy acts: the `VecEnv` trait, the embedded tabletop, its scripted expert, data sets, and the env worker.
 
-pub mod dataset;
 pub mod env;
-pub mod expert;
 pub mod raster;
 pub mod tabletop;
+pub mod expert;
+pub mod dataset;
 pub mod worker;

@@ -280,7 +280,6 @@ impl VecEnv for Tabletop {
         EnvSpec {
             name: "tabletop",
             cameras: vec!["top".to_owned()],
-            state_dim: 4,
             action_dim: ACTION_DIM,
             max_episode_steps: self.params.max_episode_steps,
             prompts: COLOURS.iter().map(|c| format!("pick {c}")).collect(),

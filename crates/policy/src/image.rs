@@ -1,8 +1,7 @@
 //! Camera images: checked construction, resize with padding, and the scale to `[-1, 1]`.
 //!
-//! Two resizes exist because the reference has two. [`resize_with_pad`] works on bytes, before the model, with the
-//! antialiased bilinear filter of the Python imaging library, bit for bit. [`resize_with_pad_f32`] works on images that are
-//! already in `[-1, 1]`, without antialiasing, as the PyTorch model does for images of another size than its own.
+//! The reference has a second resize, inside its PyTorch model, for float images of another size than the model's. Here every image
+//! is resized as bytes before it becomes numbers ([`resize_with_pad`]), so that there is nothing left for the second to do.
 
 /// Longest side accepted, in pixels.
 pub const MAX_SIDE: usize = 8192;
@@ -91,20 +90,6 @@ impl RgbImage {
     /// The bytes, `[height, width, 3]`.
     pub fn into_data(self) -> Vec<u8> {
         self.data
-    }
-
-    /// The network's input: `[3, height, width]` in `[-1, 1]` (see [`normalise_u8`]).
-    pub fn to_chw(&self) -> Vec<f32> {
-        let mut planes = Vec::with_capacity(self.data.len());
-        for channel in 0..CHANNELS {
-            planes.extend(
-                self.data
-                    .chunks_exact(CHANNELS)
-                    .filter_map(|p| p.get(channel))
-                    .map(|v| normalise_u8(*v)),
-            );
-        }
-        planes
     }
 }
 
@@ -250,72 +235,6 @@ fn weigh<'a>(weights: &[i32], pixels: impl Iterator<Item = &'a u8>) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
-/// Resizes planes `[channels, height, width]` with values in `[-1, 1]` to `[channels, target_height, target_width]`.
-///
-/// Bilinear between pixel centres, no antialiasing, clamped to `[-1, 1]`, on a canvas of -1 (black); planes of that size
-/// are returned as they are. Matches PyTorch's `interpolate(mode="bilinear", align_corners=False)` within f32 rounding.
-///
-/// # Errors
-/// A side is zero or above [`MAX_SIDE`], the data has another length, or a very narrow image would vanish.
-pub fn resize_with_pad_f32(
-    data: &[f32],
-    channels: usize,
-    (height, width): (usize, usize),
-    (target_height, target_width): (usize, usize),
-) -> Result<Vec<f32>, ImageError> {
-    let to = place(height, width, target_height, target_width)?;
-    check_length(height, width, channels, data.len())?;
-    if height == target_height && width == target_width {
-        return Ok(data.to_vec());
-    }
-    let (rows, columns) = (linear_taps(height, to.height), linear_taps(width, to.width));
-    let mut canvas = vec![-1.0f32; channels * target_height * target_width];
-    let planes = data.chunks_exact(height * width);
-    for (source, target) in planes.zip(canvas.chunks_exact_mut(target_height * target_width)) {
-        let line = |y: usize| source.get(y * width..(y + 1) * width).unwrap_or_default();
-        for (out, row) in target.chunks_exact_mut(target_width).skip(to.top).zip(&rows) {
-            let (upper, lower) = (line(row.low), line(row.high));
-            for (value, column) in out.iter_mut().skip(to.left).zip(&columns) {
-                *value = row.mix(column.pick(upper), column.pick(lower)).clamp(-1.0, 1.0);
-            }
-        }
-    }
-    Ok(canvas)
-}
-
-/// The two source pixels around a target pixel's centre and the share of the higher one.
-struct LinearTap {
-    low: usize,
-    high: usize,
-    share: f32,
-}
-
-impl LinearTap {
-    fn mix(&self, low: f32, high: f32) -> f32 {
-        (1.0 - self.share) * low + self.share * high
-    }
-    fn pick(&self, line: &[f32]) -> f32 {
-        let at = |i: usize| line.get(i).copied().unwrap_or(-1.0);
-        self.mix(at(self.low), at(self.high))
-    }
-}
-
-fn linear_taps(from: usize, to: usize) -> Vec<LinearTap> {
-    let scale = from as f32 / to as f32;
-    (0..to)
-        .map(|index| {
-            // one rounding, as the reference's compiler fuses it: an ulp of a position is 1e-6 of a pixel's difference
-            let centre = (index as f32 + 0.5).mul_add(scale, -0.5).max(0.0);
-            let low = (centre as usize).min(from - 1);
-            LinearTap {
-                low,
-                high: (low + 1).min(from - 1),
-                share: centre - low as f32,
-            }
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,10 +262,6 @@ mod tests {
             Err(ImageError::Vanishes { .. })
         ));
         assert!(matches!(resize_with_pad(&image, 0, 8), Err(ImageError::Side { .. })));
-        assert!(matches!(
-            resize_with_pad_f32(&[0.0; 5], 1, (2, 3), (4, 4)),
-            Err(ImageError::Length { .. })
-        ));
     }
 
     #[test]
@@ -363,21 +278,29 @@ mod tests {
             (h, w) in (1usize..40, 1usize..40), (th, tw) in (1usize..40, 1usize..40), value in 1u8..,
         ) {
             let image = RgbImage::new(h, w, vec![value; h * w * 3]).expect("valid");
-            let planes = vec![0.5f32; h * w];
-            match (resize_with_pad(&image, th, tw), resize_with_pad_f32(&planes, 1, (h, w), (th, tw))) {
-                (Ok(bytes), Ok(floats)) => {
-                    for (pixel, float) in bytes.data().chunks_exact(3).zip(&floats) {
-                        // weights of 22 bits sum to one within 2^-20, far below half a level
-                        let inside = (*float + 1.0).abs() > 1e-6;
-                        let want = if inside { value } else { 0 };
-                        proptest::prop_assert!(pixel.iter().all(|v| *v == want));
-                        proptest::prop_assert!(!inside || (*float - 0.5).abs() < 1e-6);
-                    }
-                    proptest::prop_assert!(floats.iter().any(|v| *v > 0.0));
+            let resized = match resize_with_pad(&image, th, tw) {
+                Ok(resized) => resized,
+                // the longer side fills the target, the shorter one has no whole pixel
+                Err(error) => {
+                    let vanishes = h * tw < w || w * th < h;
+                    proptest::prop_assert!(vanishes && matches!(error, ImageError::Vanishes { .. }), "{error}");
+                    return Ok(());
                 }
-                (Err(a), Err(b)) => proptest::prop_assert_eq!(a, b),
-                (a, b) => proptest::prop_assert!(false, "they differ: {:?} {:?}", a.is_ok(), b.is_ok()),
+            };
+            let at = |y: usize, x: usize| &resized.data()[(y * tw + x) * 3..][..3];
+            let rows: Vec<usize> = (0..th).filter(|y| (0..tw).any(|x| at(*y, x) != [0; 3])).collect();
+            let columns: Vec<usize> = (0..tw).filter(|x| (0..th).any(|y| at(y, *x) != [0; 3])).collect();
+            proptest::prop_assert!(!rows.is_empty() && !columns.is_empty());
+            for (y, x) in rows.iter().flat_map(|y| columns.iter().map(move |x| (*y, *x))) {
+                proptest::prop_assert_eq!(at(y, x), [value; 3]);
             }
+            for (lines, side) in [(&rows, th), (&columns, tw)] {
+                let (before, after) = (lines[0], side - 1 - lines[lines.len() - 1]);
+                proptest::prop_assert_eq!(lines.len(), side - before - after, "a gap");
+                proptest::prop_assert!(after == before || after == before + 1, "{} before, {} after", before, after);
+            }
+            // a quotient just below a whole side loses one pixel
+            proptest::prop_assert!(rows.len() + 1 >= th || columns.len() + 1 >= tw);
         }
     }
 }

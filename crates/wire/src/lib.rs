@@ -1,6 +1,6 @@
 //! What crosses a process border: messages, one codec, sockets.
 
 pub mod array;
-pub mod codec;
 pub mod messages;
+pub mod codec;
 pub mod socket;

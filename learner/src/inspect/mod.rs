@@ -1,8 +1,8 @@
 //! What a configuration amounts to, for a person, before anything starts: sizes, the arithmetic of batches, how chunks are sampled,
 //! what each key does, and where the run differs from the reference on purpose.
 
-mod differences;
 mod keys;
+mod differences;
 
 use policy::{
     config::PrefixCachePlace,
@@ -12,9 +12,7 @@ use policy::{
     plan::RunPlan,
 };
 
-use crate::{
-    error::Result, minibatch::minibatch_count, prefix_store::prefix_bytes, resume::flat, sampling::group_count,
-};
+use crate::{error::Result, minibatch::minibatch_count, prefix_store::prefix_bytes, sampling::group_count};
 
 /// Bytes of an f32.
 const F32: usize = 4;
@@ -26,14 +24,14 @@ const VALUE_WIDTH: usize = 44;
 /// # Errors
 /// None for a plan that was made from a file.
 pub fn describe(plan: &RunPlan) -> Result<String> {
-    let flat = flat(&plan.config)?;
+    let keys = plan.config.keys()?;
     let loss = plan.config.algorithm.loss_type.as_str();
     let mut lines = vec![format!("configuration digest {}", plan.config_digest)];
     section(&mut lines, "policy", policy(plan));
     section(&mut lines, "sampling", sampling(plan));
     section(&mut lines, "an iteration", iteration(plan));
     let mut explained = Vec::new();
-    for (key, value) in &flat {
+    for (key, value) in &keys {
         let meaning = keys::meaning(key, loss).unwrap_or("checked by the environment or the method");
         let left = format!("{key} = {value}");
         if left.len() > VALUE_WIDTH {
@@ -47,7 +45,7 @@ pub fn describe(plan: &RunPlan) -> Result<String> {
     section(
         &mut lines,
         "differences from the reference that apply (docs/differences.md)",
-        differences::applying(&flat),
+        differences::applying(&keys),
     );
     Ok(lines.join("\n") + "\n")
 }
@@ -58,16 +56,8 @@ fn section(lines: &mut Vec<String>, title: &str, body: Vec<String>) {
     lines.extend(body.into_iter().map(|line| format!("  {line}")));
 }
 
-/// `1234567` as `1,234,567`.
 fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let groups: Vec<&str> = digits
-        .as_bytes()
-        .rchunks(3)
-        .rev()
-        .filter_map(|group| std::str::from_utf8(group).ok())
-        .collect();
-    groups.join(",")
+    crate::digits::grouped(&number.to_string())
 }
 
 fn bytes(count: usize) -> String {

@@ -24,7 +24,7 @@ fn every_key_of_every_recipe_is_explained() {
             continue;
         }
         let config = RunConfig::load(&path, &[]).expect("configuration");
-        for key in flat(&config).expect("keys").keys() {
+        for key in config.keys().expect("keys").keys() {
             assert!(
                 keys::meaning(key, &config.algorithm.loss_type).is_some(),
                 "{}: `{key}` is not explained in configs/README.md",

@@ -15,7 +15,8 @@ use super::{
     store::ParamStore,
 };
 
-/// Velocity of one call, with what tests and heads read.
+/// Velocity of one call. A run reads `v_t` and `hidden`; the other fields are held for the golden tests, which find a deviation where it
+/// begins.
 #[derive(Debug)]
 pub struct Velocity {
     /// Velocity `[B, H, A]`.

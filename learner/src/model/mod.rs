@@ -3,13 +3,13 @@
 //! Public functions check the shapes that they are given; inside, tensor operations fit together by construction and end the
 //! program only when memory runs out.
 
-mod expert;
-mod flow_matching;
+mod store;
+mod siglip;
 mod gemma;
+mod expert;
 mod heads;
 mod sampler;
-mod siglip;
-mod store;
+mod flow_matching;
 
 use policy::{
     dims::{DimsError, PolicyDims},
@@ -169,7 +169,8 @@ impl PrefixCache {
     }
 }
 
-/// The prefix pass: image and text tokens through the vision-language stack.
+/// The prefix pass: image and text tokens through the vision-language stack. A run reads `cache` and `out`; the steps on the way to
+/// them are held for the golden tests, which find a deviation where it begins.
 #[derive(Debug)]
 pub struct Prefix {
     /// Keys, values, mask.
@@ -178,8 +179,6 @@ pub struct Prefix {
     pub out: Tensor,
     /// Embeddings `[B, S, vlm width]`.
     pub embs: Tensor,
-    /// Input of the last layer `[B, S, vlm width]`: the deepest features that the cache (so the expert) reads.
-    pub last_layer_input: Tensor,
     /// Positions `[B, S]`; -1 for padding in front of the first valid token.
     pub position_ids: Tensor,
     /// Image tower outputs of all cameras, `N = B * cameras`, camera by camera within a sample.
@@ -302,14 +301,13 @@ impl Pi0 {
                 .unsqueeze(3)
         });
         let mut x = embs.shallow_clone();
-        let mut last_layer_input = embs.shallow_clone();
         let (mut keys, mut values) = (
             Vec::with_capacity(self.layers.len()),
             Vec::with_capacity(self.layers.len()),
         );
         for layer in &self.layers {
             let output = layer.forward(&x, None, &rope, None, bias.as_ref());
-            last_layer_input = std::mem::replace(&mut x, output.x);
+            x = output.x;
             keys.push(output.k);
             values.push(output.v);
         }
@@ -324,7 +322,6 @@ impl Pi0 {
             cache,
             out,
             embs,
-            last_layer_input,
             position_ids,
             vision,
         })

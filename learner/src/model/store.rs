@@ -175,11 +175,6 @@ impl ParamStore {
         self.device
     }
 
-    /// Number of weights of one part.
-    pub fn num_elements(&self, part: Part) -> usize {
-        self.part(part).map(|(_, tensor)| tensor.numel()).sum()
-    }
-
     /// Gradients are computed for these parts and for no other.
     pub fn set_trainable(&self, parts: &[Part]) {
         for spec in &self.specs {

@@ -4,6 +4,7 @@ use super::{
     html::{each, escape},
     series::{Spread, spread},
 };
+use crate::digits::grouped;
 
 /// Size of the drawing in its own units; the page scales it.
 const SIZE: (f64, f64) = (480.0, 300.0);
@@ -27,7 +28,7 @@ pub(super) struct Axis {
 }
 
 /// One series of a chart.
-pub(super) struct Line {
+pub(super) struct Series {
     /// Place in the palette.
     pub(super) style: usize,
     /// What hints call it.
@@ -47,7 +48,7 @@ pub(super) struct Chart {
     /// The points are few and each is marked.
     pub(super) marks: bool,
     /// The series.
-    pub(super) lines: Vec<Line>,
+    pub(super) series: Vec<Series>,
 }
 
 /// Number of neighbours that become one point of a line with `count` points.
@@ -90,19 +91,7 @@ pub(super) fn number(value: f64, step: f64) -> String {
     };
     let text = format!("{value:.decimals$}");
     let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
-    let grouped: Vec<String> = whole
-        .chars()
-        .enumerate()
-        .map(|(i, c)| {
-            let left = whole.len() - i;
-            if i > 0 && left.is_multiple_of(3) {
-                format!(",{c}")
-            } else {
-                c.to_string()
-            }
-        })
-        .collect();
-    grouped.concat() + rest
+    grouped(whole) + rest
 }
 
 /// The mark of a series around (0, 0): the shape tells series apart without colour.
@@ -137,22 +126,22 @@ impl Scale {
 impl Chart {
     /// The chart as an `svg` element.
     pub(super) fn svg(&self) -> String {
-        let xs = self.lines.iter().flat_map(|l| &l.runs).flat_map(|r| &r.1).map(|p| p.0);
+        let xs = self.series.iter().flat_map(|l| &l.runs).flat_map(|r| &r.1).map(|p| p.0);
         let most = xs.fold(0.0, f64::max);
         let scale = Scale {
             most: if most > 0.0 { most } else { self.axis.unit },
         };
-        let drawn: Vec<(&Line, Vec<Spread>)> = self
-            .lines
+        let drawn: Vec<(&Series, Vec<Spread>)> = self
+            .series
             .iter()
-            .map(|line| {
-                let curves: Vec<_> = line.runs.iter().map(|r| r.1.clone()).collect();
-                (line, thinned(spread(&curves)))
+            .map(|series| {
+                let curves: Vec<_> = series.runs.iter().map(|r| r.1.clone()).collect();
+                (series, thinned(spread(&curves)))
             })
             .collect();
-        let ends = drawn.iter().filter_map(|(line, points)| {
+        let ends = drawn.iter().filter_map(|(series, points)| {
             let last = points.last()?;
-            Some(format!("{} ends at {:.2}", escape(&line.label), last.mean))
+            Some(format!("{} ends at {:.2}", escape(&series.label), last.mean))
         });
         let (id, title) = (self.id, escape(&self.title));
         [
@@ -166,9 +155,9 @@ impl Chart {
                 ends.collect::<Vec<_>>().join(", ")
             ),
             self.frame(&scale),
-            each(&drawn, |(line, points)| band(line, points, &scale)),
-            each(&drawn, |(line, points)| self.line(line, points, &scale)),
-            each(&drawn, |(line, points)| self.hints(line, points, &scale)),
+            each(&drawn, |(series, points)| band(series, points, &scale)),
+            each(&drawn, |(series, points)| self.line(series, points, &scale)),
+            each(&drawn, |(series, points)| self.hints(series, points, &scale)),
             "</svg>".to_owned(),
         ]
         .concat()
@@ -205,9 +194,13 @@ impl Chart {
         rows + &columns + &name
     }
 
-    fn line(&self, line: &Line, points: &[Spread], scale: &Scale) -> String {
-        let style = line.style % STYLES;
-        let single = if line.runs.len() > 1 { line.runs.as_slice() } else { &[] };
+    fn line(&self, series: &Series, points: &[Spread], scale: &Scale) -> String {
+        let style = series.style % STYLES;
+        let single = if series.runs.len() > 1 {
+            series.runs.as_slice()
+        } else {
+            &[]
+        };
         let thin = each(single, |(name, curve)| {
             let own = thinned(spread(std::slice::from_ref(curve)));
             let path = scale.path(own.iter().map(|s| (s.x, s.mean)));
@@ -218,7 +211,7 @@ impl Chart {
         });
         let path = scale.path(points.iter().map(|s| (s.x, s.mean)));
         // over time the runs' points lie beside each other: a mark per point of one run is enough
-        let longest = line.runs.iter().map(|r| r.1.len()).max().unwrap_or(0);
+        let longest = series.runs.iter().map(|r| r.1.len()).max().unwrap_or(0);
         let every = points.len().div_ceil(longest.max(1)).max(1);
         let marks = each(points.iter().step_by(every).filter(|_| self.marks), |s| {
             let (x, y) = scale.place(s.x, s.mean);
@@ -235,20 +228,20 @@ impl Chart {
         thin + &mean + &marks
     }
 
-    fn hints(&self, line: &Line, points: &[Spread], scale: &Scale) -> String {
-        let style = line.style % STYLES;
+    fn hints(&self, series: &Series, points: &[Spread], scale: &Scale) -> String {
+        let style = series.style % STYLES;
         let step = tick_step(scale.most / self.axis.unit) / 10.0;
         let every = points.len().div_ceil(MOST_HINTS).max(1);
         each(points.iter().step_by(every), |s| {
             let (x, y) = scale.place(s.x, s.mean);
-            let range = if line.runs.len() > 1 {
+            let range = if series.runs.len() > 1 {
                 format!(" (mean; {:.2} to {:.2})", s.low, s.high)
             } else {
                 String::new()
             };
             format!(
                 r#"<circle class="hint s{style}" cx="{x:.1}" cy="{y:.1}" r="7"><title>{}: {:.2}{range} at {} {}</title></circle>"#,
-                escape(&line.label),
+                escape(&series.label),
                 s.mean,
                 number(s.x / self.axis.unit, step),
                 self.axis.short,
@@ -258,15 +251,15 @@ impl Chart {
 }
 
 /// The range of the runs around the mean.
-fn band(line: &Line, points: &[Spread], scale: &Scale) -> String {
-    if line.runs.len() < 2 || points.is_empty() {
+fn band(series: &Series, points: &[Spread], scale: &Scale) -> String {
+    if series.runs.len() < 2 || points.is_empty() {
         return String::new();
     }
     let there = points.iter().map(|s| (s.x, s.high));
     let back = points.iter().rev().map(|s| (s.x, s.low));
     format!(
         r#"<path class="band s{}" d="{}z"/>"#,
-        line.style % STYLES,
+        series.style % STYLES,
         scale.path(there.chain(back))
     )
 }
@@ -330,7 +323,7 @@ mod tests {
                 short: "episodes",
             },
             marks: false,
-            lines: vec![Line {
+            series: vec![Series {
                 style: 0,
                 label: "a & b".to_owned(),
                 runs: vec![

@@ -1,18 +1,23 @@
 //! One HTML page about several runs: success curves, final numbers, evaluation videos, differences of the configurations.
 //! Everything is inside the page; it asks the network for nothing and runs no script.
 
-mod chart;
-mod html;
-mod page;
-mod plot;
+mod bounded;
+mod curves;
 mod run;
 mod series;
+mod chart;
+mod panels;
+mod plot;
+mod html;
+mod page;
 
 use std::path::{Path, PathBuf};
 
 use policy::bundle::write_atomic;
 
-pub use run::{Evaluation, Point, Run};
+pub use curves::Point;
+pub(crate) use panels::font;
+pub use run::{Evaluation, Run};
 pub use series::{Difference, Spread, differences, group, spread};
 
 use crate::error::{LearnerError, Result};
@@ -61,6 +66,14 @@ pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Re
         plot::draw(&runs, picture)?;
     }
     Ok(out)
+}
+
+/// Draws the success curves of the run in `dir` (training, unseen episodes) over its training episodes to `DIR/success.png`.
+///
+/// # Errors
+/// The metrics cannot be read or the picture not be written.
+pub fn success_curve(dir: &Path) -> Result<()> {
+    plot::draw_one(dir, &dir.join("success.png"))
 }
 
 /// Names of the runs: the shortest ends of their paths that tell all apart.

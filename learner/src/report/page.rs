@@ -1,9 +1,10 @@
 //! The page of a report, from the runs to the last `</html>`.
 
 use super::{
-    chart::{Axis, Chart, Line, STYLES, mark, number, thinning},
+    chart::{Axis, Chart, STYLES, Series, mark, number, thinning},
+    curves::Point,
     html::{base64, each, escape},
-    run::{Evaluation, Point, Run, Video},
+    run::{Evaluation, Run, Video},
     series::{Difference, differences, group},
 };
 
@@ -141,7 +142,7 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
             ),
         ];
         let figures = each(axes.into_iter().zip(stage.ids), |((over, axis, place), id)| {
-            let lines = series.iter().enumerate().map(|(style, members)| Line {
+            let drawn = series.iter().enumerate().map(|(style, members)| Series {
                 style,
                 label: label(members),
                 runs: members
@@ -155,7 +156,7 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
                 title: format!("{} over {over}", stage.title),
                 axis,
                 marks: stage.marks,
-                lines: lines.filter(|l| !l.runs.is_empty()).collect(),
+                series: drawn.filter(|s| !s.runs.is_empty()).collect(),
             };
             format!("<figure>{}</figure>\n", chart.svg())
         });
@@ -358,7 +359,7 @@ fn videos(runs: &[Run]) -> String {
 fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
     let heading = "<h2>Configuration differences</h2>\n";
     if series.len() < 2 {
-        return format!("{heading}<p>None, apart from the seed, folders and endpoints.</p>\n");
+        return format!("{heading}<p>None, apart from the seed and keys that change no weight.</p>\n");
     }
     let head = each(series.iter().enumerate(), |(style, members)| {
         format!(
@@ -375,7 +376,7 @@ fn configuration(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
         format!("<tr><th scope=\"row\"><code>{}</code></th>{cells}</tr>\n", escape(name))
     });
     format!(
-        "{heading}<p>All keys that differ, but for the seed, folders and endpoints.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n\
+        "{heading}<p>All keys that differ, but for the seed and keys that change no weight.</p>\n<div class=\"wide\" tabindex=\"0\"><table>\n\
          <thead><tr><th scope=\"col\">Key</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
 }

@@ -1,17 +1,16 @@
-//! The success curves of several series as a PNG, for places that show no HTML.
+//! The success curves of one run or of several series as a PNG, for places that show no HTML.
 
 use std::path::Path;
 
 use plotters::style::RGBColor;
 
 use super::{
+    curves::{Curves, Point},
+    panels::{self, Curve, Panel},
     run::Run,
     series::{Spread, group, spread},
 };
-use crate::{
-    curves::{self, Line, Panel},
-    error::Result,
-};
+use crate::error::Result;
 
 /// Colours that stay apart for most kinds of colour blindness (Okabe and Ito 2008); they repeat.
 const COLOURS: [RGBColor; 8] = [
@@ -34,14 +33,42 @@ pub(super) fn draw(runs: &[Run], out: &Path) -> Result<()> {
     let series: Vec<(String, Vec<Spread>)> = group(runs)
         .iter()
         .map(|members| {
-            let curves: Vec<Vec<(f64, f64)>> = members
-                .iter()
-                .map(|run| run.eval.iter().map(|p| (p.episodes, p.success)).collect())
-                .collect();
+            let curves: Vec<Vec<(f64, f64)>> = members.iter().map(|run| over_episodes(&run.eval)).collect();
             (name(members), spread(&curves))
         })
         .collect();
-    curves::draw(&panels(&series), out)
+    panels::draw(&panels(&series), out)
+}
+
+/// Draws success over training episodes of the run in `dir`: sampled (training) and ODE (unseen episodes).
+///
+/// # Errors
+/// The metrics cannot be read or the picture not be written.
+pub(super) fn draw_one(dir: &Path, out: &Path) -> Result<()> {
+    let curves = Curves::read(dir)?;
+    let curve = |label: &str, points: &[Point], colour: RGBColor, marks: bool| Curve {
+        label: label.to_owned(),
+        colour,
+        marks,
+        points: spread(&[over_episodes(points)]),
+    };
+    let panel = Panel {
+        title: "success over training episodes".to_owned(),
+        curves: vec![
+            curve(
+                "sampled with noise, training",
+                &curves.train,
+                RGBColor(150, 170, 200),
+                false,
+            ),
+            curve("ODE, unseen episodes", &curves.eval, RGBColor(190, 60, 30), true),
+        ],
+    };
+    panels::draw(&[panel], out)
+}
+
+fn over_episodes(points: &[Point]) -> Vec<(f64, f64)> {
+    points.iter().map(|p| (p.episodes, p.success)).collect()
 }
 
 /// What the names of a series' runs have in common, without the number of the seed.
@@ -67,10 +94,10 @@ fn name(members: &[&Run]) -> String {
 fn panels(series: &[(String, Vec<Spread>)]) -> Vec<Panel> {
     let panel = |title: &str, shown: Vec<(&str, &[Spread])>| Panel {
         title: title.to_owned(),
-        lines: shown
+        curves: shown
             .into_iter()
             .zip(COLOURS.into_iter().cycle())
-            .map(|((label, points), colour)| Line {
+            .map(|((label, points), colour)| Curve {
                 label: label.to_owned(),
                 colour,
                 marks: true,
@@ -105,18 +132,18 @@ mod tests {
 
     #[test]
     fn factors_have_panels_and_the_rest_is_in_each() {
-        let lines: Vec<(String, Vec<Spread>)> = ["base", "noise_level.0.3", "noise_level.0.5", "K.8"]
+        let series: Vec<(String, Vec<Spread>)> = ["base", "noise_level.0.3", "noise_level.0.5", "K.8"]
             .iter()
             .map(|name| ((*name).to_owned(), Vec::new()))
             .collect();
-        let shown = |panel: &Panel| panel.lines.iter().map(|l| l.label.clone()).collect::<Vec<_>>();
-        let many = panels(&lines);
+        let shown = |panel: &Panel| panel.curves.iter().map(|l| l.label.clone()).collect::<Vec<_>>();
+        let many = panels(&series);
         assert_eq!(
             many.iter().map(|p| p.title.as_str()).collect::<Vec<_>>(),
             ["noise_level", "K"]
         );
         assert_eq!(shown(&many[0]), ["base", "0.3", "0.5"]);
         assert_eq!(shown(&many[1]), ["base", "8"]);
-        assert_eq!(shown(&panels(&lines[..1])[0]), ["base"]);
+        assert_eq!(shown(&panels(&series[..1])[0]), ["base"]);
     }
 }

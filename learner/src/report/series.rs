@@ -2,16 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::run::Run;
+use policy::config::Neutral;
 
-/// Keys that name a run, its folder and its endpoints; they change no result but for the seed, which is what a series averages over.
-const NEUTRAL: [&str; 5] = [
-    "runner.seed",
-    "runner.output_dir",
-    "learner.listen",
-    "rollout.listen",
-    "rollout.http",
-];
+use super::run::Run;
 
 /// Mean and range of a series at one place.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,7 +22,7 @@ pub struct Spread {
 /// A key that differs between series, and its value in each; `None` where it is absent.
 pub type Difference<'a> = (&'a str, Vec<Option<&'a str>>);
 
-/// Puts runs whose configurations differ only in the seed, folders and endpoints into one series, in the order of the runs.
+/// Puts runs whose configurations differ only in the seed and in keys that change no weight into one series, in the order of the runs.
 pub fn group(runs: &[Run]) -> Vec<Vec<&Run>> {
     let mut series: Vec<(BTreeMap<&str, &str>, Vec<&Run>)> = Vec::new();
     for run in runs {
@@ -42,9 +35,11 @@ pub fn group(runs: &[Run]) -> Vec<Vec<&Run>> {
     series.into_iter().map(|(_, members)| members).collect()
 }
 
+/// What makes a run another experiment: its keys but the neutral ones.
 fn compared(run: &Run) -> BTreeMap<&str, &str> {
     let all = run.config.iter().map(|(k, v)| (k.as_str(), v.as_str()));
-    all.filter(|(k, _)| !NEUTRAL.contains(k)).collect()
+    all.filter(|(key, _)| !matches!(Neutral::of(key), Some(Neutral::Place | Neutral::Upkeep | Neutral::Seed)))
+        .collect()
 }
 
 /// The keys whose value is not the same in all series, with the value in each.

@@ -12,7 +12,6 @@ use learner::{
 use policy::{
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{NoiseMethod, Schedule},
-    image::resize_with_pad_f32,
     params::{
         CriticInput, EMBEDDING, EMBEDDING_ALIAS, Heads, NoiseHeadDims, Part, Pooling, ValueHeadDims, ValueSteps,
         noise_layer,
@@ -249,27 +248,6 @@ fn image_tower_and_prefix() {
         let gap = (&prefix.out - joint).abs() * prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
         let gap = gap.max().double_value(&[]);
         assert!(gap <= OUTPUT, "{mode} joint prefix: {gap:e}");
-    }
-}
-
-/// Images of another size than the model's are resized as the reference does inside the model.
-#[test]
-fn images_of_another_size() {
-    for mode in MODES {
-        let golden = Golden::open(&format!("{mode}_model"));
-        let (dims, _, _) = policy_dims(&format!("{mode}_model"));
-        let size = dims.vision.image_size;
-        for camera in CAMERAS {
-            let image = golden.get(&format!("in.image.{camera}"));
-            let (planes, height, width) = (image.shape[0] * image.shape[1], image.shape[2], image.shape[3]);
-            let got = resize_with_pad_f32(&image.f32(), planes, (height, width), (size, size)).expect("resize");
-            assert_close(
-                &format!("{mode} {camera}"),
-                &got,
-                &golden.get(&format!("pre.image.{camera}")),
-                1e-6,
-            );
-        }
     }
 }
 

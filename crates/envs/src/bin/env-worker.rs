@@ -4,8 +4,8 @@ use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use envs::{dataset, env, expert, tabletop};
-use policy::noise::{Purpose, stream};
+use envs::{dataset, env, tabletop};
+use policy::message::failed;
 
 /// Environments of pirl: serve them to an engine, or write their data sets.
 #[derive(Parser)]
@@ -68,19 +68,9 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
-    /// Print the success rate of the tabletop's scripted expert.
-    CheckExpert {
-        /// Parameters as TOML.
-        #[arg(long, default_value = "")]
-        params: String,
-        /// Episodes.
-        #[arg(long, default_value_t = 1000)]
-        episodes: u32,
-    },
 }
 
 fn table(text: &str) -> anyhow::Result<toml::Table> {
-    // commas separate keys on a command line, lines in a file
     text.parse().with_context(|| format!("--params `{text}` is no TOML"))
 }
 
@@ -128,31 +118,6 @@ fn run(args: Args) -> anyhow::Result<()> {
             dataset::write_scenes(&path, &tabletop_params(&params)?, count.get(), seed)?;
             Ok(writeln!(out, "{}: {count} scenes", path.display())?)
         }
-        Command::CheckExpert { params, episodes } => {
-            let params = tabletop_params(&params)?;
-            let won = (0..episodes)
-                .filter(|number| {
-                    let key = env::ResetKey {
-                        seed: 0,
-                        env: *number,
-                        episode: 0,
-                        reset_state: None,
-                        task: None,
-                    };
-                    let mut table = tabletop::Table::draw(&mut key.rng());
-                    let mut rng = stream(Purpose::Sampling, 0, u64::from(*number), 0, 0);
-                    (0..params.max_episode_steps).any(|_| {
-                        let action = expert::act(&table, &params, &mut rng);
-                        table.step(action, &params)
-                    })
-                })
-                .count();
-            Ok(writeln!(
-                out,
-                "expert success {:.3} on {episodes} episodes",
-                won as f64 / f64::from(episodes.max(1))
-            )?)
-        }
     }
 }
 
@@ -164,9 +129,6 @@ fn main() -> std::process::ExitCode {
         .init();
     match run(Args::parse()) {
         Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            std::process::ExitCode::FAILURE
-        }
+        Err(error) => failed("env-worker", error.as_ref()),
     }
 }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::RunConfig;
+use super::{Neutral, RunConfig};
+use crate::message::one_line;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -61,14 +62,14 @@ impl RunConfig {
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
             path: path.to_owned(),
-            detail: one_line(&e.to_string()),
+            detail: one_line(e),
         })?;
         for item in overrides {
             apply_override(&mut table, item)?;
         }
         serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|e| {
             let mut key = e.path().to_string();
-            let message = one_line(&e.inner().to_string());
+            let message = one_line(e.inner());
             let detail = match unknown_field(&message) {
                 Some((unknown, known)) => {
                     if !key.ends_with(&unknown) {
@@ -93,23 +94,22 @@ impl RunConfig {
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         toml::to_string_pretty(self).map_err(|e| ConfigError::Key {
             key: "(all)".to_owned(),
-            detail: one_line(&e.to_string()),
+            detail: one_line(e),
         })
     }
 
-    /// SHA-256 of the effective configuration without the run's folder, endpoints and prefix cache, which change no result.
+    /// SHA-256 over every key and value of the effective configuration but those of [`Neutral::Place`], which change no result.
     ///
     /// # Errors
     /// See [`RunConfig::to_toml`].
     pub fn digest(&self) -> Result<String, ConfigError> {
-        let mut neutral = self.clone();
-        neutral.runner.output_dir = PathBuf::new();
-        neutral.actor.prefix_cache = None;
-        neutral.actor.prefix_cache_mb = None;
-        neutral.learner.listen = String::new();
-        neutral.rollout.listen = String::new();
-        neutral.rollout.http = String::new();
-        Ok(hex(&Sha256::digest(neutral.to_toml()?.as_bytes())))
+        let mut hash = Sha256::new();
+        for (key, value) in self.keys()? {
+            if Neutral::of(&key) != Some(Neutral::Place) {
+                hash.update(format!("{key} = {value}\n"));
+            }
+        }
+        Ok(hex(&hash.finalize()))
     }
 }
 
@@ -123,10 +123,6 @@ pub fn hex(bytes: &[u8]) -> String {
             }
             text
         })
-}
-
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Takes serde's "unknown field `a`, expected one of `b`, `c`" apart.

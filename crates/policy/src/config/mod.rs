@@ -4,6 +4,8 @@
 
 mod algorithm;
 mod load;
+mod keys;
+mod neutral;
 
 use std::path::PathBuf;
 
@@ -14,7 +16,9 @@ pub use self::{
         AlgorithmConfig, BootstrapType, Bounds, FilterConfig, FilterMode, LogprobType, LossAgg, ReferenceConfig,
         RewardType, VelocityConfig,
     },
+    keys::keys,
     load::{ConfigError, hex},
+    neutral::Neutral,
 };
 
 use crate::{

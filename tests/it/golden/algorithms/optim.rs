@@ -71,7 +71,6 @@ fn check_adamw(case: &Case<'_>) {
         case.close("norm", report.grad_norm, case.scalar(&format!("out.gradnorm{step}")));
         let norm = gradients.values().flatten().map(|g| g * g).sum::<f64>().sqrt();
         let scale = (case.need("clip") / (norm + 1e-6)).min(1.0);
-        case.close("clip coefficient", report.clip_coefficient, scale);
         for (name, param) in &params {
             let lr = case.need(if name.contains("value_head") { "value_lr" } else { "lr" });
             let initial = || case.array(&format!("in.p0.{name}")).data;

@@ -6,7 +6,7 @@ use learner::{
         ChunkLayout, Layout, chunk_any, chunk_sum, chunks_from_steps, episode_scores, group_relative_grid, loss_mask,
         normalize, stack_epochs, steps_from_chunks,
     },
-    filter::keep_groups,
+    filter::keep_members,
 };
 
 use super::{Case, advantages::reference_gae, as_floats, flags, run};
@@ -148,7 +148,11 @@ fn check_preprocess(case: &Case<'_>) {
         }
         .unwrap();
         let (low, high) = (case.need("rewards_lower_bound"), case.need("rewards_upper_bound"));
-        let keep = keep_groups(&totals, case.need("group_size") as usize, low, high).unwrap();
+        // a group is `group_size` consecutive environments
+        let groups: Vec<u64> = (0..totals.len())
+            .map(|at| (at / case.need("group_size") as usize) as u64)
+            .collect();
+        let keep = keep_members(&totals, &groups, low, high);
         let width = if chunk_level { 1 } else { layout.chunk_len };
         for (at, valid) in mask.iter_mut().enumerate() {
             *valid &= keep[at / width % layout.envs];

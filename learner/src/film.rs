@@ -1,4 +1,4 @@
-//! Pictures of a run: the success curve and an episode under two versions.
+//! The film of an episode: the same one under several policy versions, side by side, as a GIF.
 
 use std::path::Path;
 
@@ -6,9 +6,8 @@ use plotters::prelude::*;
 use wire::messages::Trajectory;
 
 use crate::{
-    curves::{self, Line, Panel, font},
     error::{LearnerError, Result, io},
-    report::spread,
+    report::font,
 };
 
 /// Time of a GIF frame in hundredths of a second.
@@ -17,47 +16,6 @@ const FRAME_CENTISECONDS: u16 = 12;
 const LAST_FRAMES: usize = 8;
 /// Height of the text strip under a frame.
 const STRIP: usize = 26;
-
-/// Draws success over training episodes from `metrics.jsonl`: sampled (training) and ODE (unseen episodes).
-///
-/// # Errors
-/// The metrics cannot be read or the picture not be written.
-pub fn success_curve(metrics: &Path, out: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(metrics).map_err(io("reading", metrics))?;
-    let points = |stage: &str| -> Vec<(f64, f64)> {
-        let mut points: Vec<(f64, f64)> = Vec::new();
-        for line in text
-            .lines()
-            .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
-        {
-            let number = |key: &str| line.get(key).and_then(serde_json::Value::as_f64);
-            if line.get("stage").and_then(|s| s.as_str()) == Some(stage)
-                && let Some(point) = number("episodes").zip(number("success"))
-            {
-                // a repeated run appends to the file: its counter starts anew, the last one is drawn
-                if points.last().is_some_and(|(x, _)| point.0 < *x) {
-                    points.clear();
-                }
-                points.push(point);
-            }
-        }
-        points
-    };
-    let line = |label: &str, stage: &str, colour: RGBColor, marks: bool| Line {
-        label: label.to_owned(),
-        colour,
-        marks,
-        points: spread(&[points(stage)]),
-    };
-    let panel = Panel {
-        title: "success over training episodes".to_owned(),
-        lines: vec![
-            line("sampled with noise, training", "train", RGBColor(150, 170, 200), false),
-            line("ODE, unseen episodes", "eval", RGBColor(190, 60, 30), true),
-        ],
-    };
-    curves::draw(&[panel], out)
-}
 
 struct Frame {
     width: usize,

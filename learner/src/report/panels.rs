@@ -1,35 +1,33 @@
-//! Success rates over training episodes as a PNG: panels of lines.
+//! Success rates over training episodes as a PNG: panels of curves.
 
 use std::path::Path;
 
 use plotters::{coord::Shift, prelude::*};
 
-use crate::{
-    error::{LearnerError, Result},
-    report::Spread,
-};
+use super::series::Spread;
+use crate::error::{LearnerError, Result};
 
 /// Size of a lone panel in pixels.
 const LONE: (u32, u32) = (1000, 560);
 /// Size of a panel where there are several.
 const PANEL: (u32, u32) = (560, 400);
 
-/// One line; where its points have a range, that is a band.
+/// One curve; where its points have a range, that is a band.
 #[derive(Debug, Clone)]
-pub(crate) struct Line {
+pub(super) struct Curve {
     /// In the legend.
-    pub(crate) label: String,
-    pub(crate) colour: RGBColor,
+    pub(super) label: String,
+    pub(super) colour: RGBColor,
     /// The points are few and each is marked.
-    pub(crate) marks: bool,
-    pub(crate) points: Vec<Spread>,
+    pub(super) marks: bool,
+    pub(super) points: Vec<Spread>,
 }
 
-/// A title and the lines below it.
+/// A title and the curves below it.
 #[derive(Debug, Clone)]
-pub(crate) struct Panel {
-    pub(crate) title: String,
-    pub(crate) lines: Vec<Line>,
+pub(super) struct Panel {
+    pub(super) title: String,
+    pub(super) curves: Vec<Curve>,
 }
 
 /// Registers the embedded font: a picture must not depend on the fonts of the machine.
@@ -42,7 +40,7 @@ pub(crate) fn font() -> Result<(), String> {
 ///
 /// # Errors
 /// The picture cannot be written.
-pub(crate) fn draw(panels: &[Panel], out: &Path) -> Result<()> {
+pub(super) fn draw(panels: &[Panel], out: &Path) -> Result<()> {
     write(panels, out).map_err(|detail| LearnerError::Picture {
         path: out.to_owned(),
         detail,
@@ -54,8 +52,8 @@ fn write(panels: &[Panel], out: &Path) -> Result<(), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let (columns, (width, height)) = if panels.len() == 1 { (1, LONE) } else { (2, PANEL) };
     let rows = panels.len().div_ceil(columns);
-    let lines = panels.iter().flat_map(|panel| &panel.lines);
-    let last = lines.flat_map(|line| &line.points).map(|s| s.x).fold(1.0, f64::max);
+    let curves = panels.iter().flat_map(|panel| &panel.curves);
+    let last = curves.flat_map(|curve| &curve.points).map(|s| s.x).fold(1.0, f64::max);
     let beside = out.with_extension("writing.png");
     {
         let root = BitMapBackend::new(&beside, (width * columns as u32, height * rows as u32)).into_drawing_area();
@@ -89,8 +87,8 @@ fn draw_panel(
         .x_label_formatter(&|x| format!("{x:.0}"))
         .light_line_style(TRANSPARENT)
         .draw()?;
-    for line in &panel.lines {
-        let (colour, points) = (line.colour, &line.points);
+    for curve in &panel.curves {
+        let (colour, points) = (curve.colour, &curve.points);
         let low = points.iter().map(|s| (s.x, s.low));
         let band: Vec<(f64, f64)> = low.chain(points.iter().rev().map(|s| (s.x, s.high))).collect();
         chart.draw_series(std::iter::once(Polygon::new(band, colour.mix(0.12))))?;
@@ -99,9 +97,9 @@ fn draw_panel(
                 points.iter().map(|s| (s.x, s.mean)),
                 colour.stroke_width(2),
             ))?
-            .label(&line.label)
+            .label(&curve.label)
             .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 22, y)], colour.stroke_width(2)));
-        if line.marks {
+        if curve.marks {
             chart.draw_series(points.iter().map(|s| Circle::new((s.x, s.mean), 3, colour.filled())))?;
         }
     }

@@ -1,8 +1,9 @@
-//! Checkpoints of RL: weights, optimizer state, counters and configuration in a folder that appears whole or not at all, which of
-//! them stay, and what they must hold to be resumed from.
+//! Checkpoints of RL: weights, optimizer state, counters and configuration in a folder that appears whole or not at all.
 //!
 //! An iteration is the unit: random numbers are keyed by the run's seed and the iteration, and environments are reset in every
 //! iteration, so that nothing else has to be kept.
+
+mod keeper;
 
 use std::{
     collections::BTreeMap,
@@ -15,12 +16,12 @@ use policy::{
     bundle::{BundleFile, describe_file, write_atomic},
     config::RunConfig,
     params::{ParamSpec, Part},
-    plan::RunPlan,
     weights::WeightFile,
 };
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+pub use self::keeper::Keeper;
 use crate::{
     error::{LearnerError, Result, io},
     model::Pi0,
@@ -43,8 +44,6 @@ pub const BEST: &str = "best.json";
 
 const MAX_STATE_BYTES: u64 = 1 << 20;
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
-/// Success rates that differ by less are equal: they may come from a file, and one episode more counts far more.
-const SAME_SUCCESS: f64 = 1e-9;
 
 /// The best evaluation during training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -320,127 +319,9 @@ fn discard(dir: &Path, iteration: u32) -> Result<()> {
     remove(&aside)
 }
 
-/// Which of the checkpoints do not stay: all but the newest `keep_last` and the best; none without `keep_last`.
-fn superfluous(existing: &[u32], keep_last: Option<u32>, best: Option<u32>) -> Vec<u32> {
-    let Some(keep_last) = keep_last else {
-        return Vec::new();
-    };
-    let gone = existing.len().saturating_sub(keep_last as usize);
-    let old = existing.iter().take(gone).copied();
-    old.filter(|iteration| Some(*iteration) != best).collect()
-}
-
-/// Writes the checkpoints of a run and removes those that do not stay.
-#[derive(Debug)]
-pub struct Keeper {
-    dir: PathBuf,
-    config: RunConfig,
-    config_digest: String,
-    best: Option<Best>,
-    /// The last one that this process has written or resumed from.
-    saved: Option<u32>,
-}
-
-impl Keeper {
-    /// The checkpoints in `dir` of a run that begins, or goes on after `from`. Attempts that a killed run left are removed.
-    ///
-    /// # Errors
-    /// The folder cannot be listed, or an attempt not be removed.
-    pub fn new(dir: &Path, plan: &RunPlan, from: Option<&Counters>) -> Result<Self> {
-        if dir.exists() {
-            for entry in fs::read_dir(dir).map_err(io("listing", dir))? {
-                let entry = entry.map_err(io("listing", dir))?;
-                if entry.file_name().to_string_lossy().starts_with(".iteration_") {
-                    remove(&entry.path())?;
-                }
-            }
-        }
-        Ok(Self {
-            dir: dir.to_owned(),
-            config: plan.config.clone(),
-            config_digest: plan.config_digest.clone(),
-            best: from.and_then(|counters| counters.best),
-            saved: from.map(|counters| counters.iteration),
-        })
-    }
-
-    /// Writes the checkpoint after `iteration` iterations and removes those that do not stay.
-    ///
-    /// # Errors
-    /// A file operation fails.
-    pub fn save(&mut self, policy: &Pi0, updater: &mut Updater, iteration: u32, episodes: u64) -> Result<()> {
-        let counters = Counters {
-            iteration,
-            episodes,
-            best: self.best,
-            config_digest: self.config_digest.clone(),
-        };
-        let reference = updater.reference().map(|r| r.state()).unwrap_or_default();
-        let (actor, critic) = updater.optimizers();
-        let optimizers = (&*actor, critic.as_deref());
-        write(&self.dir, policy, optimizers, reference, &counters, &self.config)?;
-        self.saved = Some(iteration);
-        self.prune()
-    }
-
-    /// Takes note of an evaluation of the policy after `iteration` iterations. With `runner.keep_best` the best one's checkpoint is
-    /// written, when it is not there yet, and named in `best.json`; of equal ones the first is the best.
-    ///
-    /// # Errors
-    /// A file operation fails.
-    pub fn evaluated(
-        &mut self,
-        policy: &Pi0,
-        updater: &mut Updater,
-        iteration: u32,
-        episodes: u64,
-        success: f64,
-    ) -> Result<()> {
-        let better = self.best.is_none_or(|best| success > best.success + SAME_SUCCESS);
-        if !self.config.runner.keep_best || !better {
-            return Ok(());
-        }
-        let best = Best { iteration, success };
-        self.best = Some(best);
-        if self.saved != Some(iteration) {
-            self.save(policy, updater, iteration, episodes)?;
-        }
-        write_atomic(&self.dir.join(BEST), &json(&best)?)?;
-        self.prune()
-    }
-
-    fn prune(&self) -> Result<()> {
-        let best = self.best.map(|best| best.iteration);
-        for iteration in superfluous(&list(&self.dir)?, self.config.runner.keep_last, best) {
-            discard(&self.dir, iteration)?;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_newest_and_the_best_stay() {
-        let all = [10, 20, 30, 40, 50];
-        assert!(superfluous(&all, None, Some(20)).is_empty());
-        assert_eq!(superfluous(&all, Some(2), None), [10, 20, 30]);
-        assert_eq!(superfluous(&all, Some(2), Some(20)), [10, 30]);
-        assert_eq!(
-            superfluous(&all, Some(2), Some(50)),
-            [10, 20, 30],
-            "the best is among the newest"
-        );
-        assert_eq!(
-            superfluous(&all, Some(2), Some(15)),
-            [10, 20, 30],
-            "the best is not there"
-        );
-        assert!(superfluous(&all, Some(9), None).is_empty());
-        assert!(superfluous(&[], Some(1), None).is_empty());
-    }
 
     #[test]
     fn only_whole_checkpoints_are_listed_in_the_order_of_iterations() {

@@ -1,4 +1,4 @@
-//! `AdamW` with a float32 master copy, parameter groups, a global gradient-norm clip and learning-rate schedules.
+//! `AdamW` with a float32 master copy, parameter groups and a global gradient-norm clip.
 //!
 //! A parameter that is not float32 itself (bfloat16) has a float32 master: the step changes the master and the
 //! parameter receives it rounded. Updates far smaller than a bfloat16 ulp therefore add up instead of being lost. A
@@ -7,64 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Kind, TchError, Tensor};
-use thiserror::Error;
 
-/// What can go wrong in building, stepping or restoring an optimizer.
-#[derive(Debug, Error)]
-pub enum OptimError {
-    /// Two parameters have one name.
-    #[error("parameter `{name}` is registered twice")]
-    Duplicate {
-        /// The name.
-        name: String,
-    },
-    /// A setting is outside its range.
-    #[error("optimizer setting `{name}` must be {range}, found {found}")]
-    Setting {
-        /// Which.
-        name: &'static str,
-        /// The range in words.
-        range: &'static str,
-        /// What was given.
-        found: f64,
-    },
-    /// The saved state lacks a tensor.
-    #[error("optimizer state has no tensor `{name}`: the checkpoint belongs to another set of parameters")]
-    MissingState {
-        /// Its name.
-        name: String,
-    },
-    /// The saved state has a tensor that belongs to no parameter.
-    #[error("optimizer state has the unknown tensor `{name}`: the checkpoint belongs to another set of parameters")]
-    UnknownState {
-        /// Its name.
-        name: String,
-    },
-    /// A saved tensor has another type or shape.
-    #[error("optimizer state `{name}` needs {expected}, found {found}")]
-    StateShape {
-        /// Its name.
-        name: String,
-        /// Type and shape of ours.
-        expected: String,
-        /// Type and shape saved.
-        found: String,
-    },
-    /// A tensor operation failed.
-    #[error("updating parameter `{name}`: {source}")]
-    Update {
-        /// The parameter.
-        name: String,
-        /// What libtorch said.
-        source: TchError,
-    },
-    /// The norm could not be computed or a tensor not be made.
-    #[error("optimizer tensors: {0}")]
-    Torch(#[from] TchError),
-}
-
-/// Result of this module.
-pub type Result<T, E = OptimError> = std::result::Result<T, E>;
+use super::{OptimError, Result};
 
 /// What the configuration says about the optimizer as a whole.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -106,7 +50,7 @@ impl AdamWSettings {
 /// Parameters that share a learning rate.
 #[derive(Debug)]
 pub struct ParamGroup {
-    /// Name in logs, for instance `actor` or `value_head`.
+    /// Its name, for instance `actor` or `value_head`.
     pub name: String,
     /// Learning rate before the schedule's factor.
     pub lr: f64,
@@ -121,8 +65,6 @@ pub struct ParamGroup {
 pub struct StepReport {
     /// L2 norm of the gradient of all groups, before the clip.
     pub grad_norm: f64,
-    /// Factor that the clip put on the gradient, in (0, 1].
-    pub clip_coefficient: f64,
     /// The norm was not finite and nothing was changed.
     pub skipped: bool,
 }
@@ -141,7 +83,6 @@ struct Slot {
 
 #[derive(Debug)]
 struct Group {
-    name: String,
     lr: f64,
     weight_decay: f64,
     slots: Vec<Slot>,
@@ -180,7 +121,6 @@ impl AdamW {
                 slots.push(Slot::new(name, param)?);
             }
             built.push(Group {
-                name: group.name,
                 lr: group.lr,
                 weight_decay: group.weight_decay,
                 slots,
@@ -197,19 +137,6 @@ impl AdamW {
     /// Steps taken; skipped ones are not among them.
     pub fn updates(&self) -> u64 {
         self.updates.unsigned_abs()
-    }
-
-    /// Steps skipped because the gradient was not finite.
-    pub fn skipped(&self) -> u64 {
-        self.skipped.unsigned_abs()
-    }
-
-    /// Name and learning rate of each group under this schedule factor.
-    pub fn learning_rates(&self, lr_factor: f64) -> Vec<(&str, f64)> {
-        self.groups
-            .iter()
-            .map(|group| (group.name.as_str(), group.lr * lr_factor))
-            .collect()
     }
 
     /// Forgets the gradients of all parameters.
@@ -247,7 +174,6 @@ impl AdamW {
             self.skipped += 1;
             return Ok(StepReport {
                 grad_norm,
-                clip_coefficient: 1.0,
                 skipped: true,
             });
         }
@@ -272,7 +198,6 @@ impl AdamW {
         self.updates += 1;
         Ok(StepReport {
             grad_norm,
-            clip_coefficient,
             skipped: false,
         })
     }
@@ -392,68 +317,6 @@ impl Slot {
     }
 }
 
-/// How the learning rate moves after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Decay {
-    /// It stays.
-    Constant,
-    /// Half a cosine from 1 at the end of the warm-up to `min_factor` at `total_steps`, and `min_factor` from there on.
-    Cosine {
-        /// Steps of the whole run, warm-up included.
-        total_steps: u64,
-        /// Floor as a factor of the group's learning rate, in [0, 1].
-        min_factor: f64,
-    },
-}
-
-/// Factor of the learning rate as a function of the optimizer step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Schedule {
-    /// Steps of linear rise.
-    pub warmup_steps: u64,
-    /// Factor of the first step of the rise, in [0, 1]. 0 spends one step on nothing.
-    pub warmup_start: f64,
-    /// What follows.
-    pub decay: Decay,
-}
-
-impl Schedule {
-    /// The same learning rate at every step.
-    pub const CONSTANT: Self = Self {
-        warmup_steps: 0,
-        warmup_start: 0.0,
-        decay: Decay::Constant,
-    };
-
-    /// A linear rise over `warmup_steps` steps that begins at `1 / (warmup_steps + 1)`, so that the first step counts.
-    pub fn warmup(warmup_steps: u64, decay: Decay) -> Self {
-        Self {
-            warmup_steps,
-            warmup_start: 1.0 / (warmup_steps as f64 + 1.0),
-            decay,
-        }
-    }
-
-    /// Factor of the learning rate at the optimizer step `step`, counted from 0.
-    pub fn factor(&self, step: u64) -> f64 {
-        if step < self.warmup_steps {
-            let progress = step as f64 / self.warmup_steps as f64;
-            return self.warmup_start + (1.0 - self.warmup_start) * progress;
-        }
-        match self.decay {
-            Decay::Constant => 1.0,
-            Decay::Cosine {
-                total_steps,
-                min_factor,
-            } => {
-                let span = total_steps.saturating_sub(self.warmup_steps).max(1);
-                let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
-                min_factor + (1.0 - min_factor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -515,7 +378,8 @@ mod tests {
         (&weight * f64::INFINITY).sum(Kind::Float).backward();
         let report = optimizer.step(1.0).unwrap();
         assert!(report.skipped && !report.grad_norm.is_finite());
-        assert_eq!((optimizer.updates(), optimizer.skipped()), (0, 1));
+        let skipped = optimizer.state()["skipped"].int64_value(&[]);
+        assert_eq!((optimizer.updates(), skipped), (0, 1));
         assert_eq!(values(&weight), [1.0, 2.0]);
         assert_eq!(values(&optimizer.state()["m.w"]), [0.0, 0.0]);
     }

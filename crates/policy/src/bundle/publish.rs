@@ -1,0 +1,88 @@
+//! Writing a bundle, whole or not at all.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{
+    Bundle, BundleError, BundleFile, MANIFEST, Manifest,
+    atomic::{beside, sync_dir, write_synced},
+    io,
+};
+use crate::config::hex;
+
+/// Where the bytes of a new bundle's file come from.
+#[derive(Debug)]
+pub enum Source {
+    /// Written as they are.
+    Bytes(Vec<u8>),
+    /// A file of another bundle with the same content: linked when the file system can, else copied.
+    Same(PathBuf, BundleFile),
+}
+
+/// Writes a bundle: files beside the target, synced, manifest last, then one rename. `manifest.files` is filled in here.
+///
+/// # Errors
+/// The target exists or a file operation fails; then nothing is left at the target.
+pub fn publish(dir: &Path, files: Vec<(String, Source)>, mut manifest: Manifest) -> Result<Bundle, BundleError> {
+    if dir.exists() {
+        return Err(BundleError::Exists(dir.to_owned()));
+    }
+    let (parent, beside) = beside(dir);
+    fs::create_dir_all(&parent).map_err(io("creating the folder", &parent))?;
+    if beside.exists() {
+        fs::remove_dir_all(&beside).map_err(io("removing an earlier attempt", &beside))?;
+    }
+    let written = fill(&beside, files, &mut manifest).and_then(|()| {
+        fs::rename(&beside, dir).map_err(io("renaming to", dir))?;
+        sync_dir(&parent)
+    });
+    if let Err(error) = written {
+        if beside.exists() {
+            fs::remove_dir_all(&beside).map_err(io("removing a failed attempt", &beside))?;
+        }
+        return Err(error);
+    }
+    Ok(Bundle {
+        dir: dir.to_owned(),
+        manifest,
+    })
+}
+
+fn fill(beside: &Path, files: Vec<(String, Source)>, manifest: &mut Manifest) -> Result<(), BundleError> {
+    fs::create_dir_all(beside).map_err(io("creating the folder", beside))?;
+    manifest.files.clear();
+    for (name, source) in files {
+        let path = beside.join(&name);
+        let entry = match source {
+            Source::Bytes(bytes) => {
+                write_synced(&path, &bytes)?;
+                BundleFile {
+                    name,
+                    bytes: bytes.len() as u64,
+                    sha256: hex(&Sha256::digest(&bytes)),
+                }
+            }
+            Source::Same(from, entry) => {
+                if fs::hard_link(&from, &path).is_err() {
+                    fs::copy(&from, &path).map_err(io("copying to", &path))?;
+                    File::open(&path)
+                        .and_then(|f| f.sync_all())
+                        .map_err(io("syncing", &path))?;
+                }
+                BundleFile { name, ..entry }
+            }
+        };
+        manifest.files.push(entry);
+    }
+    manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
+    let text = serde_json::to_vec_pretty(manifest).map_err(|e| BundleError::Manifest {
+        path: beside.to_owned(),
+        detail: e.to_string(),
+    })?;
+    write_synced(&beside.join(MANIFEST), &text)?;
+    sync_dir(beside)
+}

@@ -1,0 +1,52 @@
+//! Error messages: one line, each cause once.
+
+use std::{error::Error, fmt::Display, io::Write, process::ExitCode};
+
+/// A text on one line: every run of white space is one space.
+pub fn one_line(text: impl Display) -> String {
+    text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// An error and its causes on one line. Most texts name their cause themselves; it is not told twice.
+pub fn told(error: &(dyn Error + 'static)) -> String {
+    let mut text = one_line(error);
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = one_line(error);
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// The end of a program that failed: one line `PROGRAM: message` on standard error.
+pub fn failed(program: &str, error: &(dyn Error + 'static)) -> ExitCode {
+    // when standard error is closed too, the exit status is all that is left to tell
+    drop(writeln!(std::io::stderr(), "{program}: {}", told(error)));
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        source: Option<Box<Self>>,
+    }
+
+    #[test]
+    fn causes_are_told_once_on_one_line() {
+        let layer = |text, source: Option<Layer>| Layer {
+            text,
+            source: source.map(Box::new),
+        };
+        let disk = layer("disk\n  full", None);
+        let error = layer("saving failed", Some(layer("writing `a`: disk full", Some(disk))));
+        assert_eq!(told(&error), "saving failed: writing `a`: disk full");
+    }
+}

@@ -1,0 +1,47 @@
+//! The ranges that numbers of the configuration are held to.
+
+use super::refuse;
+use crate::config::ConfigError;
+
+/// A count of 1 to `bound`; `bound_key` is the key or the words that the bound comes from.
+pub(super) fn at_most(key: &str, value: usize, bound_key: &str, bound: usize) -> Result<(), ConfigError> {
+    if value == 0 || value > bound {
+        return Err(refuse(key, format!("{value}, expected 1 to `{bound_key}` = {bound}")));
+    }
+    Ok(())
+}
+
+/// 0 to 1.
+pub(super) fn fraction(key: &str, value: f64) -> Result<(), ConfigError> {
+    if (0.0..=1.0).contains(&value) {
+        return Ok(());
+    }
+    Err(refuse(key, format!("{value}, expected 0 to 1")))
+}
+
+/// Finite and above 0.
+pub(super) fn positive(key: &str, value: f64) -> Result<(), ConfigError> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(refuse(key, format!("{value}, expected a number above 0")))
+}
+
+/// Finite and at least 0.
+pub(super) fn not_negative(key: &str, value: f64) -> Result<(), ConfigError> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(refuse(key, format!("{value}, expected a number of at least 0")))
+}
+
+/// Hidden widths of a head.
+pub(super) fn hidden(key: &str, hidden: &[usize]) -> Result<(), ConfigError> {
+    if hidden.len() > 16 || hidden.iter().any(|width| !(1..=65_536).contains(width)) {
+        return Err(refuse(
+            key,
+            format!("{hidden:?}, expected at most 16 widths of 1 to 65536"),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,32 @@
+//! `[rollout]`: batches, threads and queue of the engine.
+
+use super::{MAX_THREADS, range::at_most, refuse};
+use crate::config::{ConfigError, RolloutConfig};
+
+/// Checks the section but for `max_staleness`, which the algorithm decides about.
+///
+/// # Errors
+/// Names the key and what would be right.
+pub(super) fn check(rollout: &RolloutConfig) -> Result<(), ConfigError> {
+    at_most("rollout.threads", rollout.threads, "the most threads", MAX_THREADS)?;
+    at_most("rollout.max_batch", rollout.max_batch, "the largest batch", 65_536)?;
+    at_most(
+        "rollout.queue_capacity",
+        rollout.queue_capacity,
+        "the longest queue",
+        1 << 20,
+    )?;
+    if let Some(rows) = rollout.fixed_batch
+        && !(2..=rollout.max_batch).contains(&rows)
+    {
+        // a batch of one row is multiplied as a vector, which sums in another order than a matrix
+        return Err(refuse(
+            "rollout.fixed_batch",
+            format!(
+                "{rows}, expected 2 to `rollout.max_batch` = {}, or no such key",
+                rollout.max_batch
+            ),
+        ));
+    }
+    Ok(())
+}

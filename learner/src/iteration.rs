@@ -1,0 +1,106 @@
+//! What an iteration of RL came to, as metrics and as a line of the log.
+
+use crate::{rollout::RolloutBatch, sampling::Sampled, update::UpdateReport};
+
+/// One iteration, done.
+pub(crate) struct Iteration<'a> {
+    /// Its episodes.
+    pub(crate) got: &'a Sampled,
+    /// Their records as the update read them.
+    pub(crate) batch: &'a RolloutBatch,
+    /// What the update did.
+    pub(crate) report: &'a UpdateReport,
+    /// Seconds until the next version was announced.
+    pub(crate) publish_seconds: f64,
+    /// Seconds of all of it.
+    pub(crate) seconds: f64,
+}
+
+impl Iteration<'_> {
+    /// Its metrics by name; `episodes` is the number of training episodes so far.
+    pub(crate) fn metrics(&self, episodes: u64) -> Vec<(&'static str, f64)> {
+        let Self { got, batch, report, .. } = self;
+        let a = &report.actor;
+        let mut metrics = vec![
+            ("episodes", episodes as f64),
+            ("success", got.success),
+            ("terminated_failure", got.failure),
+            ("records", report.records as f64),
+            ("env_steps", got.env_steps as f64),
+            ("groups", got.groups as f64),
+            ("rounds", f64::from(got.rounds)),
+            ("action_magnitude", batch.action_magnitude),
+            ("policy_loss", a.policy_loss),
+            ("kl_penalty", a.kl_penalty),
+            ("entropy", report.entropy),
+            ("behaviour_clip_fraction", a.behaviour_clip_fraction),
+            ("ratio", a.ratio),
+            ("approx_kl", a.approx_kl),
+            ("last_kl", report.last_kl),
+            ("clip_fraction", a.clip_fraction),
+            ("logprob_gap", report.logprob_gap),
+            ("first_ratio_deviation", report.first_ratio_deviation),
+            ("value_gap", report.first_value_gap),
+            ("value_loss", report.value_loss),
+            ("value_clip_fraction", report.value_clip_fraction),
+            ("explained_variance", report.explained_variance),
+            ("grad_norm", report.grad_norm),
+            ("lr", report.lr),
+            ("updates", report.updates as f64),
+            ("skipped_updates", report.skipped as f64),
+            ("staleness_mean", batch.staleness_mean),
+            ("staleness_max", batch.staleness_max as f64),
+            ("stale_dropped", got.used.stale as f64),
+            ("rollout_seconds", got.used.seconds),
+            ("wait_seconds", got.used.waited),
+            ("reload_seconds", got.used.reload_seconds),
+            ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
+            ("prefix_seconds", report.prefix_seconds),
+            ("update_seconds", report.update_seconds),
+            ("publish_seconds", self.publish_seconds),
+            ("iteration_seconds", self.seconds),
+        ];
+        if let Some(credit) = report.credit {
+            metrics.extend([("credit", credit.mean), ("displacement", credit.displacement)]);
+        }
+        metrics
+    }
+
+    /// Its line in the log.
+    pub(crate) fn told(&self, asynchronous: bool) -> String {
+        let Self { got, batch, report, .. } = self;
+        let age = if asynchronous {
+            format!(", staleness {:.2}", batch.staleness_mean)
+        } else {
+            String::new()
+        };
+        format!(
+            "success {:.3}, {}, {} records{age}, waited {:.1} s, update {:.1} s",
+            got.success,
+            learnt(report, !asynchronous),
+            report.records,
+            got.used.waited,
+            report.prefix_seconds + report.update_seconds,
+        )
+    }
+}
+
+/// What an update did, in the numbers that its loss has. Parity of engine and learner is that of records of the version in training,
+/// which asynchronous training may not have.
+fn learnt(report: &UpdateReport, parity: bool) -> String {
+    let a = &report.actor;
+    if let Some(credit) = report.credit {
+        return format!(
+            "loss {:.4}, credit {:.3}, gradient {:.3}",
+            a.policy_loss, credit.mean, report.grad_norm
+        );
+    }
+    let mut parts = vec![format!("KL {:.4}, clip {:.3}", a.approx_kl, a.clip_fraction)];
+    if report.explained_variance.is_finite() {
+        parts.push(format!("EV {:.2}", report.explained_variance));
+    }
+    if parity {
+        parts.push(format!("ratio gap {:.1e}", report.first_ratio_deviation));
+    }
+    parts.join(", ")
+}

@@ -1,0 +1,56 @@
+//! Learning-rate schedules: a linear rise, then a constant or half a cosine.
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Decay {
+    /// It stays.
+    Constant,
+    /// Half a cosine from 1 at the end of the warm-up to `min_factor` at `total_steps`, and `min_factor` from there on.
+    Cosine {
+        /// Steps of the whole run, warm-up included.
+        total_steps: u64,
+        /// Floor as a factor of the group's learning rate, in [0, 1].
+        min_factor: f64,
+    },
+}
+
+/// Factor of the learning rate as a function of the optimizer step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schedule {
+    /// Steps of linear rise.
+    pub warmup_steps: u64,
+    /// Factor of the first step of the rise, in [0, 1]. 0 spends one step on nothing.
+    pub warmup_start: f64,
+    /// What follows.
+    pub decay: Decay,
+}
+
+impl Schedule {
+    /// A linear rise over `warmup_steps` steps that begins at `1 / (warmup_steps + 1)`, so that the first step counts.
+    pub fn warmup(warmup_steps: u64, decay: Decay) -> Self {
+        Self {
+            warmup_steps,
+            warmup_start: 1.0 / (warmup_steps as f64 + 1.0),
+            decay,
+        }
+    }
+
+    /// Factor of the learning rate at the optimizer step `step`, counted from 0.
+    pub fn factor(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            let progress = step as f64 / self.warmup_steps as f64;
+            return self.warmup_start + (1.0 - self.warmup_start) * progress;
+        }
+        match self.decay {
+            Decay::Constant => 1.0,
+            Decay::Cosine {
+                total_steps,
+                min_factor,
+            } => {
+                let span = total_steps.saturating_sub(self.warmup_steps).max(1);
+                let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
+                min_factor + (1.0 - min_factor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+            }
+        }
+    }
+}

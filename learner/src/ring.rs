@@ -1,0 +1,38 @@
+//! The ring of processes around the learner.
+
+use std::path::Path;
+
+use policy::{config::Launch, plan::RunPlan};
+
+use crate::{error::Result, hub::Hub, launch::Children};
+
+/// The processes around the learner, for as long as it lives.
+pub(crate) struct Ring {
+    /// Where engines connect.
+    pub(crate) hub: Hub,
+    /// The processes that this one started; they end with it.
+    pub(crate) children: Children,
+}
+
+impl Ring {
+    /// Opens the hub and, where the configuration says so, starts engine and env workers with `config`; their logs are in `dir`.
+    ///
+    /// # Errors
+    /// The endpoint cannot be bound or a process not be started.
+    pub(crate) fn start(plan: &RunPlan, dir: &Path, config: &Path) -> Result<Self> {
+        let hub = Hub::start(&plan.config.learner.listen)?;
+        let mut children = Children::default();
+        match plan.config.runner.launch {
+            Launch::Local => {
+                let engine = children.engine(config, &hub.endpoint, dir)?;
+                children.workers(plan, &engine, dir)?;
+            }
+            Launch::None => tracing::info!(
+                "waiting for an engine: rollout-engine serve --config {} --learner {}",
+                config.display(),
+                hub.endpoint
+            ),
+        }
+        Ok(Self { hub, children })
+    }
+}

@@ -1,0 +1,90 @@
+//! `learner sft`: the supervised stages, from data sets to a checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use policy::{
+    bundle::write_atomic,
+    params::{Heads, Part},
+    plan::RunPlan,
+};
+use tch::Device;
+
+use crate::{
+    dataset,
+    error::{LearnerError, Result},
+    evaluate::check_seed,
+    launch::Children,
+    metrics::MetricsLog,
+    model::{ParamStore, Pi0},
+    prepare::{load, norm_stats, prepare},
+    pretrain::pretrain,
+    sft::sft,
+};
+
+/// Seeds of the data sets, apart from the run's own.
+const SCENES_SEED: u64 = 1_000_003;
+const DEMOS_SEED: u64 = 2_000_003;
+
+/// Where SFT leaves its weights.
+pub fn sft_checkpoint(dir: &Path) -> PathBuf {
+    dir.join("sft/model.safetensors")
+}
+
+/// Pre-training (when configured) and SFT; writes `sft/model.safetensors` under openpi's names.
+///
+/// # Errors
+/// Data, network or file errors.
+pub fn supervised(plan: &RunPlan) -> Result<()> {
+    check_seed(plan)?;
+    let (dir, _) = prepare(plan)?;
+    let config = &plan.config;
+    let sft_config = config
+        .sft
+        .as_ref()
+        .ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
+    let mut log = MetricsLog::open(&dir)?;
+    let stats = norm_stats(plan)?;
+    let mut children = Children::default();
+    let store = ParamStore::random(
+        &plan.dims,
+        &Heads::default(),
+        config.runner.seed,
+        Device::cuda_if_available(),
+    )?;
+    let policy = Pi0::new(plan.dims.clone(), &Heads::default(), store)?;
+    let data = |children: &mut Children, what: &str, args: &[String]| -> Result<PathBuf> {
+        let path = dir.join(format!("data/{what}.safetensors"));
+        if !path.exists() {
+            let mut all = args.to_vec();
+            all.extend(["--out".to_owned(), path.display().to_string()]);
+            children.write_data(plan, what, &all, &dir)?;
+        }
+        Ok(path)
+    };
+    let flag = |name: &str, value: String| [format!("--{name}"), value];
+    if let Some(checkpoint) = &config.actor.model.checkpoint {
+        load(&policy, checkpoint, &[Part::Vlm, Part::Expert])?;
+    } else if let Some(stage) = &config.pretrain {
+        let args = [
+            flag("count", stage.scenes.to_string()),
+            flag("seed", SCENES_SEED.to_string()),
+        ]
+        .concat();
+        let path = data(&mut children, "scenes", &args)?;
+        let scenes = dataset::read(&path, "keypoints", &plan.dims, &config.actor.model, stats.as_ref())?;
+        let error = pretrain(&policy, stage, &scenes, config.runner.seed, &mut log)?;
+        tracing::info!("pre-training: mean localisation error {error:.4} of the image");
+    }
+    let args = [
+        flag("episodes", sft_config.demos.to_string()),
+        flag("seed", DEMOS_SEED.to_string()),
+        flag("horizon", plan.dims.action_horizon.to_string()),
+    ]
+    .concat();
+    let path = data(&mut children, "demos", &args)?;
+    let demos = dataset::read(&path, "actions", &plan.dims, &config.actor.model, stats.as_ref())?;
+    let loss = sft(&policy, sft_config, &demos, config.runner.seed, &mut log)?;
+    tracing::info!("SFT: loss {loss:.4} on {} frames", demos.observations.len());
+    let bytes = policy.store().to_safetensors(&[Part::Vlm, Part::Expert])?;
+    Ok(write_atomic(&sft_checkpoint(&dir), &bytes)?)
+}
