@@ -132,6 +132,8 @@ impl Hub {
                 std::path::Path::new(listen),
             ))?;
         let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen))?;
+        // without capacities, for neither side may wait for the other: commands are calls of the training thread; events are the episodes
+        // that it ordered, once each, and heartbeats while it trains
         let (commands, command_receiver) = mpsc::unbounded_channel();
         let (event_sender, events) = std_mpsc::channel();
         let state = State {

@@ -9,12 +9,12 @@ use crate::{
     model::{ModelError, Pi0},
 };
 
-/// Prepares libtorch.
+/// Gives libtorch its threads.
 pub(crate) fn libtorch(plan: &RunPlan) {
     tch::set_num_threads(plan.config.actor.threads as i32);
 }
 
-/// Prepares libtorch and puts `config.toml` (effective) into the run's folder.
+/// Prepares libtorch and puts `config.toml` (effective) into the run's folder; returns the folder and that file.
 pub(crate) fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
     libtorch(plan);
     let dir = plan.config.runner.output_dir.clone();

@@ -1,5 +1,5 @@
-//! One HTML page about several runs: success curves, final numbers, evaluation videos, differences of the configurations.
-//! Everything is inside the page; it asks the network for nothing and runs no script.
+//! What runs came to, for people: one HTML page about several (success curves, final numbers, evaluation videos, differences of the
+//! configurations) and the success curves as a PNG. Everything is inside the page; it asks the network for nothing and runs no script.
 
 mod bounded;
 mod curves;
