@@ -288,9 +288,9 @@ mod tests {
                 ["rollout.max_staleness", "decoupled_actor_critic"],
             ),
             (
-                "tabletop_nft.toml",
+                "tabletop_flow_ipo.toml",
                 &["rollout.max_staleness=1"],
-                ["rollout.max_staleness", "`algorithm.loss_type = \"nft\"`"],
+                ["rollout.max_staleness", "`algorithm.loss_type = \"flow_ipo\"`"],
             ),
             (
                 "tabletop_nft.toml",
