@@ -225,6 +225,43 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_prompt_with_the_state_is_tokenized_for_every_row() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
+        let mut model = policy::config::RunConfig::load(&path, &[])
+            .expect("configuration")
+            .actor
+            .model;
+        let words = [
+            "pick", "red", "Task", ":", ",", "State", ";", "Action", "0", "128", "255",
+        ]
+        .map(str::to_owned);
+        let tokenizer = Tokenizer::from_words(&words).expect("words");
+        model.prompt_len = 16;
+        let prompts = ["pick".to_owned(), "pick red".to_owned()];
+        let (prompt_id, state) = (
+            Tensor::from_slice(&[1i64, 0, 1]),
+            Tensor::from_slice(&[-1.0f32, 0.0, 1.0]).view([3, 1]),
+        );
+        for discrete in [true, false] {
+            model.discrete_state_input = discrete;
+            let (ids, mask) = tokenized(&model, &tokenizer, &prompts, &prompt_id, &state).expect("prompts");
+            assert_eq!((ids.size(), mask.kind()), (vec![3, 16], Kind::Bool));
+            for (row, (prompt, state)) in [("pick red", -1.0f32), ("pick", 0.0), ("pick red", 1.0)]
+                .into_iter()
+                .enumerate()
+            {
+                let want = if discrete {
+                    tokenizer.tokenize_with_state(prompt, &[state], 16)
+                } else {
+                    tokenizer.tokenize(prompt, 16)
+                };
+                let got: Vec<i64> = Vec::try_from(ids.get(row as i64)).expect("ids");
+                assert_eq!(got, want.expect("words").ids, "row {row}");
+            }
+        }
+    }
+
+    #[test]
     fn actions_become_differences_as_openpi_makes_them() {
         let mask = bool_mask(&[2, -1]);
         let actions = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view([1, 2, 4]);

@@ -21,6 +21,7 @@ use policy::{
     noise::{Purpose, fill_normal, stream},
     params::Part,
     plan::RunPlan,
+    prompt::Tokenizer,
 };
 use tch::{Kind, Tensor};
 use wire::{
@@ -345,6 +346,55 @@ fn a_guided_chunk_goes_on_from_the_one_before() {
             }
         }
     });
+}
+
+/// pi0.5's words: those of the tabletop and of its prompt, and the bins of the state.
+fn words_with_state() -> String {
+    let bins = (-1..256).map(|bin| bin.to_string());
+    let words = ["pick", "red", "green", "blue", "Task", ":", ",", "State", ";", "Action"].map(str::to_owned);
+    let all: Vec<String> = words.into_iter().chain(bins).map(|word| format!("{word:?}")).collect();
+    format!("actor.model.tokenizer={{kind=\"words\",words=[{}]}}", all.join(","))
+}
+
+/// What the engine records of pi0.5 is its prompt with the state in words, and the learner reads the same: the ratio is 1.
+#[test]
+fn the_prompt_of_pi05_holds_the_state() {
+    let words = words_with_state();
+    let overrides = [
+        "actor.model.variant=\"pi05\"",
+        "actor.model.discrete_state_input=true",
+        "actor.model.prompt_len=20",
+        "actor.model.vocab=300",
+        "actor.model.value_head.state=false",
+        "actor.optim.critic_warmup_epochs=0",
+        "env.train.total_num_envs=8",
+        &words,
+    ];
+    let ring = Ring::start(&overrides, 4);
+    let model = &ring.plan.config.actor.model;
+    let tokenizer = Tokenizer::from_config(&model.tokenizer, None).expect("words");
+    block_on(async {
+        let mut client = Client::connect(&ring.engine.listen).await;
+        for number in [0, 5] {
+            let asked = row(&ring.plan, number, Mode::Train);
+            let seen = &asked.observation;
+            let want = tokenizer
+                .tokenize_with_state(&seen.prompt, &seen.state, model.prompt_len)
+                .expect("prompt");
+            let reply = client.act(number, vec![asked.clone()]).await;
+            assert_eq!(record(&reply, 0).prompt, want.ids);
+            assert_eq!(record(&reply, 0).prompt_mask, want.mask);
+        }
+    });
+    let worker = Worker::start(&ring.engine.listen, 8);
+    let got = sample(&ring.hub, &mut Children::default(), &ring.plan, 0, 0).expect("episodes");
+    let batch = RolloutBatch::new(&ring.plan, &got.used.trajectories, 0).expect("records");
+    let report = Updater::new(&ring.plan, &ring.policy)
+        .and_then(|mut updater| updater.update(&ring.policy, &batch, 0))
+        .expect("update");
+    // two programs sum in another order
+    assert!(report.first_ratio_deviation < 1e-3, "{}", report.first_ratio_deviation);
+    drop(worker);
 }
 
 #[test]
