@@ -602,3 +602,40 @@ fn the_actor_is_clipped_by_its_own_norm() {
     assert_eq!(norms[0].0, norms[1].0, "the critic's error is no part of it");
     assert!(norms[1].1 > 100.0 * norms[0].1);
 }
+
+/// Against a reference the penalty is 0 while the policy is where RL began, and then `mean(r - 1 - log r)` with `r` the ratio of reference
+/// to policy.
+#[test]
+fn a_kl_penalty_is_against_its_reference() {
+    let overrides = |reference: &str| {
+        [
+            "algorithm.kl_beta=0.5".to_owned(),
+            format!("algorithm.kl_reference={reference}"),
+            "actor.optim.lr=0.05".to_owned(),
+        ]
+    };
+    for (reference, moves) in [("{kind=\"frozen\"}", false), ("{kind=\"ema\",decay=0.0}", true)] {
+        let overrides = overrides(reference);
+        let plan = plan("tabletop_grpo", &overrides.each_ref().map(String::as_str));
+        let (policy, begun) = (network(&plan, 5), network(&plan, 5));
+        let records = records(&plan);
+        let batch = batch(&plan, &policy, &records);
+        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let first = updater.update(&policy, &batch, 0).expect("update");
+        assert!(first.actor.kl_penalty.abs() < 1e-12, "{}", first.actor.kl_penalty);
+
+        let logprob = |policy: &Pi0| batch_moved(&plan, policy, &records, 0.0).old_logprob;
+        let of_chunks = |policy: &Pi0| logprob(policy).sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Double);
+        let ratio = of_chunks(&begun) - of_chunks(&policy);
+        let want = (ratio.exp() - 1.0 - &ratio).mean(Kind::Double).double_value(&[]);
+        assert!(want > 1e-6, "the policy has moved: {want}");
+        let second = updater.update(&policy, &batch, 1).expect("update").actor.kl_penalty;
+        // a mean without memory is the policy itself
+        let want = if moves { 0.0 } else { want };
+        // f32 log-probabilities of some 12 elements, in another order
+        assert!(
+            (second - want).abs() < 1e-4 * want.max(1e-2),
+            "{reference}: {second} against {want}"
+        );
+    }
+}
