@@ -1,16 +1,12 @@
 //! Advantages and returns on plain slices, one file per estimator. No tensor library and no state.
 //!
-//! Two forms of the same mathematics live here. The *ragged* form ([`estimator`], [`Episode`]) takes one slice per
-//! episode and is what the learner uses: a finished environment leaves no rows behind. The *grid* form ([`gae`],
-//! [`loss_mask`], [`group_relative_grid`]) takes row-major `[steps, envs]` arrays with masks, as lock-step rollouts
-//! record them.
+//! An estimator takes [`Episode`]s of any length: a finished environment leaves no rows behind.
 //!
 //! Time limits: an episode that *terminates* has value 0 after its last step; one that is *truncated* (time limit, cut
 //! by the collector) is bootstrapped with the value of its last observation (Pardo et al. 2018, "Time Limits in
 //! Reinforcement Learning", eq. 3).
 
 mod gae;
-mod grid;
 mod grpo;
 mod normalize;
 mod raw;
@@ -21,35 +17,12 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-pub use gae::{GaeGrid, gae, gae_episode, reward_to_go};
-pub use grid::{
-    ChunkLayout, Layout, LossMask, chunk_any, chunk_sum, chunks_from_steps, episode_scores, loss_mask, spread,
-    stack_epochs, steps_from_chunks,
-};
-pub use grpo::{GROUP_EPS, group_relative, group_relative_grid};
+pub use gae::gae_episode;
 pub use normalize::{NORMALIZE_EPS, mean_and_std, normalize};
 
-/// What can be wrong with the arrays given to an estimator.
+/// What can be wrong with the episodes given to an estimator.
 #[derive(Debug, Error)]
 pub enum AdvantageError {
-    /// An array does not have the size its layout asks for.
-    #[error("`{name}` needs {expected} elements, found {found}")]
-    Length {
-        /// Which array.
-        name: &'static str,
-        /// Elements the layout asks for.
-        expected: usize,
-        /// Elements given.
-        found: usize,
-    },
-    /// Scores cannot be compared within groups of this size.
-    #[error("a group needs at least 2 members and {scores} scores must divide into groups of {group_size}")]
-    Group {
-        /// Number of scores given.
-        scores: usize,
-        /// Members per group asked for.
-        group_size: usize,
-    },
     /// A group has a single episode, so that it has no spread.
     #[error("group {group} has 1 episode, a group-relative advantage needs at least 2: collect more per start state")]
     LonelyEpisode {
@@ -71,7 +44,7 @@ pub enum AdvantageError {
 /// Result of this module.
 pub type Result<T, E = AdvantageError> = std::result::Result<T, E>;
 
-/// Advantages of every step and the value targets of every chunk; in the grid form both have the rewards' layout.
+/// Advantages of every step and the value targets of every chunk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advantages {
     /// How much better the taken action was than the value said.
@@ -226,81 +199,26 @@ mod tests {
     }
 
     #[test]
-    fn ragged_and_grid_gae_agree() {
-        // property: episodes of any length and any kind of end, laid out one after the other in each grid column
-        for seed in 0..64u64 {
-            let layout = Layout {
-                steps: 2 + (seed % 13) as usize,
-                envs: 1 + (seed % 5) as usize,
-            };
-            let rewards = numbers(seed, layout.len());
-            let values = numbers(seed + 1000, layout.len() + layout.envs);
-            let final_values = numbers(seed + 2000, layout.len());
-            let kind = numbers(seed + 3000, layout.len());
-            let terminated: Vec<bool> = kind.iter().map(|k| *k > 0.6).collect();
-            let truncated: Vec<bool> = kind.iter().map(|k| *k < -0.6).collect();
-            let input = GaeGrid {
-                layout,
-                rewards: &rewards,
-                values: &values,
-                terminated: &terminated,
-                truncated: &truncated,
-                final_values: Some(&final_values),
-            };
-            let grid = gae(&input, 0.97, 0.9).unwrap();
-            for env in 0..layout.envs {
-                let mut start = 0;
-                for step in 0..layout.steps {
-                    let at = step * layout.envs + env;
-                    let last = step + 1 == layout.steps;
-                    if !(terminated[at] || truncated[at] || last) {
-                        continue;
-                    }
-                    let column =
-                        |data: &[f32]| -> Vec<f32> { (start..=step).map(|t| data[t * layout.envs + env]).collect() };
-                    let final_value = match (terminated[at], truncated[at]) {
-                        (true, _) => 0.0,
-                        (false, true) => final_values[at],
-                        (false, false) => values[at + layout.envs],
-                    };
-                    let ragged = gae_episode(&column(&rewards), 1, &column(&values), final_value, 0.97, 0.9);
-                    for (got, want) in ragged.iter().zip(column(&grid.advantages)) {
-                        assert!(close(*got, want), "seed {seed}: {got} against {want}");
-                    }
-                    start = step + 1;
-                }
+    fn gae_is_the_sum_of_the_discounted_errors_of_the_values() {
+        // Schulman et al. 2016, eq. 16; at lambda 1 it is the discounted return less the value
+        for (seed, lambda) in [(1, 0.0), (2, 0.9), (3, 1.0)] {
+            let (rewards, values) = (numbers(seed, 9), numbers(seed + 10, 9));
+            let advantages = gae_episode(&rewards, 1, &values, 0.7, 0.97, lambda);
+            let next = values[1..].iter().chain(&[0.7]);
+            let errors: Vec<f64> = rewards
+                .iter()
+                .zip(values.iter().zip(next))
+                .map(|(reward, (value, next))| f64::from(*reward) + 0.97 * f64::from(*next) - f64::from(*value))
+                .collect();
+            for (t, advantage) in advantages.iter().enumerate() {
+                let weighted = errors[t..].iter().enumerate();
+                let want: f64 = weighted.map(|(k, error)| (0.97 * lambda).powi(k as i32) * error).sum();
+                assert!(
+                    close(*advantage, want as f32),
+                    "lambda {lambda}: {advantage} against {want}"
+                );
             }
         }
-    }
-
-    #[test]
-    fn gae_with_lambda_one_is_discounted_return_minus_value() {
-        let (rewards, values) = (numbers(1, 9), numbers(2, 9));
-        let advantages = gae_episode(&rewards, 1, &values, 0.7, 0.9, 1.0);
-        for (t, advantage) in advantages.iter().enumerate() {
-            let mut total = 0.7 * 0.9f64.powi((9 - t) as i32);
-            for (k, reward) in rewards[t..].iter().enumerate() {
-                total += f64::from(*reward) * 0.9f64.powi(k as i32);
-            }
-            assert!(close(*advantage, (total - f64::from(values[t])) as f32));
-        }
-    }
-
-    #[test]
-    fn a_time_limit_is_bootstrapped_and_a_terminal_is_not() {
-        let grid = |terminated: bool| {
-            let input = GaeGrid {
-                layout: Layout { steps: 1, envs: 1 },
-                rewards: &[0.0],
-                values: &[0.0, -5.0],
-                terminated: &[terminated],
-                truncated: &[!terminated],
-                final_values: Some(&[2.0]),
-            };
-            gae(&input, 0.5, 0.95).unwrap().advantages[0]
-        };
-        assert!(close(grid(true), 0.0));
-        assert!(close(grid(false), 1.0));
     }
 
     #[test]
@@ -391,11 +309,5 @@ mod tests {
         let want = [1.0 + 0.5 * (2.0 + 0.5 * 14.0) - 10.0, 2.0 + 0.5 * 14.0 - 10.0, -12.0];
         assert_eq!(got.advantages, want);
         assert_eq!(got.returns, [want[0] + 10.0, want[2] + 20.0]);
-    }
-
-    #[test]
-    fn wrong_sizes_are_named() {
-        let error = loss_mask(Layout { steps: 2, envs: 3 }, &[false; 6]).unwrap_err();
-        assert_eq!(error.to_string(), "`dones` needs 9 elements, found 6");
     }
 }

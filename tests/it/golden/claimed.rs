@@ -83,7 +83,25 @@ const READ: &[(&str, &[&str])] = &[
     ("rlinf_advantages", &["*.in.**", "*.out.advantages", "*.out.returns"]),
     ("rlinf_helpers", &["*.in.**", "*.out.out"]),
     ("rlinf_optim", &["*.in.**", "*.out.lr", "*.out.*", "*.out.*.**"]),
-    ("rlinf_embodied_pipeline", &["*.in.**", "*.out.*", "*.out.pre.*"]),
+    (
+        "rlinf_embodied_pipeline",
+        &[
+            "*.in.rewards",
+            "*.in.dones",
+            "*.in.values",
+            "*.out.rewards",
+            "*.out.dones",
+            "*.out.loss_mask",
+            "*.out.loss_mask_sum",
+            "*.out.pre.rewards",
+            "*.out.pre.dones",
+            "*.out.pre.values",
+            "*.out.pre.loss_mask",
+            "*.out.scores",
+            "*.out.advantages",
+            "*.out.returns",
+        ],
+    ),
     ("rlinf_losses", LOSSES),
     ("rlinf_policy_loss", LOSSES),
 ];
@@ -181,6 +199,47 @@ const NOT_READ: &[(&str, &str, &str)] = &[
     ),
     ("rl_variants", "rtc.prev_logprobs", "as above"),
     ("rl_variants", "rtc.prev_values", "as above"),
+    (
+        "rlinf_embodied_pipeline",
+        "*.in.loss_mask",
+        "the masks are those of the first episodes: they are compared as `pre.loss_mask`",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "*.in.loss_mask_sum",
+        "lock-step layout of the reference",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "*.out.pre.loss_mask_sum",
+        "lock-step layout of the reference",
+    ),
+    // the cases of `preprocess_embodied_batch` put rollouts side by side: the tests go on from what comes out
+    (
+        "rlinf_embodied_pipeline",
+        "c021.in.*",
+        "lock-step layout of the reference",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "c022.in.*",
+        "lock-step layout of the reference",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "c023.in.*",
+        "lock-step layout of the reference",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "c024.in.*",
+        "lock-step layout of the reference",
+    ),
+    (
+        "rlinf_embodied_pipeline",
+        "*.out.prev_values",
+        "lock-step layout of the reference",
+    ),
     (
         "rlinf_losses",
         "*.out.metric.actor/proximal_approx_kl",

@@ -1,57 +1,44 @@
 //! Advantage estimators.
 
 use learner::{
-    advantage::{
-        self, AdvantageError, Episode, EstimatorSettings, GaeGrid, Layout, NORMALIZE_EPS, estimator, gae,
-        group_relative_grid, normalize, reward_to_go, spread,
-    },
+    advantage::{AdvantageError, Episode, EstimatorSettings, NORMALIZE_EPS, estimator, normalize},
     loss::k3,
 };
 
-use super::{Case, Coverage, floats, layout, run};
-
-/// GAE of the reference's layout: `dones` has one row more than the rewards and every end is a terminal.
-pub(super) fn reference_gae(
-    layout: Layout,
-    rewards: &[f32],
-    values: &[f32],
-    dones: &[bool],
-    gamma: f64,
-    lambda: f64,
-) -> advantage::Advantages {
-    let ended = &dones[layout.envs..];
-    let open = vec![false; layout.len()];
-    let input = GaeGrid {
-        layout,
-        rewards,
-        values,
-        terminated: ended,
-        truncated: &open,
-        final_values: None,
-    };
-    gae(&input, gamma, lambda).unwrap()
-}
+use super::{
+    Case, Coverage, floats,
+    grid::{Layout, Recorded, episodes, of_scores},
+    run,
+};
 
 fn check_gae(case: &Case<'_>, coverage: &mut Coverage) {
     let rewards = case.array("in.rewards");
-    let layout = layout(&rewards);
+    let layout = Layout::of(&rewards);
     let dones = case.array("in.dones").bool();
     let mask = case.maybe("in.loss_mask").map(|mask| mask.bool());
-    let (mut advantages, mut returns) = if let Some(values) = case.maybe("in.values") {
-        let (gamma, lambda) = (case.need("gamma"), case.need("gae_lambda"));
-        let out = reference_gae(layout, &rewards.f32(), &values.f32(), &dones, gamma, lambda);
-        (out.advantages, out.returns)
+    let values = case.maybe("in.values").map(|values| values.f32());
+    // without a critic the reference sums the rewards to go, whatever its discounts are
+    let (name, gamma, gae_lambda) = if values.is_some() {
+        ("gae", case.need("gamma"), case.need("gae_lambda"))
     } else {
-        let to_go = reward_to_go(layout, &rewards.f32(), &dones[layout.envs..]).unwrap();
-        (to_go.clone(), to_go)
+        ("reinforce_pp", 1.0, 1.0)
     };
+    let recorded = Recorded {
+        layout,
+        rewards: &rewards.f32(),
+        values: values.as_deref().unwrap_or_default(),
+        group_size: 1,
+    };
+    let spans = episodes(layout, &dones);
+    let settings = EstimatorSettings { gamma, gae_lambda };
+    let mut ours = recorded.estimate(name, settings, &spans).unwrap();
     if case.flag("normalize_advantages").unwrap_or(true) {
-        normalize(&mut advantages, mask.as_deref());
+        normalize(&mut ours.advantages, mask.as_deref());
     }
     if case.flag("normalize_returns").unwrap_or(false) {
-        normalize(&mut returns, mask.as_deref());
+        normalize(&mut ours.returns, mask.as_deref());
     }
-    case.close_array("out.returns", &returns);
+    case.close_array("out.returns", &ours.returns);
     let recorded = case.array("out.advantages");
     if mask
         .as_ref()
@@ -62,48 +49,22 @@ fn check_gae(case: &Case<'_>, coverage: &mut Coverage) {
             "{}: the reference's NaN",
             case.id
         );
-        assert!(advantages.iter().all(|value| value.is_finite()));
+        assert!(ours.advantages.iter().all(|value| value.is_finite()));
         coverage.differs(
             case,
             "one valid entry has no spread: the reference turns all advantages into NaN, ours stay as they are",
         );
     } else {
-        case.close_array("out.advantages", &advantages);
+        case.close_array("out.advantages", &ours.advantages);
     }
 }
 
 fn check_grpo(case: &Case<'_>, coverage: &mut Coverage) {
-    let mask = case.array("in.loss_mask");
     let scores = case.array("in.rewards").f32();
     let group_size = case.need("group_size") as usize;
-    match group_relative_grid(layout(&mask), &scores, group_size, &mask.bool()) {
-        Ok(advantages) => {
-            case.close_array("out.advantages", &advantages);
-            // the registry's ragged form: one episode per environment
-            let rewards: Vec<[f32; 1]> = scores.iter().map(|score| [*score]).collect();
-            let episodes: Vec<Episode<'_>> = rewards
-                .iter()
-                .enumerate()
-                .map(|(at, rewards)| Episode {
-                    rewards,
-                    chunk_len: 1,
-                    values: &[],
-                    final_value: 0.0,
-                    group: (at / group_size) as u64,
-                })
-                .collect();
-            let settings = EstimatorSettings {
-                gamma: 1.0,
-                gae_lambda: 1.0,
-            };
-            let ragged: Vec<f32> = estimator("grpo").unwrap()(&episodes, settings)
-                .unwrap()
-                .iter()
-                .map(|episode| episode.advantages[0])
-                .collect();
-            case.close_array("out.advantages", &spread(layout(&mask), &ragged, &mask.bool()).unwrap());
-        }
-        Err(AdvantageError::Group { .. }) => {
+    match of_scores("grpo", &scores, &case.array("in.loss_mask"), group_size) {
+        Ok(advantages) => case.close_array("out.advantages", &advantages),
+        Err(AdvantageError::LonelyEpisode { .. }) => {
             assert!(group_size < 2);
             assert!(case.array("out.advantages").data.iter().any(|value| value.is_nan()));
             coverage.differs(
@@ -152,7 +113,7 @@ fn reference_reinpp(layout: Layout, rewards: &[f32], mask: &[bool], penalty: &[f
 /// normalised over the batch by the unbiased deviation. The reference's defects are stated with both numbers.
 fn check_reinpp(case: &Case<'_>, coverage: &mut Coverage) {
     let mask_array = case.array("in.loss_mask");
-    let (layout, mask) = (layout(&mask_array), mask_array.bool());
+    let (layout, mask) = (Layout::of(&mask_array), mask_array.bool());
     let mut rewards = case.array("in.rewards").f32();
     let penalty: Vec<f64> = match case.number("kl_beta") {
         None => vec![0.0; layout.len()],
@@ -267,7 +228,7 @@ fn advantages_agree_with_the_reference() {
                 "grpo" => check_grpo(case, coverage),
                 "raw" => {
                     let mask = case.array("in.loss_mask");
-                    let mut advantages = spread(layout(&mask), &case.array("in.rewards").f32(), &mask.bool()).unwrap();
+                    let mut advantages = of_scores(name, &case.array("in.rewards").f32(), &mask, 1).unwrap();
                     if case.flag("normalize_advantages").unwrap_or(true) {
                         normalize(&mut advantages, Some(&mask.bool()));
                     }

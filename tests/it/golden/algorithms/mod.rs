@@ -10,6 +10,7 @@
 )]
 
 mod advantages;
+mod grid;
 mod helpers;
 mod losses;
 mod optim;
@@ -19,7 +20,6 @@ mod policy_loss;
 use std::collections::BTreeSet;
 
 use integration_tests::{Array, Golden, assert_close, golden_cases};
-use learner::advantage::Layout;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -102,19 +102,8 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.detach().to_kind(Kind::Float).reshape([-1])).unwrap()
 }
 
-fn flags(array: &Array) -> Vec<f32> {
-    array.f32()
-}
-
 fn as_floats(flags: &[bool]) -> Vec<f32> {
     flags.iter().map(|flag| f32::from(u8::from(*flag))).collect()
-}
-
-fn layout(array: &Array) -> Layout {
-    Layout {
-        steps: array.shape[0],
-        envs: array.shape[1],
-    }
 }
 
 /// What became of the cases of one file. Every case is in exactly one list.
