@@ -549,3 +549,47 @@ fn no_episode_begins_while_the_learner_does_not_keep_up() {
     assign.set_full(false);
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
 }
+
+#[test]
+fn a_worker_that_is_not_known_is_asked_to_say_hello_and_keeps_nothing_busy() {
+    let mut assign = ready(1);
+    // a sign of life of a known worker changes nothing
+    assign.reports(&1, Vec::new());
+    assert!(assign.take_effects().refusals.is_empty());
+    assign.gone(&1);
+    for reports in [Vec::new(), idle(1)] {
+        assign.reports(&1, reports);
+        let refusals = assign.take_effects().refusals;
+        let [(1, refusal)] = refusals.as_slice() else {
+            panic!("one refusal: {refusals:?}")
+        };
+        assert!(refusal.retry && refusal.request.is_none(), "{refusal:?}");
+    }
+    assert_eq!(assign.slots(), 0);
+    assign.hello(1, &hello(1)).expect("fits");
+    assert_eq!(assign.slots(), 1);
+}
+
+#[test]
+fn a_chunk_that_stops_short_inside_an_episode_turns_the_worker_away() {
+    let mut assign = ready(1);
+    assign.take_order(order(1, 0, Mode::Train, &[0]));
+    assign.take_effects();
+    report(&mut assign, None, seen());
+    let job = assign.take_effects().jobs.remove(0);
+    assign.acted(ticket(&job), 0, actions());
+    assign.take_effects();
+    let short = outcome(false, false).map(|outcome| Outcome {
+        rewards: vec![0.5],
+        ..outcome
+    });
+    report(&mut assign, short, seen());
+    let refusals = assign.take_effects().refusals;
+    assert!(
+        refusals
+            .iter()
+            .any(|(_, refusal)| !refusal.retry && refusal.reason.contains("1 rewards, expected 2")),
+        "{refusals:?}"
+    );
+    assert_eq!(assign.pending(), 1, "its episode begins anew elsewhere");
+}

@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 TIMEOUT_MS = 30_000
 
 
-VERSION = 3
+VERSION = 4
 
 
 def frame(message, version=VERSION):
@@ -40,7 +40,7 @@ class WireTest(unittest.TestCase):
     def test_a_hello_is_these_bytes(self):
         # written by hand from the MessagePack specification
         body = (b"\x81" b"\xa5hello" b"\x84" b"\xa6client\xa1w" b"\xa3env\xa3gym" b"\xaaaction_dim\x04" b"\xa5slots\x02")
-        want = b"PIRL\x03\x00\x00\x00" + struct.pack("<I", len(body)) + body
+        want = b"PIRL" + struct.pack("<HHI", VERSION, 0, len(body)) + body
         self.assertEqual(wire.encode("hello", {"client": "w", "env": "gym", "action_dim": 4, "slots": 2}), want)
 
     def test_numbers_with_a_point_are_single_floats_and_arrays_are_little_endian(self):
@@ -232,11 +232,19 @@ class WorkerTest(unittest.TestCase):
     def test_a_malformed_frame_is_one_line_and_a_fresh_hello(self):
         process = self.start()
         engine = self.meet()
-        engine.send(b"PIRL\x03\x00\x00\x00\x05\x00\x00\x00\x81")
+        engine.send(b"PIRL" + struct.pack("<HHI", VERSION, 0, 5) + b"\x81")
         self.assertIn("hello", engine.receive())
         engine.welcome()
         log = self.finish(process, signal.SIGINT)
         self.assertEqual(log.count("frame announces 5 payload bytes and carries 1; connecting again"), 1)
+
+    def test_an_engine_that_does_not_know_it_hears_hello_again(self):
+        process = self.start()
+        engine = self.meet()
+        engine.send({"refused": {"request": None, "retry": True, "reason": "say hello first"}})
+        self.assertIn("hello", engine.receive())
+        engine.welcome()
+        self.assertIn("say hello first; connecting again", self.finish(process))
 
     def test_a_policy_of_another_width_ends_it_with_one_line(self):
         process = self.start()
