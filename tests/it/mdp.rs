@@ -27,8 +27,11 @@ const WIDTH: usize = 2;
 /// Episodes of a GRPO group: one context.
 const GROUP: usize = 8;
 
-/// A tiny pi0 that acts once, by GRPO without likelihood bounds of its own.
-fn plan(mdp: &str, overrides: &[String]) -> RunPlan {
+/// Group-relative advantages without a critic, and GAE, over both layers where there are two, on `V_expert`.
+const CREDIT: [(&str, &str); 2] = [("tabletop_grpo", "GRPO"), ("tabletop_two_layer", "GAE")];
+
+/// A tiny pi0 that acts once, with the algorithm of a recipe.
+fn plan(base: &str, mdp: &str, overrides: &[String]) -> RunPlan {
     let mut all: Vec<String> = [
         "actor.model.vlm={width=16,mlp=32}",
         "actor.model.expert={width=32,mlp=64}",
@@ -43,6 +46,8 @@ fn plan(mdp: &str, overrides: &[String]) -> RunPlan {
         "actor.optim.lr_warmup_steps=0",
         "actor.optim.min_lr_ratio=1.0",
         "actor.micro_batch_size=256",
+        "actor.model.openpi.noise_level=0.5",
+        "actor.optim.critic_warmup_epochs=0",
     ]
     .map(str::to_owned)
     .to_vec();
@@ -52,7 +57,7 @@ fn plan(mdp: &str, overrides: &[String]) -> RunPlan {
         all.push("actor.model.openpi.joint_logprob=\"sum\"".to_owned());
     }
     all.extend_from_slice(overrides);
-    recipe("tabletop_grpo", &all)
+    recipe(base, &all)
 }
 
 /// A blank image, and the context as the state: `[contexts, action_dim]`.
@@ -141,7 +146,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
     for mdp in FORMULATIONS {
         let samples = SAMPLES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
-        let plan = plan(mdp, &[&keys[..], &sizes].concat());
+        let plan = plan(CREDIT[0].0, mdp, &[&keys[..], &sizes].concat());
         let policy = network(&plan, 5);
         let weight = policy.store().get("action_in_proj.weight").expect("weight");
         let zeros = vec![0.0; weight.numel()];
@@ -362,18 +367,21 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
     .map(str::to_owned)
     .to_vec();
     keys.push(format!("runner.max_epochs={ITERATIONS}"));
-    let start = plan("hybrid", &keys);
+    let start = plan(CREDIT[0].0, "hybrid", &keys);
     let imitator = network(&start, 5);
     imitate(&start, &imitator);
     let begin = distance(&start, &imitator);
     // the demonstrator's flaw is |(0.4, -0.4)| = 0.566; imitation is not exact
     assert!((begin - 0.566).abs() < 0.06, "{begin}");
-    for mdp in FORMULATIONS {
+    for ((base, credit), mdp) in CREDIT
+        .into_iter()
+        .flat_map(|credit| FORMULATIONS.map(|mdp| (credit, mdp)))
+    {
         let passes = if mdp == "hybrid" { 1 } else { STEPS };
         // as many optimizer steps per iteration, whatever a sample is
         let samples = EPISODES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
-        let plan = plan(mdp, &[&keys[..], &sizes].concat());
+        let plan = plan(base, mdp, &[&keys[..], &sizes].concat());
         let policy = network(&plan, 5);
         for (name, _, data) in imitator.store().export(Part::Expert) {
             policy.store().assign(&name, &data).expect("assign");
@@ -387,18 +395,18 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
             let trajectories = episodes(&plan, &policy, &contexts, best, u64::from(iteration));
             let batch = RolloutBatch::new(&plan, &trajectories, u64::from(iteration)).expect("batch");
             let report = updater.update(&policy, &batch, iteration).expect("update");
-            assert!(report.first_ratio_deviation < 1e-3, "{mdp}: {report:?}");
+            assert!(report.first_ratio_deviation < 1e-3, "{credit} {mdp}: {report:?}");
             updates += report.updates;
             seconds += report.update_seconds;
         }
-        assert_eq!(updates, u64::from(2 * ITERATIONS), "{mdp}");
+        assert_eq!(updates, u64::from(2 * ITERATIONS), "{credit} {mdp}");
         let end = distance(&plan, &policy);
         println!(
-            "{mdp}: distance from the optimum {begin:.3} -> {end:.3} after {} episodes, {updates} optimizer steps; {passes} expert \
+            "{credit} {mdp}: distance from the optimum {begin:.3} -> {end:.3} after {} episodes, {updates} optimizer steps; {passes} expert \
              passes per episode and epoch, {:.1} ms per optimizer step",
             EPISODES * ITERATIONS as usize,
             1e3 * seconds / updates as f64
         );
-        assert!(end < begin / 4.0, "{mdp}: {begin} -> {end}");
+        assert!(end < begin / 4.0, "{credit} {mdp}: {begin} -> {end}");
     }
 }
