@@ -4,7 +4,6 @@
 pub mod message;
 pub mod config;
 pub mod plan;
-mod plan_algorithm;
 #[cfg(test)]
 mod recipes;
 pub mod dims;

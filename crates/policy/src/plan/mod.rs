@@ -36,7 +36,7 @@ pub struct RunPlan {
 }
 
 /// The refusal of a key.
-pub(crate) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
+fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
     ConfigError::Key {
         key: key.to_owned(),
         detail: detail.into(),
@@ -59,7 +59,6 @@ impl RunPlan {
         env::check(&config.env)?;
         rollout::check(&config.rollout)?;
         algorithm::check(&config)?;
-        crate::plan_algorithm::check(&config)?;
         let heads = Heads {
             value: model
                 .value_head
