@@ -17,6 +17,16 @@ use policy::{
 use tch::{Device, Tensor};
 use wire::messages::Trajectory;
 
+/// A network of milliseconds, for tests that pass through it many times.
+pub(crate) const SMALL_NETWORK: [&str; 6] = [
+    "actor.model.vlm={width=16,mlp=32}",
+    "actor.model.expert={width=32,mlp=64}",
+    "actor.model.depth=2",
+    "actor.model.heads=2",
+    "actor.model.head_dim=16",
+    "actor.model.vision={width=16,mlp=32,depth=1,heads=2,image_size=16,patch=8}",
+];
+
 /// A recipe with these overrides, or why it is refused.
 pub(crate) fn try_recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> Result<RunPlan, String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));

@@ -11,18 +11,12 @@ use proptest::{collection::vec, prelude::*};
 use tch::{Kind, Tensor};
 use wire::messages::Trajectory;
 
-use crate::common::{acted, largest_gap, network, recipe, weights};
+use crate::common::{SMALL_NETWORK, acted, largest_gap, network, recipe, weights};
 
 /// Chunks of each episode; the last chunk may be cut.
 const LENGTHS: [usize; 6] = [2, 3, 1, 2, 1, 3];
 
-const SMALL: [&str; 12] = [
-    "actor.model.vlm={width=16,mlp=32}",
-    "actor.model.expert={width=32,mlp=64}",
-    "actor.model.depth=2",
-    "actor.model.heads=2",
-    "actor.model.head_dim=16",
-    "actor.model.vision={width=16,mlp=32,depth=1,heads=2,image_size=16,patch=8}",
+const SMALL: [&str; 6] = [
     "actor.optim.critic_warmup_epochs=0",
     "actor.optim.lr_warmup_steps=0",
     // smooth in the gradient: rounding stays rounding
@@ -138,7 +132,7 @@ fn permuting_environments_permutes_the_batch_and_changes_no_update() {
         ("tabletop_flow_noise", &[]),
         ("tabletop_two_layer", &[]),
     ] {
-        let plan = recipe(name, &[&SMALL, keys].concat());
+        let plan = recipe(name, &[&SMALL_NETWORK, &SMALL, keys].concat());
         let update = |episodes: &[Trajectory]| {
             let policy = network(&plan, 5);
             let batch = RolloutBatch::new(&plan, episodes, 0).expect("records");
@@ -190,7 +184,13 @@ fn the_cut_of_a_minibatch_changes_no_update_of_any_formulation() {
                 ];
                 let with = |micro: &'static str| {
                     let keys = keys.iter().map(String::as_str).chain([micro]);
-                    let overrides: Vec<&str> = SMALL.iter().chain(special).copied().chain(keys).collect();
+                    let overrides: Vec<&str> = SMALL_NETWORK
+                        .iter()
+                        .chain(&SMALL)
+                        .chain(special)
+                        .copied()
+                        .chain(keys)
+                        .collect();
                     recipe(name, &overrides)
                 };
                 let start = network(&with("actor.micro_batch_size=4096"), 5);

@@ -17,9 +17,11 @@ mod golden {
     mod preproc;
     mod real;
     mod rl;
+    mod pooled;
     mod variants;
 }
 mod asynchronous;
+mod client;
 mod environments;
 mod inspect;
 mod mdp;

@@ -8,7 +8,7 @@ use learner::{
 };
 use policy::plan::RunPlan;
 
-use crate::common::{acted, network, recipe};
+use crate::common::{SMALL_NETWORK, acted, network, recipe};
 
 /// Episodes, and records of an update: their order and neighbours are other ones than at rollout.
 const EPISODES: usize = 24;
@@ -19,13 +19,7 @@ const RATIO: f64 = 1e-4;
 /// Of the value head's f32 sums.
 const VALUE: f64 = 1e-5;
 
-const COMMON: [&str; 12] = [
-    "actor.model.vlm={width=16,mlp=32}",
-    "actor.model.expert={width=32,mlp=64}",
-    "actor.model.depth=2",
-    "actor.model.heads=2",
-    "actor.model.head_dim=16",
-    "actor.model.vision={width=16,mlp=32,depth=1,heads=2,image_size=16,patch=8}",
+const COMMON: [&str; 6] = [
     "actor.optim.lr=0.0",
     "actor.optim.value_lr=0.0",
     "actor.optim.critic_warmup_epochs=0",
@@ -76,7 +70,11 @@ fn the_ratio_is_one_at_equal_weights_for_every_way_of_acting() {
         ] {
             for level in ["chunk_level", "action_level", "token_level"] {
                 for ignore_last in [false, true] {
-                    let mut keys: Vec<String> = COMMON.map(str::to_owned).to_vec();
+                    let mut keys: Vec<String> = SMALL_NETWORK
+                        .iter()
+                        .chain(&COMMON)
+                        .map(|key| (*key).to_owned())
+                        .collect();
                     keys.push(format!("actor.model.openpi.noise_method={method:?}"));
                     keys.push(format!("actor.model.openpi.mdp={mdp:?}"));
                     keys.push(format!("actor.model.openpi.ignore_last={ignore_last}"));
@@ -110,7 +108,11 @@ fn the_ratio_is_one_at_equal_weights_for_every_way_of_acting() {
 fn an_annealed_level_is_that_of_the_version() {
     for method in ["flow_sde", "flow_cps"] {
         for mdp in ["hybrid", "two_layer"] {
-            let mut keys: Vec<String> = COMMON.map(str::to_owned).to_vec();
+            let mut keys: Vec<String> = SMALL_NETWORK
+                .iter()
+                .chain(&COMMON)
+                .map(|key| (*key).to_owned())
+                .collect();
             keys.push(format!("actor.model.openpi.noise_method={method:?}"));
             keys.push(format!("actor.model.openpi.mdp={mdp:?}"));
             keys.push("actor.model.openpi.noise_anneal={start=0.7,end=0.3,steps=10}".to_owned());

@@ -21,13 +21,9 @@ use policy::{
     noise::{Purpose, fill_normal, stream},
     params::Part,
     plan::RunPlan,
-    prompt::Tokenizer,
 };
 use tch::{Kind, Tensor};
-use wire::{
-    array::Array,
-    messages::{ActRequest, ActRow, ChunkRecord, FromEngine, Guidance, Mode, Reset, ToEngine},
-};
+use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
 
 use crate::common::network;
 
@@ -47,17 +43,17 @@ fn perturb(policy: &Pi0, version: u64) {
 }
 
 /// A hub, an engine that serves version 0 of random weights, and a publisher for more.
-struct Ring {
-    dir: tempfile::TempDir,
-    plan: RunPlan,
-    policy: Pi0,
-    hub: Hub,
-    engine: Engine,
+pub(crate) struct Ring {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) plan: RunPlan,
+    pub(crate) policy: Pi0,
+    pub(crate) hub: Hub,
+    pub(crate) engine: Engine,
     publisher: Publisher,
 }
 
 impl Ring {
-    fn start(overrides: &[&str], seed: u64) -> Self {
+    pub(crate) fn start(overrides: &[&str], seed: u64) -> Self {
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), overrides);
         let policy = network(&plan, seed);
@@ -111,7 +107,7 @@ fn resets(count: u32, seed: u64) -> Vec<Reset> {
         .collect()
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -249,154 +245,12 @@ fn groups_out_of_bounds_are_sampled_again() {
     );
 }
 
-fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {
+pub(crate) fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkRecord {
     reply.rows[row].record.as_ref().expect("record")
 }
 
 /// The same key gives the same noise bit for bit in any batch, the same actions bit for bit in a batch of the same size and within
 /// 1e-5 in another (matrix products sum in another order).
-/// A robot that executes one chunk while it waits for the next one moves on without a jump.
-#[test]
-fn a_guided_chunk_goes_on_from_the_one_before() {
-    let Ring {
-        plan,
-        engine,
-        hub: _hub,
-        dir: _dir,
-        ..
-    } = Ring::start(&[], 4);
-    block_on(async {
-        let mut client = Client::connect(&engine.listen).await;
-        let plain = |number| ActRow {
-            record: false,
-            ..row(&plan, number, Mode::Eval)
-        };
-        let guided = |number, previous: &Array| ActRow {
-            guidance: Some(Guidance {
-                previous: previous.clone(),
-                delay: 2,
-                max_weight: 1.0,
-            }),
-            ..plain(number)
-        };
-        let before = client.act(1, vec![plain(0)]).await.rows.remove(0).actions;
-        let chunk = before.to_f32("actions", None).expect("actions");
-        let width = plan.config.actor.model.env_action_dim;
-        // one row has been executed when the next observation is made
-        let rest = Array::f32(&[chunk.len() / width - 1, width], &chunk[width..]);
-        let mut reply = client.act(2, vec![plain(1), guided(1, &rest)]).await;
-        let [free, held] = [0, 0].map(|_| reply.rows.remove(0).actions.to_f32("actions", None).expect("actions"));
-        let gap = |actions: &[f32], rows: std::ops::Range<usize>| {
-            let range = rows.start * width..rows.end * width;
-            let pairs = actions[range.clone()]
-                .iter()
-                .zip(&chunk[range.start + width..range.end + width]);
-            pairs.map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max)
-        };
-        // the weight is 1 until half of the flow time is left; what the last two of four steps add is pulled back by 1/3 of it at least
-        let (without, with) = (gap(&free, 0..2), gap(&held, 0..2));
-        println!("largest gap to the chunk before: {without:.3} without, {with:.3} with guidance");
-        assert!(with < 0.7 * without, "{with} against {without}");
-
-        let wrong = |guidance: Guidance, record| ActRow {
-            record,
-            guidance: Some(guidance),
-            ..plain(1)
-        };
-        let good = Guidance {
-            previous: rest.clone(),
-            delay: 2,
-            max_weight: 5.0,
-        };
-        let wide = Array::f32(&[1, width + 1], &vec![0.0; width + 1]);
-        for (request, row, reason) in [
-            (3, wrong(good.clone(), true), "without a record"),
-            (
-                4,
-                wrong(
-                    Guidance {
-                        previous: wide,
-                        ..good.clone()
-                    },
-                    false,
-                ),
-                "guidance.previous",
-            ),
-            (
-                5,
-                wrong(
-                    Guidance {
-                        max_weight: 0.0,
-                        ..good.clone()
-                    },
-                    false,
-                ),
-                "max_weight",
-            ),
-        ] {
-            client
-                .send(&ToEngine::Act(ActRequest {
-                    request,
-                    rows: vec![row],
-                }))
-                .await;
-            match client.receive().await {
-                FromEngine::Refused(refusal) => assert!(refusal.reason.contains(reason), "{}", refusal.reason),
-                other => panic!("expected a refusal, got {other:?}"),
-            }
-        }
-    });
-}
-
-/// pi0.5's words: those of the tabletop and of its prompt, and the bins of the state.
-fn words_with_state() -> String {
-    let bins = (-1..256).map(|bin| bin.to_string());
-    let words = ["pick", "red", "green", "blue", "Task", ":", ",", "State", ";", "Action"].map(str::to_owned);
-    let all: Vec<String> = words.into_iter().chain(bins).map(|word| format!("{word:?}")).collect();
-    format!("actor.model.tokenizer={{kind=\"words\",words=[{}]}}", all.join(","))
-}
-
-/// What the engine records of pi0.5 is its prompt with the state in words, and the learner reads the same: the ratio is 1.
-#[test]
-fn the_prompt_of_pi05_holds_the_state() {
-    let words = words_with_state();
-    let overrides = [
-        "actor.model.variant=\"pi05\"",
-        "actor.model.discrete_state_input=true",
-        "actor.model.prompt_len=20",
-        "actor.model.vocab=300",
-        "actor.model.value_head.state=false",
-        "actor.optim.critic_warmup_epochs=0",
-        "env.train.total_num_envs=8",
-        &words,
-    ];
-    let ring = Ring::start(&overrides, 4);
-    let model = &ring.plan.config.actor.model;
-    let tokenizer = Tokenizer::from_config(&model.tokenizer, None).expect("words");
-    block_on(async {
-        let mut client = Client::connect(&ring.engine.listen).await;
-        for number in [0, 5] {
-            let asked = row(&ring.plan, number, Mode::Train);
-            let seen = &asked.observation;
-            let want = tokenizer
-                .tokenize_with_state(&seen.prompt, &seen.state, model.prompt_len)
-                .expect("prompt");
-            let reply = client.act(number, vec![asked.clone()]).await;
-            assert_eq!(record(&reply, 0).prompt, want.ids);
-            assert_eq!(record(&reply, 0).prompt_mask, want.mask);
-        }
-    });
-    let worker = Worker::start(&ring.engine.listen, 8);
-    let got = sample(&ring.hub, &mut Children::default(), &ring.plan, 0, 0).expect("episodes");
-    let batch = RolloutBatch::new(&ring.plan, &got.used.trajectories, 0).expect("records");
-    let report = Updater::new(&ring.plan, &ring.policy)
-        .and_then(|mut updater| updater.update(&ring.policy, &batch, 0))
-        .expect("update");
-    // two programs sum in another order
-    assert!(report.first_ratio_deviation < 1e-3, "{}", report.first_ratio_deviation);
-    drop(worker);
-}
-
 #[test]
 fn replay_reproduces_a_recorded_chunk() {
     let Ring {
