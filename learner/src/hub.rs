@@ -8,12 +8,18 @@ use std::{
     fs::File,
     io::{Read, Seek, SeekFrom},
     path::PathBuf,
-    sync::mpsc as std_mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc as std_mpsc,
+    },
+    time::{Duration, Instant},
 };
 
 use policy::bundle::{Bundle, MANIFEST, describe_file};
 use tokio::sync::mpsc;
 use wire::{
+    limits::Limits,
     messages::{
         Announce, Batch, EngineState, Fetch, FilePart, FromLearner, Mode, Order, ReloadReport, Reset, ToLearner,
         Trajectory,
@@ -25,6 +31,14 @@ use crate::error::{LearnerError, Result};
 
 /// Bytes of a file per message.
 const PART_BYTES: usize = 4 << 20;
+/// An engine's state reaches the training thread when it changes, and otherwise no more often than this.
+const STATE_INTERVAL: Duration = Duration::from_millis(500);
+/// Reload reports of one connection that reach the training thread, per announced version.
+const MAX_REPORTS: u32 = 16;
+/// Longest reason of a reload report, in characters.
+const MAX_REASON: usize = 4096;
+/// States and reports that wait for the training thread; beyond that they are dropped. Trajectories never are: they are ordered.
+const MAX_WAITING: usize = 65_536;
 
 /// What engines report.
 #[derive(Debug)]
@@ -54,6 +68,7 @@ enum Command {
 pub struct Hub {
     commands: mpsc::UnboundedSender<Command>,
     events: std_mpsc::Receiver<HubEvent>,
+    waiting: Arc<AtomicUsize>,
     /// Where engines connect.
     pub endpoint: String,
 }
@@ -102,10 +117,21 @@ impl Wanted {
     }
 }
 
+/// A connected engine.
+struct Engine {
+    state: EngineState,
+    /// When its state last went to the training thread.
+    forwarded: Instant,
+    /// Reports since the last announce.
+    reports: u32,
+}
+
 struct State {
     sender: RouterSender,
     events: std_mpsc::Sender<HubEvent>,
-    engines: BTreeMap<Peer, EngineState>,
+    /// Events that the training thread has not taken.
+    waiting: Arc<AtomicUsize>,
+    engines: BTreeMap<Peer, Engine>,
     announce: Option<(Announce, PathBuf)>,
     /// What is wanted, the first first; evaluations stand before training.
     wanted: Vec<Wanted>,
@@ -131,14 +157,16 @@ impl Hub {
                 "starting the network thread of",
                 std::path::Path::new(listen),
             ))?;
-        let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen))?;
+        let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen, Limits::default()))?;
         // without capacities, for neither side may wait for the other: commands are calls of the training thread; events are the episodes
-        // that it ordered, once each, and heartbeats while it trains
+        // that it ordered, once each, and at most `MAX_WAITING` others
+        let waiting = Arc::new(AtomicUsize::new(0));
         let (commands, command_receiver) = mpsc::unbounded_channel();
         let (event_sender, events) = std_mpsc::channel();
         let state = State {
             sender,
             events: event_sender,
+            waiting: Arc::clone(&waiting),
             engines: BTreeMap::new(),
             announce: None,
             wanted: Vec::new(),
@@ -150,6 +178,7 @@ impl Hub {
         Ok(Self {
             commands,
             events,
+            waiting,
             endpoint,
         })
     }
@@ -203,7 +232,10 @@ impl Hub {
     /// The network thread has ended.
     pub fn next(&self, timeout: std::time::Duration) -> Result<Option<HubEvent>> {
         match self.events.recv_timeout(timeout) {
-            Ok(event) => Ok(Some(event)),
+            Ok(event) => {
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                Ok(Some(event))
+            }
             Err(std_mpsc::RecvTimeoutError::Timeout) => Ok(None),
             Err(std_mpsc::RecvTimeoutError::Disconnected) => Err(LearnerError::Missing(
                 "the network thread has ended, see the log above".to_owned(),
@@ -213,37 +245,36 @@ impl Hub {
 }
 
 impl State {
-    async fn run(mut self, mut receiver: RouterReceiver, mut commands: mpsc::UnboundedReceiver<Command>) {
+    async fn run(mut self, mut receiver: RouterReceiver<ToLearner>, mut commands: mpsc::UnboundedReceiver<Command>) {
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
                     None => return,
                     Some(Command::Announce(new)) => {
                         self.announce = Some(*new);
-                        for peer in self.engines.keys().cloned().collect::<Vec<_>>() {
-                            self.send_announce(&peer).await;
+                        for engine in self.engines.values_mut() {
+                            engine.reports = 0;
+                        }
+                        for peer in self.engines.keys().copied().collect::<Vec<_>>() {
+                            self.send_announce(peer);
                         }
                     }
                     Some(Command::Order(batch)) => {
                         self.wanted = vec![Wanted::new(batch)];
                         self.told.clear();
-                        self.hand_out().await;
+                        self.hand_out();
                     }
                     Some(Command::Add(batch)) => {
                         let place = if batch.mode == Mode::Eval { 0 } else { self.wanted.len() };
                         self.wanted.insert(place, Wanted::new(batch));
-                        self.hand_out().await;
+                        self.hand_out();
                     }
                 },
-                event = receiver.receive::<ToLearner>() => match event {
-                    Err(error) => {
-                        tracing::error!("the learner's endpoint failed: {error}");
-                        return;
-                    }
-                    Ok(RouterEvent::Gone(peer)) => self.gone(&peer).await,
-                    Ok(RouterEvent::Frame(_, Err(error))) => tracing::warn!("refused a frame from an engine: {error}"),
-                    Ok(RouterEvent::Frame(peer, Ok(message))) => {
-                        if self.take(peer, message).await.is_err() {
+                event = receiver.receive() => match event {
+                    RouterEvent::Gone(peer) => self.gone(peer),
+                    RouterEvent::Frame(_, Err(error)) => tracing::warn!("rejected a frame from an engine: {error}"),
+                    RouterEvent::Frame(peer, Ok(message)) => {
+                        if self.take(peer, message).is_err() {
                             return;
                         }
                     }
@@ -252,46 +283,81 @@ impl State {
         }
     }
 
-    async fn take(&mut self, peer: Peer, message: ToLearner) -> Result<(), std_mpsc::SendError<HubEvent>> {
+    fn take(&mut self, peer: Peer, message: ToLearner) -> Result<(), std_mpsc::SendError<HubEvent>> {
         match message {
-            ToLearner::State(state) => {
-                let known = self.engines.insert(peer.clone(), state.clone());
-                let restarted = known.as_ref().is_some_and(|k| k.engine != state.engine);
-                if known.is_none() || restarted {
-                    self.release(&peer);
-                    self.send_announce(&peer).await;
-                    self.hand_out().await;
-                }
-                self.events.send(HubEvent::State(state))
-            }
+            ToLearner::State(state) => self.state(peer, state),
             ToLearner::Fetch(fetch) => {
-                self.send_part(&peer, fetch).await;
+                self.send_part(peer, fetch);
                 Ok(())
             }
-            ToLearner::Reload(report) => self.events.send(HubEvent::Reload(report)),
+            ToLearner::Reload(mut report) => {
+                let Some(engine) = self.engines.get_mut(&peer).filter(|engine| engine.reports < MAX_REPORTS) else {
+                    return Ok(());
+                };
+                engine.reports += 1;
+                report.refused = report.refused.map(|reason| reason.chars().take(MAX_REASON).collect());
+                self.forward(HubEvent::Reload(report))
+            }
             ToLearner::Trajectory(trajectory) => {
-                let id = trajectory.id;
-                if self.seen.insert((trajectory.engine.clone(), id))
+                let (id, name) = (trajectory.id, (trajectory.engine.clone(), trajectory.id));
+                // only what is wanted is remembered: nobody can make the learner remember without end
+                if !self.seen.contains(&name)
                     && let Some(event) = self.claim(trajectory)
                 {
+                    self.seen.insert(name);
                     let stale = matches!(event, HubEvent::Stale);
-                    self.events.send(event)?;
+                    self.send_event(event)?;
                     if stale {
-                        self.hand_out().await;
+                        self.hand_out();
                     }
                 }
-                self.send(&peer, &FromLearner::Ack(vec![id])).await;
+                self.send(peer, &FromLearner::Ack(vec![id]));
                 Ok(())
             }
         }
     }
 
-    async fn gone(&mut self, peer: &Peer) {
-        if self.engines.remove(peer).is_some() {
+    fn state(&mut self, peer: Peer, state: EngineState) -> Result<(), std_mpsc::SendError<HubEvent>> {
+        let known = self.engines.get(&peer);
+        let restarted = known.is_none_or(|known| known.state.engine != state.engine);
+        let recent = known.is_some_and(|known| known.state == state && known.forwarded.elapsed() < STATE_INTERVAL);
+        let engine = Engine {
+            state: state.clone(),
+            forwarded: known.filter(|_| recent).map_or_else(Instant::now, |known| known.forwarded),
+            reports: known.map_or(0, |known| known.reports),
+        };
+        self.engines.insert(peer, engine);
+        if restarted {
             self.release(peer);
-            self.hand_out().await;
+            self.send_announce(peer);
+            self.hand_out();
+        }
+        if recent {
+            return Ok(());
+        }
+        self.forward(HubEvent::State(state))
+    }
+
+    /// Passes a state or a report on, unless too many wait.
+    fn forward(&self, event: HubEvent) -> Result<(), std_mpsc::SendError<HubEvent>> {
+        if self.waiting.load(Ordering::Relaxed) > MAX_WAITING {
+            tracing::warn!("an engine's report is dropped: {MAX_WAITING} wait for the training thread");
+            return Ok(());
+        }
+        self.send_event(event)
+    }
+
+    fn send_event(&self, event: HubEvent) -> Result<(), std_mpsc::SendError<HubEvent>> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.events.send(event)
+    }
+
+    fn gone(&mut self, peer: Peer) {
+        if self.engines.remove(&peer).is_some() {
+            self.release(peer);
+            self.hand_out();
             // the training thread decides whether an engine less ends the run
-            drop(self.events.send(HubEvent::Gone));
+            drop(self.forward(HubEvent::Gone));
         }
     }
 
@@ -320,18 +386,18 @@ impl State {
     }
 
     /// What an engine had is wanted from others.
-    fn release(&mut self, peer: &Peer) {
-        self.told.remove(peer);
+    fn release(&mut self, peer: Peer) {
+        self.told.remove(&peer);
         for (_, owner) in self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut()) {
-            if owner.as_ref().is_some_and(|(owner, _)| owner == peer) {
+            if owner.as_ref().is_some_and(|(owner, _)| *owner == peer) {
                 *owner = None;
             }
         }
     }
 
     /// Spreads the episodes that no engine has over the engines that are there, and sends each its order.
-    async fn hand_out(&mut self) {
-        let peers: Vec<Peer> = self.engines.keys().cloned().collect();
+    fn hand_out(&mut self) {
+        let peers: Vec<Peer> = self.engines.keys().copied().collect();
         let all = self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut());
         let mut free = all.filter(|(_, owner)| owner.is_none()).peekable();
         if peers.is_empty() || free.peek().is_none() {
@@ -340,10 +406,10 @@ impl State {
         self.orders += 1;
         let number = self.orders;
         for ((_, owner), peer) in free.zip(peers.iter().cycle()) {
-            *owner = Some((peer.clone(), number));
+            *owner = Some((*peer, number));
         }
         for peer in peers {
-            let replaces = self.told.insert(peer.clone());
+            let replaces = self.told.insert(peer);
             let tell = |owner: &Option<(Peer, u64)>| {
                 let owner = owner.as_ref().filter(|(owner, _)| *owner == peer);
                 owner.is_some_and(|(_, since)| replaces || *since == number)
@@ -367,20 +433,20 @@ impl State {
                     replaces,
                     batches,
                 };
-                self.send(&peer, &FromLearner::Order(order)).await;
+                self.send(peer, &FromLearner::Order(order));
             }
         }
     }
 
-    async fn send_announce(&mut self, peer: &Peer) {
+    fn send_announce(&self, peer: Peer) {
         if let Some((announce, _)) = &self.announce {
             let message = FromLearner::Announce(announce.clone());
-            self.send(peer, &message).await;
+            self.send(peer, &message);
         }
     }
 
     /// Serves a part of a file of the announced version; anything else is answered with no bytes.
-    async fn send_part(&mut self, peer: &Peer, fetch: Fetch) {
+    fn send_part(&self, peer: Peer, fetch: Fetch) {
         let path = self
             .announce
             .as_ref()
@@ -413,12 +479,12 @@ impl State {
             offset: fetch.offset,
             data,
         };
-        self.send(peer, &FromLearner::FilePart(part)).await;
+        self.send(peer, &FromLearner::FilePart(part));
     }
 
-    async fn send(&mut self, peer: &Peer, message: &FromLearner) {
-        if let Err(error) = self.sender.send(peer, message).await {
-            tracing::warn!("an engine did not take a message: {error}");
+    fn send(&self, peer: Peer, message: &FromLearner) {
+        if let Err(error) = self.sender.send(peer, message) {
+            tracing::debug!("an engine did not get a message: {error}");
         }
     }
 }

@@ -9,14 +9,14 @@ use std::{
 
 use policy::noise::NoiseKey;
 use wire::messages::{
-    ActedRow, ChunkRecord, Command, Hello, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
+    ActedRow, ChunkRecord, Command, Hello, MAX_SLOTS, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
     Trajectory, TrajectoryChunk,
 };
 
 use crate::queue::{Job, Row, Target};
 
-/// Most slots of one worker.
-pub const MAX_SLOTS: u32 = 4096;
+/// Most slots of all workers together.
+const MAX_ALL_SLOTS: u32 = 65_536;
 
 /// What the policy asks of workers and gives to episodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -287,7 +287,7 @@ impl<P: Ord + Clone> Assign<P> {
                 hello.env, hello.action_dim, shape.env_action_dim
             ));
         }
-        if hello.slots == 0 || hello.slots > MAX_SLOTS {
+        if hello.slots == 0 || hello.slots > MAX_SLOTS as u32 {
             return Err(format!(
                 "worker `{}` has {} slots, expected 1 to {MAX_SLOTS}",
                 hello.client, hello.slots
@@ -301,6 +301,14 @@ impl<P: Ord + Clone> Assign<P> {
             .collect();
         for p in earlier {
             self.gone(&p);
+        }
+        if self.slots() + hello.slots > MAX_ALL_SLOTS {
+            return Err(format!(
+                "worker `{}` has {} slots, expected at most {MAX_ALL_SLOTS} of all workers, {} are here",
+                hello.client,
+                hello.slots,
+                self.slots()
+            ));
         }
         let slots = (0..hello.slots).map(|_| Slot::Unseen).collect();
         self.clients.insert(

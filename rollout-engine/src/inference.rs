@@ -1,6 +1,6 @@
 //! The inference thread: the one place where the live policy runs.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
 
 use policy::config::RolloutConfig;
 use tokio::sync::mpsc;
@@ -10,7 +10,8 @@ use crate::{
     infer::{Sample, Wanted, draw, sample_fixed},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
-    queue::{Job, Queue, Row, Target},
+    pulse::Pulse,
+    queue::{Batch, Job, Queue, Row, Target},
     record,
 };
 
@@ -25,13 +26,39 @@ pub struct Answer {
     pub values: Vec<Option<f32>>,
 }
 
+/// Why a job has no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Whether the same request may succeed later.
+    pub retry: bool,
+    /// What was expected and found.
+    pub reason: String,
+}
+
+impl Failure {
+    /// The request itself cannot be answered.
+    fn invalid(reason: impl ToString) -> Self {
+        Self {
+            retry: false,
+            reason: reason.to_string(),
+        }
+    }
+}
+
 /// A job that is done.
 #[derive(Debug)]
 pub struct Done {
     /// Who waits.
     pub target: Target,
     /// The answer, or why there is none.
-    pub result: Result<Answer, String>,
+    pub result: Result<Answer, Failure>,
+}
+
+/// What a job that is answered in parts carries: the version that began it also ends it.
+#[derive(Debug)]
+pub struct Progress {
+    policy: Arc<LoadedPolicy>,
+    answer: Answer,
 }
 
 /// Batches that wait for delivery: inference goes on while one is delivered, and no further.
@@ -42,39 +69,104 @@ pub const DONE_CAPACITY: usize = 2;
 /// # Errors
 /// The system gives no thread.
 pub fn start(
-    queue: Arc<Queue>,
+    queue: Arc<Queue<Progress>>,
     slot: Arc<PolicySlot>,
     metrics: Arc<Metrics>,
+    pulse: Arc<Pulse>,
     config: &RolloutConfig,
     done: mpsc::Sender<Vec<Done>>,
 ) -> std::io::Result<thread::JoinHandle<()>> {
-    let (max_batch, fixed_batch) = (config.max_batch, config.fixed_batch);
+    let fixed_batch = config.fixed_batch;
     let deadline = Duration::from_micros(config.batch_deadline_micros);
     thread::Builder::new().name("inference".to_owned()).spawn(move || {
-        while let Some(jobs) = queue.take_batch(max_batch, deadline) {
-            let results = match slot.live() {
-                Some(policy) => answer(&policy, jobs, max_batch, fixed_batch, &metrics),
-                None => jobs
-                    .into_iter()
-                    .map(|job| Done {
-                        target: job.target,
-                        result: Err("no policy is live yet".to_owned()),
-                    })
-                    .collect(),
-            };
-            if done.blocking_send(results).is_err() {
+        while let Some(batch) = queue.take(deadline, fixed_batch.unwrap_or(1)) {
+            let results = pulse.inference(|| match (batch, slot.live()) {
+                (Batch::Whole(jobs), Some(policy)) => answer(&policy, jobs, fixed_batch, &metrics),
+                (Batch::Whole(jobs), None) => jobs.into_iter().map(|job| not_ready(job.target)).collect(),
+                (Batch::Part { job, rows }, live) => part(&queue, job, rows, live, fixed_batch, &metrics),
+            });
+            if !results.is_empty() && done.blocking_send(results).is_err() {
                 return;
             }
         }
     })
 }
 
-/// Answers jobs with one policy version, in batches of at most `max_batch` rows, or of exactly `fixed_batch`. A job with a row
-/// that cannot be used fails alone.
+fn not_ready(target: Target) -> Done {
+    Done {
+        target,
+        result: Err(Failure {
+            retry: true,
+            reason: "no policy is live yet".to_owned(),
+        }),
+    }
+}
+
+/// Answers the first rows of a large job; it goes back to the queue until all are answered.
+fn part(
+    queue: &Queue<Progress>,
+    mut job: Job<Progress>,
+    count: usize,
+    live: Option<Arc<LoadedPolicy>>,
+    fixed_batch: Option<usize>,
+    metrics: &Metrics,
+) -> Vec<Done> {
+    let target = job.target;
+    let begun = job.progress.take().or_else(|| {
+        let policy = live?;
+        let answer = Answer {
+            version: policy.version(),
+            rows: Vec::new(),
+            values: Vec::new(),
+        };
+        Some(Progress { policy, answer })
+    });
+    let Some(mut progress) = begun else {
+        return vec![not_ready(target)];
+    };
+    let rows: Vec<Row> = job.rows.drain(..count).collect();
+    let Some(done) = answer(&progress.policy, vec![Job::new(target, rows)], fixed_batch, metrics).pop() else {
+        return Vec::new();
+    };
+    match done.result {
+        Err(failure) => vec![Done {
+            target,
+            result: Err(failure),
+        }],
+        Ok(part) => {
+            progress.answer.rows.extend(part.rows);
+            progress.answer.values.extend(part.values);
+            if job.rows.is_empty() {
+                return vec![Done {
+                    target,
+                    result: Ok(progress.answer),
+                }];
+            }
+            job.progress = Some(progress);
+            match queue.put_back(job) {
+                Ok(()) => Vec::new(),
+                Err(job) => vec![closed(job.target)],
+            }
+        }
+    }
+}
+
+/// The end of a job that the engine leaves behind.
+pub fn closed(target: Target) -> Done {
+    Done {
+        target,
+        result: Err(Failure {
+            retry: true,
+            reason: "the engine is shutting down".to_owned(),
+        }),
+    }
+}
+
+/// Answers jobs with one policy version, in one batch, padded to `fixed_batch` rows where that is set. A job with a row that cannot
+/// be used fails alone.
 pub fn answer(
     policy: &LoadedPolicy,
-    jobs: Vec<Job>,
-    max_batch: usize,
+    jobs: Vec<Job<Progress>>,
     fixed_batch: Option<usize>,
     metrics: &Metrics,
 ) -> Vec<Done> {
@@ -84,8 +176,8 @@ pub fn answer(
             .with_label_values(&[stage])
             .observe(time.as_secs_f64());
     };
-    if let Some(oldest) = jobs.first() {
-        observe("queue", oldest.queued.elapsed());
+    if let Some(oldest) = jobs.iter().map(|job| job.queued).min() {
+        observe("queue", oldest.elapsed());
     }
     let begun = std::time::Instant::now();
     let mut prepared = Vec::new();
@@ -102,25 +194,17 @@ pub fn answer(
     }
     observe("preprocess", begun.elapsed());
 
-    let mut samples = Vec::with_capacity(prepared.len());
+    let mut samples = Vec::new();
     let mut failure = None;
-    let mut rest = prepared.into_iter();
-    loop {
-        let part: Vec<_> = rest.by_ref().take(max_batch.max(1)).collect();
-        if part.is_empty() {
-            break;
-        }
-        metrics.batch_rows.observe(part.len() as f64);
-        match sample_fixed(policy, part, fixed_batch) {
+    if !prepared.is_empty() {
+        metrics.batch_rows.observe(prepared.len() as f64);
+        match sample_fixed(policy, prepared, fixed_batch) {
             Ok(sampled) => {
                 observe("prefix", sampled.prefix);
                 observe("denoise", sampled.denoise);
-                samples.extend(sampled.samples);
+                samples = sampled.samples;
             }
-            Err(error) => {
-                failure = Some(error.to_string());
-                break;
-            }
+            Err(error) => failure = Some(error.to_string()),
         }
     }
 
@@ -131,9 +215,13 @@ pub fn answer(
         .map(|(job, unusable)| {
             let Job { rows, target, .. } = job;
             let result = match (unusable, &failure) {
-                (Some(reason), _) => Err(reason),
-                (None, Some(reason)) => Err(reason.clone()),
-                (None, None) => finish(policy, &rows, samples.by_ref().take(rows.len()), metrics),
+                (Some(reason), _) => Err(Failure::invalid(reason)),
+                // the request was sound: another batch, or another version, may succeed
+                (None, Some(reason)) => Err(Failure {
+                    retry: true,
+                    reason: format!("inference failed: {reason}"),
+                }),
+                (None, None) => finish(policy, &rows, samples.by_ref().take(rows.len()), metrics).map_err(Failure::invalid),
             };
             Done { target, result }
         })
@@ -171,7 +259,7 @@ fn wanted(policy: &LoadedPolicy, row: &Row) -> Result<Wanted, String> {
 
 fn finish(
     policy: &LoadedPolicy,
-    rows: &[Row],
+    rows: &VecDeque<Row>,
     samples: impl Iterator<Item = Sample>,
     metrics: &Metrics,
 ) -> Result<Answer, String> {

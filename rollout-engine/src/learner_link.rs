@@ -22,6 +22,7 @@ use crate::{
     incoming::{Incoming, Progress, digests},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
+    pulse::Pulse,
 };
 
 /// From the assignment to the link. Not bounded by the channel but by [`MAX_UNACKED_BYTES`]: beyond it no episode begins.
@@ -81,6 +82,8 @@ pub struct LearnerLink {
     pub slot: Arc<PolicySlot>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Told at every round.
+    pub pulse: Arc<Pulse>,
     /// Files of announced versions.
     pub incoming: Incoming,
     /// Work for the link.
@@ -136,8 +139,11 @@ impl LearnerLink {
             let endpoint = self.endpoint.clone();
             let connecting = connect_dealer(&endpoint);
             tokio::pin!(connecting);
+            let mut beat = interval(HEARTBEAT);
             let (send, receive) = loop {
+                self.pulse.link();
                 tokio::select! {
+                    _ = beat.tick() => {}
                     connected = &mut connecting => break connected?,
                     item = self.inbox.recv() => {
                         self.absorb(&mut memory, item).await;
@@ -177,6 +183,7 @@ impl LearnerLink {
         let mut beat = interval(HEARTBEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
+            self.pulse.link();
             let event = tokio::select! {
                 message = receive.receive::<FromLearner>() => Event::Message(message),
                 item = self.inbox.recv() => Event::Inbox(item),

@@ -12,5 +12,6 @@ pub mod record;
 pub mod learner_link;
 pub mod incoming;
 pub mod metrics;
+pub mod pulse;
 pub mod http;
 pub mod bench;

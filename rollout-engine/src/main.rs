@@ -19,11 +19,7 @@ use rollout_engine::{
     policy_slot::LoadedPolicy,
     serve::{Options, serve},
 };
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
-use tracing_subscriber::EnvFilter;
+use tokio::sync::watch;
 
 /// Serves a pi0 / pi0.5 policy bundle with ONNX Runtime: action chunks for env workers and robots, chunk records for training.
 #[derive(Debug, Parser)]
@@ -126,13 +122,7 @@ struct BenchArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .init();
+    process::log::start();
     let result = match cli.command {
         Command::Serve(args) => run_serve(args),
         Command::Check(args) => check(&args.dir, &args.backend),
@@ -145,7 +135,7 @@ fn main() -> ExitCode {
 }
 
 /// How long the end waits for a load in the background.
-const LOAD_PATIENCE: Duration = Duration::from_secs(10);
+const LOAD_PATIENCE: Duration = Duration::from_secs(5);
 
 fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
@@ -182,16 +172,10 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         .context("starting the runtime")?;
     let result = runtime.block_on(async {
         let (stop_sender, stop) = watch::channel(false);
-        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("listening for ctrl-c")?;
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::info!("stopping");
+        process::stop::on_signal(move || {
             stop_sender.send_replace(true);
-        });
+        })
+        .context("listening for SIGTERM and ctrl-c")?;
         Ok(serve(options, stop).await?)
     });
     // ONNX Runtime must not be torn down under a load that is still running

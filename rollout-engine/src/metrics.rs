@@ -3,6 +3,7 @@
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
+use wire::socket::Counters;
 
 /// All metrics of an engine.
 #[derive(Debug)]
@@ -36,6 +37,10 @@ pub struct Metrics {
     pub pending_resets: IntGauge,
     /// 1 while the learner is connected.
     pub learner_connected: IntGauge,
+    /// Connections of clients and workers.
+    connections: IntGauge,
+    /// Connections that ended, by `reason` ([`wire::socket::Closed`]).
+    connections_closed: IntCounterVec,
 }
 
 impl Metrics {
@@ -91,17 +96,24 @@ impl Metrics {
             slots: gauge("engine_slots", "slots of all workers")?,
             pending_resets: gauge("engine_pending_resets", "resets that wait for a slot or a version")?,
             learner_connected: gauge("engine_learner_connected", "1 while the learner is connected")?,
+            connections: gauge("engine_connections", "connections of clients and workers")?,
+            connections_closed: counter_vec("engine_connections_closed_total", "connections that ended", "reason")?,
             registry,
         };
         metrics.version.set(-1);
         Ok(metrics)
     }
 
-    /// The text that `/metrics` answers.
+    /// Returns the text of `/metrics`, with the connections of clients and workers.
     ///
     /// # Errors
     /// The encoder fails.
-    pub fn text(&self) -> Result<String, prometheus::Error> {
+    pub fn text(&self, connections: &Counters) -> Result<String, prometheus::Error> {
+        self.connections.set(connections.open() as i64);
+        for (reason, count) in connections.closed() {
+            let counter = self.connections_closed.with_label_values(&[reason.name()]);
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
@@ -117,8 +129,12 @@ mod tests {
         let metrics = Metrics::new().expect("no two metrics share a name");
         metrics.reloads.with_label_values(&["refused"]).inc();
         metrics.stage_seconds.with_label_values(&["prefix"]).observe(0.01);
-        let text = metrics.text().expect("encodes");
-        for line in ["engine_policy_version -1", "engine_reloads_total{result=\"refused\"} 1"] {
+        let text = metrics.text(&Counters::default()).expect("encodes");
+        for line in [
+            "engine_policy_version -1",
+            "engine_reloads_total{result=\"refused\"} 1",
+            "engine_connections_closed_total{reason=\"slow\"} 0",
+        ] {
             assert!(text.lines().any(|l| l == line), "{text}");
         }
     }

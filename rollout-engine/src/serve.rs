@@ -14,6 +14,7 @@ use policy::{
 use tokio::sync::{mpsc, watch};
 use wire::{
     codec::CodecError,
+    limits::Limits,
     messages::{ActReply, ActRequest, FromEngine, Hello, Refusal, ToEngine, Welcome},
     socket::{Peer, RouterEvent, RouterReceiver, RouterSender, SocketError, bind_router},
 };
@@ -23,11 +24,12 @@ use crate::{
     backend::{Backend, BackendError},
     http::{self, HttpError, Pages},
     incoming::Incoming,
-    inference::{self, Answer, DONE_CAPACITY, Done},
+    inference::{self, Answer, DONE_CAPACITY, Done, Failure, Progress},
     learner_link::{FromLink, LearnerLink, ToLink},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicyError, PolicySlot},
-    queue::{Job, Queue, QueueError, Row, Target},
+    pulse::Pulse,
+    queue::{Job, Queue, Row, Target},
 };
 
 /// What ends or prevents serving.
@@ -90,8 +92,8 @@ pub struct Options {
     pub endpoints_file: Option<PathBuf>,
 }
 
-/// A peer that does not take its messages for so long is treated as gone, so that it does not hold up the others.
-const SEND_PATIENCE: Duration = Duration::from_secs(2);
+/// How often the server's loop comes round when nothing happens.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Name of this session: unique per start.
 fn session_name() -> String {
@@ -106,7 +108,7 @@ fn session_name() -> String {
 /// # Errors
 /// It cannot start, or the inference thread or the endpoint fails.
 pub async fn serve(options: Options, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
-    let (mut server, mut roads) = start(options, stop.clone()).await?;
+    let (mut server, mut roads) = start(options).await?;
     let ended = server.run(&mut roads, stop).await;
     server.leave(roads).await;
     ended
@@ -114,7 +116,7 @@ pub async fn serve(options: Options, stop: watch::Receiver<bool>) -> Result<(), 
 
 /// What the server listens to.
 struct Roads {
-    receive: RouterReceiver,
+    receive: RouterReceiver<ToEngine>,
     done: mpsc::Receiver<Vec<Done>>,
     news: mpsc::Receiver<FromLink>,
     link: Option<tokio::task::JoinHandle<Result<(), SocketError>>>,
@@ -122,7 +124,10 @@ struct Roads {
 
 struct Server {
     send: RouterSender,
-    queue: Arc<Queue>,
+    queue: Arc<Queue<Progress>>,
+    /// Connections by the number that the queue knows them by.
+    peers: BTreeMap<u64, Peer>,
+    pulse: Arc<Pulse>,
     slot: Arc<PolicySlot>,
     metrics: Arc<Metrics>,
     assign: Assign<Peer>,
@@ -133,7 +138,7 @@ struct Server {
     bootstrap_terminated: bool,
 }
 
-async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server, Roads), ServeError> {
+async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
     let metrics = Arc::new(Metrics::new()?);
     let backend = Backend::new(options.rollout.provider, options.rollout.threads)?;
     let slot = Arc::new(PolicySlot::default());
@@ -150,23 +155,22 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
         incoming.learn(&Bundle::open(dir)?);
         slot.swap(Arc::new(policy));
     }
-    let (send, receive, listen) = bind_router(&options.rollout.listen).await?;
-    let (listener, address) = http::bind(&options.rollout.http).await?;
+    let pulse = Arc::new(Pulse::default());
+    let (send, receive, listen) = bind_router(&options.rollout.listen, Limits::default()).await?;
     let pages = Pages {
         slot: Arc::clone(&slot),
         metrics: Arc::clone(&metrics),
+        pulse: Arc::clone(&pulse),
+        connections: send.clone(),
     };
-    tokio::spawn(async move {
-        if let Err(error) = http::serve(listener, pages, stop).await {
-            tracing::error!("/healthz and /metrics are gone: {error}");
-        }
-    });
-    let queue = Arc::new(Queue::new(options.rollout.queue_capacity));
+    let address = http::start(&options.rollout.http, pages)?;
+    let queue = Arc::new(Queue::new(options.rollout.queue_capacity, options.rollout.max_batch));
     let (done_sender, done) = mpsc::channel(DONE_CAPACITY);
     inference::start(
         Arc::clone(&queue),
         Arc::clone(&slot),
         Arc::clone(&metrics),
+        Arc::clone(&pulse),
         &options.rollout,
         done_sender,
     )
@@ -183,6 +187,7 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
             backend,
             slot: Arc::clone(&slot),
             metrics: Arc::clone(&metrics),
+            pulse: Arc::clone(&pulse),
             incoming,
             inbox,
             outbox,
@@ -200,6 +205,8 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
     let mut server = Server {
         send,
         queue,
+        peers: BTreeMap::new(),
+        pulse,
         slot,
         metrics,
         assign: Assign::new(engine),
@@ -209,7 +216,7 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
         bootstrap_terminated: options.bootstrap_terminated,
     };
     if let Some(policy) = server.slot.live() {
-        server.live(&policy).await;
+        server.live(&policy);
     }
     Ok((
         server,
@@ -223,10 +230,11 @@ async fn start(options: Options, stop: watch::Receiver<bool>) -> Result<(Server,
 }
 
 enum Event {
-    Router(Result<RouterEvent<ToEngine>, SocketError>),
+    Router(RouterEvent<ToEngine>),
     Done(Option<Vec<Done>>),
     News(FromLink),
     LinkEnded(Result<(), SocketError>),
+    Tick,
     Stop,
 }
 
@@ -234,26 +242,34 @@ async fn ended(link: &mut Option<tokio::task::JoinHandle<Result<(), SocketError>
     match link {
         Some(task) => task
             .await
-            .unwrap_or_else(|e| Err(SocketError::Receive(format!("the learner's link ended: {e}")))),
+            .unwrap_or_else(|error| {
+                tracing::error!("the learner's link ended: {error}");
+                Err(SocketError::Disconnected)
+            }),
         None => std::future::pending().await,
     }
 }
 
 impl Server {
     async fn run(&mut self, roads: &mut Roads, mut stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
+            self.pulse.serving();
             let event = tokio::select! {
-                event = roads.receive.receive::<ToEngine>() => Event::Router(event),
+                event = roads.receive.receive() => Event::Router(event),
                 done = roads.done.recv() => Event::Done(done),
                 Some(news) = roads.news.recv() => Event::News(news),
                 result = ended(&mut roads.link) => Event::LinkEnded(result),
+                _ = tick.tick() => Event::Tick,
                 _ = stop.wait_for(|stop| *stop) => Event::Stop,
             };
             match event {
                 Event::Stop => return Ok(()),
+                Event::Tick => {}
                 Event::Done(None) => return Err(ServeError::Inference),
-                Event::Done(Some(done)) => self.done(done).await,
-                Event::Router(event) => self.take(event?).await,
+                Event::Done(Some(done)) => self.done(done),
+                Event::Router(event) => self.take(event),
                 Event::News(FromLink::Order(order)) => {
                     for batch in &order.batches {
                         let (count, mode) = (batch.resets.len(), batch.mode);
@@ -263,7 +279,7 @@ impl Server {
                     self.assign.take_order(order);
                 }
                 Event::News(FromLink::Retire) => self.assign.retire(),
-                Event::News(FromLink::Live(policy)) => self.live(&policy).await,
+                Event::News(FromLink::Live(policy)) => self.live(&policy),
                 Event::News(FromLink::Full(full)) => {
                     if full {
                         tracing::warn!(
@@ -277,16 +293,18 @@ impl Server {
                     result?;
                 }
             }
-            self.carry_out().await;
+            self.carry_out();
         }
     }
 
-    /// Ends: nothing more is taken, what is queued is answered, trajectories are flushed.
+    /// Ends: nothing more is accepted, what is queued is answered but for large requests, trajectories are flushed.
     async fn leave(&mut self, mut roads: Roads) {
-        self.queue.close();
+        let large = self.queue.close();
+        self.done(large.iter().map(|job| inference::closed(job.target)).collect());
         while let Some(done) = roads.done.recv().await {
-            self.done(done).await;
-            self.carry_out().await;
+            self.pulse.serving();
+            self.done(done);
+            self.carry_out();
         }
         roads.news.close();
         if self.link.send(ToLink::Finish).is_ok()
@@ -298,26 +316,22 @@ impl Server {
         tracing::info!("left");
     }
 
-    async fn reply(&mut self, peer: &Peer, message: &FromEngine) {
-        let failed = match tokio::time::timeout(SEND_PATIENCE, self.send.send(peer, message)).await {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error.to_string(),
-            Err(_late) => format!("it took nothing for {SEND_PATIENCE:?}"),
-        };
-        tracing::warn!("a peer is treated as gone: {failed}");
-        self.assign.gone(peer);
-        self.early.remove(peer);
+    /// Queues a message for a peer. One that does not take it is disconnected, which is an event of its own.
+    fn reply(&self, peer: Peer, message: &FromEngine) {
+        if let Err(error) = self.send.send(peer, message) {
+            tracing::debug!("a peer did not get an answer: {error}");
+        }
     }
 
-    async fn refuse(&mut self, peer: &Peer, refusal: Refusal, reason: &str) {
+    fn refuse(&self, peer: Peer, refusal: Refusal, reason: &str) {
         self.metrics.refused.with_label_values(&[reason]).inc();
         if !refusal.retry {
             tracing::warn!("refused: {}", refusal.reason);
         }
-        self.reply(peer, &FromEngine::Refused(refusal)).await;
+        self.reply(peer, &FromEngine::Refused(refusal));
     }
 
-    async fn live(&mut self, policy: &LoadedPolicy) {
+    fn live(&mut self, policy: &LoadedPolicy) {
         let manifest = &policy.manifest;
         self.metrics.version.set(policy.version() as i64);
         let shape = Shape {
@@ -328,24 +342,27 @@ impl Server {
         };
         self.assign.went_live(policy.version(), shape);
         for (peer, hello) in std::mem::take(&mut self.early) {
-            self.hello(peer, hello).await;
+            self.hello(peer, hello);
         }
     }
 
-    async fn take(&mut self, event: RouterEvent<ToEngine>) {
+    fn take(&mut self, event: RouterEvent<ToEngine>) {
         let count = |kind: &str| self.metrics.messages.with_label_values(&[kind]).inc();
         match event {
             RouterEvent::Gone(peer) => {
                 self.early.remove(&peer);
+                if self.peers.remove(&peer.into()).is_some() {
+                    self.queue.remove_client(peer.into());
+                }
                 self.assign.gone(&peer);
             }
             RouterEvent::Frame(peer, Err(error)) => {
                 count("malformed");
-                self.refuse(&peer, malformed(&error), "invalid").await;
+                self.refuse(peer, malformed(&error), "invalid");
             }
             RouterEvent::Frame(peer, Ok(ToEngine::Hello(hello))) => {
                 count("hello");
-                self.hello(peer, hello).await;
+                self.hello(peer, hello);
             }
             RouterEvent::Frame(peer, Ok(ToEngine::Reports(reports))) => {
                 count("reports");
@@ -353,29 +370,28 @@ impl Server {
             }
             RouterEvent::Frame(peer, Ok(ToEngine::Act(request))) => {
                 count("act");
-                self.act(peer, request).await;
+                self.act(peer, request);
             }
         }
     }
 
-    async fn hello(&mut self, peer: Peer, hello: Hello) {
+    fn hello(&mut self, peer: Peer, hello: Hello) {
         let Some(policy) = self.slot.live() else {
             tracing::info!("worker `{}` waits for the first policy", hello.client);
             self.early.retain(|_, h| h.client != hello.client);
             self.early.insert(peer, hello);
             return;
         };
-        if let Err(reason) = self.assign.hello(peer.clone(), &hello) {
+        if let Err(reason) = self.assign.hello(peer, &hello) {
             self.refuse(
-                &peer,
+                peer,
                 Refusal {
                     request: None,
                     retry: false,
                     reason,
                 },
                 "invalid",
-            )
-            .await;
+            );
             return;
         }
         tracing::info!(
@@ -391,18 +407,17 @@ impl Server {
             env_action_dim: manifest.env_action_dim as u32,
             cameras: manifest.cameras.clone(),
         };
-        self.reply(&peer, &FromEngine::Welcome(welcome)).await;
+        self.reply(peer, &FromEngine::Welcome(welcome));
     }
 
-    async fn act(&mut self, peer: Peer, request: ActRequest) {
+    fn act(&mut self, peer: Peer, request: ActRequest) {
         let refusal = |retry, reason| Refusal {
             request: Some(request.request),
             retry,
             reason,
         };
         if self.slot.live().is_none() {
-            self.refuse(&peer, refusal(true, "no policy is live yet".to_owned()), "not_ready")
-                .await;
+            self.refuse(peer, refusal(true, "no policy is live yet".to_owned()), "not_ready");
             return;
         }
         let rows = request
@@ -417,53 +432,70 @@ impl Server {
             })
             .collect();
         let target = Target::Client {
-            peer: peer.clone(),
+            client: peer.into(),
             request: request.request,
         };
-        match self.queue.push_client(Job::new(target, rows)) {
-            Ok(()) => {}
-            Err(error @ QueueError::Size { .. }) => {
-                self.refuse(&peer, refusal(false, error.to_string()), "invalid").await;
-            }
-            Err(error) => self.refuse(&peer, refusal(true, error.to_string()), "overload").await,
+        self.peers.insert(peer.into(), peer);
+        let mut displaced = Vec::new();
+        let pushed = self.queue.push_client(Job::new(target, rows), &mut displaced);
+        if let Err(error) = pushed {
+            let reason = if error.retry() { "overload" } else { "invalid" };
+            self.refuse(peer, refusal(error.retry(), error.to_string()), reason);
+        }
+        for job in displaced {
+            self.deliver(
+                job.target,
+                Err(Failure {
+                    retry: true,
+                    reason: "overloaded: the request made room for clients that wait for less, ask again".to_owned(),
+                }),
+            );
         }
     }
 
-    async fn done(&mut self, done: Vec<Done>) {
+    fn done(&mut self, done: Vec<Done>) {
         for Done { target, result } in done {
-            match (target, result) {
-                (Target::Slot(ticket), Ok(Answer { version, rows, .. })) => {
-                    for row in rows {
-                        self.assign.acted(ticket, version, row);
+            self.deliver(target, result);
+        }
+    }
+
+    fn deliver(&mut self, target: Target, result: Result<Answer, Failure>) {
+        match (target, result) {
+            (Target::Slot(ticket), Ok(Answer { version, rows, .. })) => {
+                for row in rows {
+                    self.assign.acted(ticket, version, row);
+                }
+            }
+            (Target::Bootstrap(ticket), Ok(answer)) => {
+                self.assign
+                    .bootstrapped(ticket, answer.values.first().copied().flatten());
+            }
+            (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(failure)) => {
+                self.assign.failed(ticket, &failure.reason);
+            }
+            (Target::Client { client, request }, result) => {
+                let Some(peer) = self.peers.get(&client).copied() else {
+                    return;
+                };
+                match result {
+                    Ok(Answer { version, rows, .. }) => {
+                        self.reply(peer, &FromEngine::Acted(ActReply { request, version, rows }));
+                    }
+                    Err(Failure { retry, reason }) => {
+                        let refusal = Refusal {
+                            request: Some(request),
+                            retry,
+                            reason,
+                        };
+                        self.refuse(peer, refusal, if retry { "overload" } else { "invalid" });
                     }
                 }
-                (Target::Bootstrap(ticket), Ok(answer)) => {
-                    self.assign
-                        .bootstrapped(ticket, answer.values.first().copied().flatten());
-                }
-                (Target::Slot(ticket) | Target::Bootstrap(ticket), Err(reason)) => self.assign.failed(ticket, &reason),
-                (Target::Client { peer, request }, Ok(Answer { version, rows, .. })) => {
-                    self.reply(&peer, &FromEngine::Acted(ActReply { request, version, rows }))
-                        .await;
-                }
-                (Target::Client { peer, request }, Err(reason)) => {
-                    self.refuse(
-                        &peer,
-                        Refusal {
-                            request: Some(request),
-                            retry: false,
-                            reason,
-                        },
-                        "invalid",
-                    )
-                    .await;
-                }
             }
         }
     }
 
-    /// Sends what the last event led to, also what follows from a peer that turns out to be gone.
-    async fn carry_out(&mut self) {
+    /// Sends what the last event led to.
+    fn carry_out(&mut self) {
         loop {
             let effects = self.assign.take_effects();
             let nothing = effects.commands.is_empty()
@@ -473,16 +505,16 @@ impl Server {
             if nothing {
                 break;
             }
-            self.queue.push_slots(effects.jobs);
+            self.queue.push_slots(effects.jobs.into_iter().map(Job::begin).collect());
             for trajectory in effects.trajectories {
                 self.metrics.trajectories.inc();
                 self.tell(ToLink::Trajectory(Box::new(trajectory)));
             }
             for (peer, refusal) in effects.refusals {
-                self.refuse(&peer, refusal, "invalid").await;
+                self.refuse(peer, refusal, "invalid");
             }
             for (peer, commands) in effects.commands {
-                self.reply(&peer, &FromEngine::Commands(commands)).await;
+                self.reply(peer, &FromEngine::Commands(commands));
             }
         }
         let state = (self.assign.order_number(), self.assign.slots());

@@ -6,7 +6,10 @@
     reason = "a test helper fails by panicking with the reason"
 )]
 
+pub mod hostile;
+pub mod probe;
 pub mod ring;
+pub mod standalone;
 
 use std::path::PathBuf;
 

@@ -1,9 +1,11 @@
 //! One `encode`, one `decode`: a header with magic, version and length, then the message as a `MessagePack` map.
 //!
 //! Layout: `b"PIRL"`, wire version (u16, little-endian), reserved zero (u16), payload length (u32), payload. The decoder takes bytes
-//! from anyone: it limits, checks, and refuses trailing bytes.
+//! from anyone: it counts the elements before it allocates for any, limits, checks, and rejects trailing bytes.
 
 use serde::{Serialize, de::DeserializeOwned};
+
+use crate::text::shown;
 
 /// Version of the messages; both ends must agree.
 pub const WIRE_VERSION: u16 = 4;
@@ -14,6 +16,9 @@ pub const HEADER_BYTES: usize = 12;
 const MAGIC: &[u8; 4] = b"PIRL";
 /// Messages nest a few levels; hostile ones would nest deeper to exhaust the stack.
 const MAX_DEPTH: usize = 32;
+/// Most numbers, texts, arrays and maps of one message, each array or map entry counted. 4,096 slot reports of three cameras and a
+/// state of 32 numbers have about 530,000.
+pub const MAX_ELEMENTS: usize = 1 << 20;
 
 /// A frame that cannot be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,8 +50,11 @@ pub enum CodecError {
         /// What follows it.
         found: usize,
     },
-    /// The payload is no such message.
-    #[error("payload is no message of this road: {0}")]
+    /// More elements than a message may have.
+    #[error("payload has more than {MAX_ELEMENTS} elements")]
+    Elements,
+    /// The payload is not a message of this connection.
+    #[error("payload is not a message that is expected here: {0}")]
     Payload(String),
 }
 
@@ -73,11 +81,8 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
     Ok(frame)
 }
 
-/// Decodes a frame as a message of type `T`.
-///
-/// # Errors
-/// Says which rule the frame breaks.
-pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
+/// Checks the header and returns the payload behind it.
+fn payload(frame: &[u8]) -> Result<&[u8], CodecError> {
     if frame.len() > MAX_FRAME_BYTES {
         return Err(CodecError::Long { found: frame.len() });
     }
@@ -101,14 +106,80 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
             found: payload.len(),
         });
     }
-    let mut deserializer = rmp_serde::Deserializer::new(payload);
-    deserializer.set_max_depth(MAX_DEPTH);
-    let message = T::deserialize(&mut deserializer).map_err(|e| CodecError::Payload(e.to_string()))?;
-    let rest = deserializer.get_ref().len();
-    if rest != 0 {
-        return Err(CodecError::Payload(format!("{rest} bytes follow the message")));
+    Ok(payload)
+}
+
+/// Counts the elements of a MessagePack value without allocating, and checks that it ends with its bytes.
+///
+/// # Errors
+/// There are more than [`MAX_ELEMENTS`], the bytes end early or go on, or are not MessagePack.
+fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
+    let broken = |text: &str| CodecError::Payload(text.to_owned());
+    let mut rest = bytes;
+    let mut take = |count: usize| {
+        let (taken, left) = rest
+            .split_at_checked(count)
+            .ok_or_else(|| broken("the bytes end inside a value"))?;
+        rest = left;
+        Ok::<_, CodecError>(taken)
+    };
+    let number = |bytes: &[u8]| bytes.iter().fold(0usize, |n, b| (n << 8) | usize::from(*b));
+    let (mut count, mut open) = (0usize, 1usize);
+    while open > 0 {
+        open -= 1;
+        count += 1;
+        let marker = take(1)?.first().copied().unwrap_or_default();
+        // bytes to pass over, and entries that follow
+        let (skip, entries) = match marker {
+            0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => (0, 0),
+            0x80..=0x8f => (0, 2 * usize::from(marker & 0x0f)),
+            0x90..=0x9f => (0, usize::from(marker & 0x0f)),
+            0xa0..=0xbf => (usize::from(marker & 0x1f), 0),
+            0xc1 => return Err(broken("it has the marker 0xc1, which MessagePack never uses")),
+            0xc4 | 0xd9 => (number(take(1)?), 0),
+            0xc5 | 0xda => (number(take(2)?), 0),
+            0xc6 | 0xdb => (number(take(4)?), 0),
+            0xc7..=0xc9 | 0xd4..=0xd8 => return Err(broken("it has an extension type, none is expected")),
+            0xcc | 0xd0 => (1, 0),
+            0xcd | 0xd1 => (2, 0),
+            0xca | 0xce | 0xd2 => (4, 0),
+            0xcb | 0xcf | 0xd3 => (8, 0),
+            0xdc => (0, number(take(2)?)),
+            0xdd => (0, number(take(4)?)),
+            0xde => (0, 2 * number(take(2)?)),
+            0xdf => (0, 2 * number(take(4)?)),
+        };
+        take(skip)?;
+        open += entries;
+        if count + open > MAX_ELEMENTS {
+            return Err(CodecError::Elements);
+        }
     }
-    Ok(message)
+    let left = rest.len();
+    if left != 0 {
+        return Err(CodecError::Payload(format!("{left} bytes follow the message")));
+    }
+    Ok(count)
+}
+
+/// Checks a frame and counts its elements, without allocating.
+///
+/// # Errors
+/// Says which rule the frame breaks.
+pub(crate) fn count(frame: &[u8]) -> Result<usize, CodecError> {
+    count_elements(payload(frame)?)
+}
+
+/// Decodes a frame as a message of type `T`.
+///
+/// # Errors
+/// Says which rule the frame breaks.
+pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
+    let payload = payload(frame)?;
+    count_elements(payload)?;
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(payload);
+    deserializer.set_max_depth(MAX_DEPTH);
+    T::deserialize(&mut deserializer).map_err(|e| CodecError::Payload(shown(&e.to_string())))
 }
 
 #[cfg(test)]
@@ -170,6 +241,51 @@ mod tests {
         assert!(text.contains('9') && text.contains(&WIRE_VERSION.to_string()), "{text}");
     }
 
+    fn framed(payload: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::from(*MAGIC);
+        frame.extend_from_slice(&WIRE_VERSION.to_le_bytes());
+        frame.extend_from_slice(&[0, 0]);
+        frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+        frame.extend_from_slice(payload);
+        frame
+    }
+
+    #[test]
+    fn elements_are_counted_as_serialized() {
+        // {"reports": [{"slot": 3, "outcome": {..5 keys, 2 rewards}, "observation": {..3 keys, 2 images, 1 number}}]}
+        let outcome = 1 + 10 + 2;
+        let image = 1 + 6 + 3;
+        let observation = 1 + 6 + image + 1 + 1;
+        let report = 1 + 4 + outcome + observation;
+        let elements = count(&encode(&sample()).expect("encodes")).expect("sound");
+        assert_eq!(elements, 1 + 1 + 1 + report);
+    }
+
+    #[test]
+    fn nothing_is_allocated_for_what_is_only_announced() {
+        // an array of 2^32 - 1, a map of 2^31, a text and bytes of 2^32 - 1, each cut after its header; 19 MiB of nils
+        let mut nils = vec![0xdd, 0x01, 0x30, 0x00, 0x00];
+        nils.resize(5 + (19 << 20), 0xc0);
+        for (payload, reason) in [
+            (vec![0xdd, 0xff, 0xff, 0xff, 0xff], "more than"),
+            (vec![0xdf, 0x80, 0x00, 0x00, 0x00], "more than"),
+            (vec![0xdb, 0xff, 0xff, 0xff, 0xff], "end inside"),
+            (vec![0xc6, 0xff, 0xff, 0xff, 0xff], "end inside"),
+            (nils, "more than"),
+        ] {
+            let error = decode::<ToEngine>(&framed(&payload)).expect_err("rejected").to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_peer_s_text_is_cut_and_escaped() {
+        let name = format!("x\n\u{1b}[31m{}", "y".repeat(30 << 20));
+        let frame = encode(&std::collections::BTreeMap::from([(name, 1u8)])).expect("encodes");
+        let error = decode::<ToEngine>(&frame).expect_err("rejected").to_string();
+        assert!(error.len() < 1000 && !error.contains(['\n', '\u{1b}']), "{error}");
+    }
+
     proptest! {
         #[test]
         fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000), at in 0usize..300, with in any::<u8>()) {
@@ -182,12 +298,7 @@ mod tests {
                 prop_assert!(encode(&message).is_ok());
             }
             // hostile payload behind a right header
-            let mut framed = Vec::from(*MAGIC);
-            framed.extend_from_slice(&WIRE_VERSION.to_le_bytes());
-            framed.extend_from_slice(&[0, 0]);
-            framed.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
-            framed.extend_from_slice(&bytes);
-            if let Ok(message) = decode::<ToEngine>(&framed) {
+            if let Ok(message) = decode::<ToEngine>(&framed(&bytes)) {
                 prop_assert!(encode(&message).is_ok());
             }
         }

@@ -12,17 +12,27 @@
 use policy::{bundle::BundleFile, noise::NoiseKey};
 use serde::{Deserialize, Serialize};
 
-use crate::array::Array;
+use crate::{
+    array::Array,
+    text::{at_most, name, prompt},
+};
+
+/// Most cameras of an observation.
+pub const MAX_CAMERAS: usize = 16;
+/// Most slots of one worker, and so reports of one message.
+pub const MAX_SLOTS: usize = 4096;
 
 /// What a robot or simulator sees.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Observation {
     /// One u8 array `[height, width, 3]` (RGB) per camera of the policy, in its order; `None` for an absent camera.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_CAMERAS>")]
     pub images: Vec<Option<Array>>,
     /// Proprioceptive state in the environment's units.
     pub state: Vec<f32>,
-    /// The instruction.
+    /// The instruction, at most 8,192 bytes.
+    #[serde(deserialize_with = "prompt")]
     pub prompt: String,
 }
 
@@ -59,8 +69,11 @@ pub struct SlotReport {
 #[serde(deny_unknown_fields)]
 pub struct Hello {
     /// Name that a worker keeps over reconnects: its unfinished episodes start anew when it says hello again.
+    /// At most 128 bytes, without control characters.
+    #[serde(deserialize_with = "name")]
     pub client: String,
-    /// Environment name, for the log.
+    /// Environment name, for the log; of the same form.
+    #[serde(deserialize_with = "name")]
     pub env: String,
     /// Width of the environment's action; the engine refuses one that differs from the policy's.
     pub action_dim: u32,
@@ -123,7 +136,7 @@ pub enum ToEngine {
     /// First message of a worker, repeated after every reconnect.
     Hello(Hello),
     /// Reports of slots.
-    Reports(Vec<SlotReport>),
+    Reports(#[serde(deserialize_with = "at_most::<_, _, MAX_SLOTS>")] Vec<SlotReport>),
     /// A client's request.
     Act(ActRequest),
 }
@@ -277,6 +290,7 @@ pub struct Trajectory {
     /// Number that the acknowledgement repeats; unique per engine session.
     pub id: u64,
     /// Which engine session.
+    #[serde(deserialize_with = "name")]
     pub engine: String,
     /// The order that asked for it.
     pub order: u64,
@@ -300,7 +314,8 @@ pub struct Trajectory {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineState {
-    /// Session name, unique per start.
+    /// Session name, unique per start; at most 128 bytes, without control characters.
+    #[serde(deserialize_with = "name")]
     pub engine: String,
     /// Live version; `None` before the first bundle.
     pub version: Option<u64>,
@@ -327,6 +342,7 @@ pub struct Fetch {
 #[serde(deny_unknown_fields)]
 pub struct ReloadReport {
     /// Which engine session.
+    #[serde(deserialize_with = "name")]
     pub engine: String,
     /// The announced version.
     pub version: u64,

@@ -90,12 +90,15 @@ fn run(args: Args) -> anyhow::Result<()> {
         } => {
             let mut env = env::make(&env, num_envs.get(), table(&params)?)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let (stop_sender, mut stop) = tokio::sync::watch::channel(false);
+            process::stop::on_signal(move || {
+                stop_sender.send_replace(true);
+            })
+            .context("listening for SIGTERM and ctrl-c")?;
             runtime.block_on(async {
-                let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
                 tokio::select! {
                     served = envs::worker::serve(&engine, &name, env.as_mut()) => Ok(served?),
-                    _ = terminate.recv() => Ok(()),
-                    _ = tokio::signal::ctrl_c() => Ok(()),
+                    _ = stop.wait_for(|stop| *stop) => Ok(()),
                 }
             })
         }
@@ -122,11 +125,7 @@ fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn main() -> std::process::ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
+    process::log::start();
     match run(Args::parse()) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => failed("env-worker", error.as_ref()),

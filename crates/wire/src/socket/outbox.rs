@@ -1,0 +1,284 @@
+//! What waits to be sent to one peer: bounded in bytes and messages, written without waiting by whoever sends, and by the
+//! connection's task once the socket takes more.
+
+use std::{
+    collections::VecDeque,
+    io::{ErrorKind, IoSlice},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use tokio::{net::tcp::OwnedWriteHalf, sync::Notify, time::timeout};
+
+use super::closer::Closed;
+use crate::{
+    limits::Limits,
+    zmtp::{MAX_HEADER_BYTES, message_header},
+};
+
+/// Pieces of one system call; a message has two.
+const PIECES: usize = 32;
+/// Frame header of an empty delimiter.
+const DELIMITER: [u8; 2] = [1, 0];
+
+/// Bytes that wait to be sent to all peers of an endpoint.
+#[derive(Debug, Default)]
+pub(super) struct Queued {
+    bytes: AtomicUsize,
+    /// Peers for whom some wait.
+    peers: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Item {
+    head: [u8; DELIMITER.len() + MAX_HEADER_BYTES],
+    head_bytes: usize,
+    body: Vec<u8>,
+}
+
+impl Item {
+    fn bytes(&self) -> usize {
+        self.head_bytes + self.body.len()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    items: VecDeque<Item>,
+    /// Bytes of the first item that are written.
+    written: usize,
+    bytes: usize,
+    closed: Option<Closed>,
+}
+
+/// Why a message was not queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unsent {
+    /// The connection has ended.
+    Gone,
+    /// Too much waits already.
+    Slow,
+}
+
+/// The outbox of a connection.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    half: OwnedWriteHalf,
+    limits: Arc<Limits>,
+    all: Arc<Queued>,
+    state: Mutex<State>,
+    /// Something waits that the socket did not take at once.
+    filled: Notify,
+    /// There is room again, or the connection has ended.
+    drained: Notify,
+    /// The peer is a REQ socket: its answers begin with an empty delimiter.
+    delimited: AtomicBool,
+}
+
+impl Outbox {
+    pub(super) fn new(half: OwnedWriteHalf, limits: Arc<Limits>, all: Arc<Queued>) -> Arc<Self> {
+        Arc::new(Self {
+            half,
+            limits,
+            all,
+            state: Mutex::default(),
+            filled: Notify::new(),
+            drained: Notify::new(),
+            delimited: AtomicBool::new(false),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // no step between two changes of the state can panic
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on messages begin with an empty delimiter.
+    pub(super) fn delimit(&self) {
+        self.delimited.store(true, Ordering::Relaxed);
+    }
+
+    /// Queues a message and writes what the socket takes at once.
+    pub(super) fn send(&self, body: Vec<u8>) -> Result<(), Unsent> {
+        let mut head = [0u8; DELIMITER.len() + MAX_HEADER_BYTES];
+        let delimiter: &[u8] = if self.delimited.load(Ordering::Relaxed) { &DELIMITER } else { &[] };
+        let (header, length) = message_header(body.len());
+        let header = header.iter().take(length);
+        for (byte, value) in head.iter_mut().zip(delimiter.iter().chain(header)) {
+            *byte = *value;
+        }
+        self.push(Item {
+            head,
+            head_bytes: delimiter.len() + length,
+            body,
+        })
+    }
+
+    /// Queues the bytes of a whole command frame.
+    pub(super) fn send_raw(&self, frame: Vec<u8>) -> Result<(), Unsent> {
+        self.push(Item {
+            head: Default::default(),
+            head_bytes: 0,
+            body: frame,
+        })
+    }
+
+    fn push(&self, item: Item) -> Result<(), Unsent> {
+        let mut state = self.lock();
+        if state.closed.is_some() {
+            return Err(Unsent::Gone);
+        }
+        let before = state.bytes;
+        state.bytes += item.bytes();
+        state.items.push_back(item);
+        // behind others the socket is full: its task writes when it takes more
+        if state.items.len() == 1 {
+            self.write(&mut state);
+        }
+        self.account(before, &state);
+        if state.closed.is_some() {
+            return Err(Unsent::Gone);
+        }
+        if state.items.is_empty() {
+            return Ok(());
+        }
+        let limits = &self.limits;
+        let share = limits.queued_bytes / self.all.peers.load(Ordering::Relaxed).max(1);
+        let alone = state.items.len() == 1;
+        if !alone && (state.items.len() > limits.queued_messages_per_peer || state.bytes > limits.queued_bytes_per_peer)
+            || state.bytes > share.max(1) && self.all.bytes.load(Ordering::Relaxed) > limits.queued_bytes
+        {
+            self.finish(&mut state, Closed::Slow);
+            return Err(Unsent::Slow);
+        }
+        drop(state);
+        self.filled.notify_one();
+        Ok(())
+    }
+
+    /// Keeps the sums over all peers.
+    fn account(&self, before: usize, state: &State) {
+        let after = state.bytes;
+        if after > before {
+            self.all.bytes.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.all.bytes.fetch_sub(before - after, Ordering::Relaxed);
+        }
+        match (before, after) {
+            (0, 1..) => self.all.peers.fetch_add(1, Ordering::Relaxed),
+            (1.., 0) => self.all.peers.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+    }
+
+    /// Writes until all is written or the socket takes no more. A failed socket closes the outbox.
+    fn write(&self, state: &mut State) {
+        while !state.items.is_empty() {
+            let mut pieces = [IoSlice::new(&[]); PIECES];
+            let mut skip = state.written;
+            let parts = state
+                .items
+                .iter()
+                .flat_map(|item| [item.head.get(..item.head_bytes).unwrap_or_default(), item.body.as_slice()]);
+            let mut used = 0;
+            for (piece, part) in pieces.iter_mut().zip(parts) {
+                let here = skip.min(part.len());
+                skip -= here;
+                *piece = IoSlice::new(part.get(here..).unwrap_or_default());
+                used += 1;
+            }
+            match self.half.try_write_vectored(pieces.get(..used).unwrap_or_default()) {
+                Ok(0) => return self.discard(state, Closed::Left),
+                Ok(count) => {
+                    state.written += count;
+                    state.bytes -= count;
+                    while let Some(first) = state.items.front()
+                        && state.written >= first.bytes()
+                    {
+                        state.written -= first.bytes();
+                        state.items.pop_front();
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_gone) => return self.discard(state, Closed::Left),
+            }
+        }
+    }
+
+    fn discard(&self, state: &mut State, reason: Closed) {
+        state.closed.get_or_insert(reason);
+        state.items.clear();
+        state.bytes = 0;
+        state.written = 0;
+        self.drained.notify_waiters();
+    }
+
+    fn finish(&self, state: &mut State, reason: Closed) {
+        let before = state.bytes;
+        self.discard(state, reason);
+        self.account(before, state);
+        self.filled.notify_one();
+    }
+
+    /// Ends it: what waits is dropped, later messages are rejected.
+    pub(super) fn close(&self) {
+        self.finish(&mut self.lock(), Closed::Stopped);
+    }
+
+    /// Waits until the peer has taken enough that another message may wait.
+    pub(super) async fn room(&self) -> Result<(), Unsent> {
+        loop {
+            let drained = self.drained.notified();
+            {
+                let state = self.lock();
+                if state.closed.is_some() {
+                    return Err(Unsent::Gone);
+                }
+                if state.items.len() < self.limits.queued_messages_per_peer
+                    && state.bytes < self.limits.queued_bytes_per_peer
+                {
+                    return Ok(());
+                }
+            }
+            drained.await;
+        }
+    }
+
+    /// Writes what waits whenever the socket takes more; ends when the connection has failed or the peer takes nothing.
+    pub(super) async fn run(&self) -> Closed {
+        loop {
+            self.filled.notified().await;
+            loop {
+                {
+                    let mut state = self.lock();
+                    let before = state.bytes;
+                    self.write(&mut state);
+                    self.account(before, &state);
+                    if let Some(reason) = state.closed {
+                        return reason;
+                    }
+                    if state.bytes < before {
+                        self.drained.notify_waiters();
+                    }
+                    if state.items.is_empty() {
+                        break;
+                    }
+                }
+                match timeout(self.limits.send_stall, self.half.writable()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_gone)) => return Closed::Left,
+                    Err(_late) => return Closed::Slow,
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
