@@ -9,7 +9,7 @@ use std::{
     io::{Read, Seek, SeekFrom},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
         mpsc as std_mpsc,
     },
@@ -31,6 +31,10 @@ use crate::error::{LearnerError, Result};
 
 /// Bytes of a file per message.
 const PART_BYTES: usize = 4 << 20;
+/// Parts that wait to be read, of all engines.
+const MAX_PARTS: usize = 1024;
+/// Bytes that an engine, and all of them, may send per second: trajectories with their images, read as fast as they come.
+const ENGINE_BYTES_PER_SECOND: usize = 1 << 30;
 /// An engine's state reaches the training thread when it changes, and otherwise no more often than this.
 const STATE_INTERVAL: Duration = Duration::from_millis(500);
 /// Reload reports of one connection that reach the training thread, per announced version.
@@ -128,6 +132,7 @@ struct Engine {
 
 struct State {
     sender: RouterSender,
+    parts: Parts,
     events: std_mpsc::Sender<HubEvent>,
     /// Events that the training thread has not taken.
     waiting: Arc<AtomicUsize>,
@@ -141,6 +146,79 @@ struct State {
     told: BTreeSet<Peer>,
     /// Acknowledged trajectories by engine session, to drop repetitions.
     seen: BTreeSet<(String, u64)>,
+}
+
+/// A part that an engine asked for.
+struct Asked {
+    peer: Peer,
+    fetch: Fetch,
+    /// Where the file is; `None`: it is not part of the announced version.
+    path: Option<PathBuf>,
+}
+
+/// The thread that reads parts of files, so that nobody waits for the disk but the engine that asked.
+struct Parts {
+    asked: std_mpsc::SyncSender<Asked>,
+    /// Engines whose part is being read.
+    reading: Arc<Mutex<BTreeSet<Peer>>>,
+}
+
+impl Parts {
+    fn start(sender: RouterSender) -> std::io::Result<Self> {
+        let (asked, receiver) = std_mpsc::sync_channel::<Asked>(MAX_PARTS);
+        let reading = Arc::new(Mutex::new(BTreeSet::new()));
+        let done = Arc::clone(&reading);
+        std::thread::Builder::new().name("parts".to_owned()).spawn(move || {
+            for asked in receiver {
+                let peer = asked.peer;
+                let part = FromLearner::FilePart(read_part(asked));
+                done.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);
+                if let Err(error) = sender.send(peer, &part) {
+                    tracing::debug!("an engine did not get its part: {error}");
+                }
+            }
+        })?;
+        Ok(Self { asked, reading })
+    }
+
+    /// Returns whether the part will be read: one at a time for an engine, [`MAX_PARTS`] for all.
+    fn ask(&self, asked: Asked) -> bool {
+        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let peer = asked.peer;
+        if !reading.insert(peer) {
+            return false;
+        }
+        let accepted = self.asked.try_send(asked).is_ok();
+        if !accepted {
+            reading.remove(&peer);
+        }
+        accepted
+    }
+}
+
+fn read_part(asked: Asked) -> FilePart {
+    let Asked { fetch, path, .. } = asked;
+    let read = |path: PathBuf| -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(fetch.offset))?;
+        let mut data = Vec::new();
+        file.take(PART_BYTES as u64).read_to_end(&mut data)?;
+        Ok(data)
+    };
+    let data = path.map_or_else(|| Ok(Vec::new()), read).unwrap_or_else(|error| {
+        tracing::error!(
+            "failed to read `{}` of version {} for an engine: {error}",
+            fetch.file,
+            fetch.version
+        );
+        Vec::new()
+    });
+    FilePart {
+        version: fetch.version,
+        file: fetch.file,
+        offset: fetch.offset,
+        data,
+    }
 }
 
 impl Hub {
@@ -157,7 +235,16 @@ impl Hub {
                 "starting the network thread of",
                 std::path::Path::new(listen),
             ))?;
-        let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen, Limits::default()))?;
+        let limits = Limits {
+            peer_bytes_per_second: ENGINE_BYTES_PER_SECOND,
+            large_bytes_per_second: ENGINE_BYTES_PER_SECOND,
+            ..Limits::default()
+        };
+        let (sender, receiver, endpoint) = runtime.block_on(bind_router(listen, limits))?;
+        let parts = Parts::start(sender.clone()).map_err(crate::error::io(
+            "starting the thread for file parts of",
+            std::path::Path::new(listen),
+        ))?;
         // without capacities, for neither side may wait for the other: commands are calls of the training thread; events are the episodes
         // that it ordered, once each, and at most `MAX_WAITING` others
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -165,6 +252,7 @@ impl Hub {
         let (event_sender, events) = std_mpsc::channel();
         let state = State {
             sender,
+            parts,
             events: event_sender,
             waiting: Arc::clone(&waiting),
             engines: BTreeMap::new(),
@@ -445,7 +533,8 @@ impl State {
         }
     }
 
-    /// Serves a part of a file of the announced version; anything else is answered with no bytes.
+    /// Has a part of a file of the announced version read and sent; anything else is answered with no bytes. An engine that asks for
+    /// more before it took the last is not served: it asks again when the part does not come.
     fn send_part(&self, peer: Peer, fetch: Fetch) {
         let path = self
             .announce
@@ -454,32 +543,10 @@ impl State {
                 announce.version == fetch.version && announce.files.iter().any(|f| f.name == fetch.file)
             })
             .map(|(_, dir)| dir.join(&fetch.file));
-        let read = |path: PathBuf| -> std::io::Result<Vec<u8>> {
-            let mut file = File::open(path)?;
-            file.seek(SeekFrom::Start(fetch.offset))?;
-            let mut data = Vec::new();
-            file.take(PART_BYTES as u64).read_to_end(&mut data)?;
-            Ok(data)
-        };
-        let data = match path.map(read) {
-            Some(Ok(data)) => data,
-            Some(Err(error)) => {
-                tracing::error!(
-                    "reading `{}` of version {} for an engine: {error}",
-                    fetch.file,
-                    fetch.version
-                );
-                Vec::new()
-            }
-            None => Vec::new(),
-        };
-        let part = FilePart {
-            version: fetch.version,
-            file: fetch.file,
-            offset: fetch.offset,
-            data,
-        };
-        self.send(peer, &FromLearner::FilePart(part));
+        let asked = Asked { peer, fetch, path };
+        if self.sender.queued_bytes(peer) > PART_BYTES || !self.parts.ask(asked) {
+            tracing::debug!("an engine asks for more parts than it takes");
+        }
     }
 
     fn send(&self, peer: Peer, message: &FromLearner) {

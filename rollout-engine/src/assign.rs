@@ -9,11 +9,11 @@ use std::{
 
 use policy::noise::NoiseKey;
 use wire::messages::{
-    ActedRow, ChunkRecord, Command, Hello, MAX_SLOTS, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
+    ActRow, ActedRow, ChunkRecord, Command, Hello, MAX_SLOTS, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
     Trajectory, TrajectoryChunk,
 };
 
-use crate::queue::{Job, Row, Target};
+use crate::queue::{Job, Target};
 
 /// Most slots of all workers together.
 const MAX_ALL_SLOTS: u32 = 65_536;
@@ -129,6 +129,9 @@ pub struct Assign<P> {
     generation: u64,
     pending: VecDeque<Wanted>,
     clients: BTreeMap<P, Client>,
+    /// Who has a name, and how many slots there are in sum: workers come and go by the thousand.
+    names: BTreeMap<String, P>,
+    slots: u32,
     /// Whose chunk a ticket asks for.
     tickets: BTreeMap<u64, (P, u32)>,
     /// Finished but for the value of their last observation.
@@ -152,6 +155,8 @@ impl<P: Ord + Clone> Assign<P> {
             generation: 0,
             pending: VecDeque::new(),
             clients: BTreeMap::new(),
+            names: BTreeMap::new(),
+            slots: 0,
             tickets: BTreeMap::new(),
             bootstraps: BTreeMap::new(),
             next_ticket: 0,
@@ -169,7 +174,7 @@ impl<P: Ord + Clone> Assign<P> {
 
     /// Slots of all workers.
     pub fn slots(&self) -> u32 {
-        self.clients.values().map(|c| c.slots.len() as u32).sum()
+        self.slots
     }
 
     /// The newest order.
@@ -293,15 +298,10 @@ impl<P: Ord + Clone> Assign<P> {
                 hello.client, hello.slots
             ));
         }
-        let earlier: Vec<P> = self
-            .clients
-            .iter()
-            .filter(|(p, c)| **p == peer || c.name == hello.client)
-            .map(|(p, _)| p.clone())
-            .collect();
-        for p in earlier {
-            self.gone(&p);
+        if let Some(earlier) = self.names.get(&hello.client).cloned() {
+            self.gone(&earlier);
         }
+        self.gone(&peer);
         if self.slots() + hello.slots > MAX_ALL_SLOTS {
             return Err(format!(
                 "worker `{}` has {} slots, expected at most {MAX_ALL_SLOTS} of all workers, {} are here",
@@ -311,6 +311,8 @@ impl<P: Ord + Clone> Assign<P> {
             ));
         }
         let slots = (0..hello.slots).map(|_| Slot::Unseen).collect();
+        self.slots += hello.slots;
+        self.names.insert(hello.client.clone(), peer.clone());
         self.clients.insert(
             peer,
             Client {
@@ -327,6 +329,8 @@ impl<P: Ord + Clone> Assign<P> {
         let Some(client) = self.clients.remove(peer) else {
             return;
         };
+        self.slots -= client.slots.len() as u32;
+        self.names.remove(&client.name);
         for slot in client.slots.into_iter().rev() {
             if let Some(episode) = slot.episode() {
                 self.requeue(episode);
@@ -581,7 +585,7 @@ impl<P: Ord + Clone> Assign<P> {
         let (Some(order), Some(live)) = (self.order_number(), self.live) else {
             return;
         };
-        if self.full {
+        if self.full || self.pending.is_empty() {
             return;
         }
         for (peer, client) in &mut self.clients {
@@ -615,7 +619,7 @@ impl<P: Ord + Clone> Assign<P> {
     }
 }
 
-fn row(episode: &Episode, observation: Observation) -> Row {
+fn row(episode: &Episode, observation: Observation) -> ActRow {
     let reset = &episode.wanted.reset;
     let chunk = episode.chunks.len() as u32;
     let key = NoiseKey {
@@ -624,7 +628,7 @@ fn row(episode: &Episode, observation: Observation) -> Row {
         episode: reset.episode,
         chunk,
     };
-    Row {
+    ActRow {
         observation,
         key,
         mode: episode.wanted.mode,

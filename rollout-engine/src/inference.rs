@@ -4,14 +4,14 @@ use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
 
 use policy::config::RolloutConfig;
 use tokio::sync::mpsc;
-use wire::messages::{ActedRow, Mode};
+use wire::messages::{ActRow, ActedRow, Mode};
 
 use crate::{
     infer::{Sample, Wanted, draw, sample_fixed},
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicySlot},
     pulse::Pulse,
-    queue::{Batch, Job, Queue, Row, Target},
+    queue::{Batch, Job, Queue, Target},
     record,
 };
 
@@ -124,7 +124,7 @@ fn part(
     let Some(mut progress) = begun else {
         return vec![not_ready(target)];
     };
-    let rows: Vec<Row> = job.rows.drain(..count).collect();
+    let rows: Vec<ActRow> = job.rows.drain(..count).collect();
     let Some(done) = answer(&progress.policy, vec![Job::new(target, rows)], fixed_batch, metrics).pop() else {
         return Vec::new();
     };
@@ -230,7 +230,7 @@ pub fn answer(
     results
 }
 
-fn wanted(policy: &LoadedPolicy, row: &Row) -> Result<Wanted, String> {
+fn wanted(policy: &LoadedPolicy, row: &ActRow) -> Result<Wanted, String> {
     let input = policy
         .preprocessor
         .prepare(&row.observation)
@@ -259,7 +259,7 @@ fn wanted(policy: &LoadedPolicy, row: &Row) -> Result<Wanted, String> {
 
 fn finish(
     policy: &LoadedPolicy,
-    rows: &VecDeque<Row>,
+    rows: &VecDeque<ActRow>,
     samples: impl Iterator<Item = Sample>,
     metrics: &Metrics,
 ) -> Result<Answer, String> {

@@ -9,8 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use policy::noise::NoiseKey;
-use wire::messages::{Guidance, Mode, Observation};
+use wire::messages::ActRow;
 
 /// Most bytes of observations that wait for all clients together.
 const MAX_BYTES: usize = 1 << 30;
@@ -22,21 +21,6 @@ const LARGE_WAIT: Duration = Duration::from_secs(1);
 const DRAIN: Duration = Duration::from_secs(4);
 /// The line of the env workers' slots; connections are numbered from 1.
 const SLOTS: u64 = 0;
-
-/// One observation that wants an action chunk.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Row {
-    /// What was seen, as it came.
-    pub observation: Observation,
-    /// Which noise.
-    pub key: NoiseKey,
-    /// Sampling.
-    pub mode: Mode,
-    /// Whether a chunk record is made.
-    pub record: bool,
-    /// What a client goes on from.
-    pub guidance: Option<Guidance>,
-}
 
 /// Who waits for the result of a [`Job`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +51,7 @@ impl Target {
 #[derive(Debug)]
 pub struct Job<P = ()> {
     /// The rows that are not answered yet, in the order of the answer.
-    pub rows: VecDeque<Row>,
+    pub rows: VecDeque<ActRow>,
     /// Who waits.
     pub target: Target,
     /// When it was queued.
@@ -79,7 +63,7 @@ pub struct Job<P = ()> {
 
 impl<P> Job<P> {
     /// A job that is queued now.
-    pub fn new(target: Target, rows: Vec<Row>) -> Self {
+    pub fn new(target: Target, rows: Vec<ActRow>) -> Self {
         let images = rows.iter().flat_map(|row| row.observation.images.iter().flatten());
         Self {
             bytes: images.map(|image| image.data.len()).sum(),
@@ -284,16 +268,16 @@ impl<P> Queue<P> {
     /// Queues a client's job. Jobs of other clients that it displaces are added to `displaced`.
     ///
     /// # Errors
-    /// The queue is full, the job can never fit, or the engine is leaving.
-    pub fn push_client(&self, job: Job<P>, displaced: &mut Vec<Job<P>>) -> Result<(), QueueError> {
+    /// The queue is full, the job can never fit, or the engine is leaving; the job comes back.
+    pub fn push_client(&self, job: Job<P>, displaced: &mut Vec<Job<P>>) -> Result<(), (QueueError, Job<P>)> {
         let (rows, bytes, line) = (job.rows.len(), job.bytes, job.target.line());
         let capacity = self.capacity;
         if rows == 0 || rows > capacity {
-            return Err(QueueError::Size { rows, capacity });
+            return Err((QueueError::Size { rows, capacity }, job));
         }
         let mut waiting = self.lock();
         if waiting.closed.is_some() {
-            return Err(QueueError::Closed);
+            return Err((QueueError::Closed, job));
         }
         let own = rows + waiting.lines.get(&line).map_or(0, |line| line.rows);
         while waiting.client_rows + rows > capacity || waiting.client_bytes + bytes > MAX_BYTES {
@@ -303,10 +287,8 @@ impl<P> Queue<P> {
             match victim.and_then(|victim| waiting.pop(victim, false)) {
                 Some(job) => displaced.push(job),
                 None => {
-                    return Err(QueueError::Overloaded {
-                        waiting: waiting.client_rows,
-                        capacity,
-                    });
+                    let waiting = waiting.client_rows;
+                    return Err((QueueError::Overloaded { waiting, capacity }, job));
                 }
             }
         }
@@ -355,11 +337,11 @@ impl<P> Queue<P> {
         Ok(())
     }
 
-    /// Drops the jobs of a client that has left.
-    pub fn remove_client(&self, client: u64) {
+    /// Removes the jobs of a client that has left.
+    pub fn remove_client(&self, client: u64) -> Vec<Job<P>> {
         let mut waiting = self.lock();
-        while waiting.pop(client, true).is_some() {}
         waiting.out = waiting.out.filter(|out| *out != client);
+        std::iter::from_fn(|| waiting.pop(client, true)).collect()
     }
 
     /// Accepts no more jobs and returns the large ones, which are not begun or finished any more. The others are still handed out
@@ -419,7 +401,8 @@ impl<P> Queue<P> {
                 continue;
             };
             let left = deadline.saturating_sub(oldest.elapsed());
-            if rows >= self.max_rows || left.is_zero() || waiting.closed.is_some() {
+            // with a large job there is no time to wait for others: they will come while its next part runs
+            if rows >= self.max_rows || left.is_zero() || large.is_some() || waiting.closed.is_some() {
                 break None;
             }
             waiting = self
@@ -450,10 +433,13 @@ impl<P> Queue<P> {
 
 #[cfg(test)]
 mod tests {
+    use policy::noise::NoiseKey;
+    use wire::messages::{Mode, Observation};
+
     use super::*;
 
     fn job(target: Target, rows: usize) -> Job {
-        let row = Row {
+        let row = ActRow {
             observation: Observation {
                 images: Vec::new(),
                 state: Vec::new(),
@@ -484,7 +470,7 @@ mod tests {
         let mut displaced = Vec::new();
         let pushed = queue.push_client(job, &mut displaced);
         assert!(displaced.is_empty(), "{displaced:?}");
-        pushed
+        pushed.map_err(|(error, _job)| error)
     }
 
     /// Slot tickets and client requests of the next batch, which holds whole jobs.
@@ -614,7 +600,7 @@ mod tests {
         assert_eq!(numbers(&displaced), [2], "its newest job");
         displaced.clear();
         // with 5 rows it would have more than any other
-        let error = queue.push_client(request(3, 5, 5), &mut displaced).expect_err("no share");
+        let (error, _job) = queue.push_client(request(3, 5, 5), &mut displaced).expect_err("no share");
         assert!(error.retry() && displaced.is_empty(), "{displaced:?}");
     }
 
@@ -624,12 +610,12 @@ mod tests {
         push(&queue, request(1, 1, 1)).expect("room");
         push(&queue, request(2, 2, 10)).expect("room");
         push(&queue, request(3, 3, 1)).expect("room");
-        queue.remove_client(1);
+        assert_eq!(numbers(&queue.remove_client(1)), [1]);
         assert_eq!(whole(&queue, Duration::ZERO), [3]);
         let Some(Batch::Part { job, .. }) = queue.take(Duration::ZERO, 1) else {
             panic!("a part")
         };
-        queue.remove_client(2);
+        assert!(queue.remove_client(2).is_empty(), "its job is out for a part");
         queue.put_back(job).expect("dropped in silence");
         assert_eq!(queue.rows(), 0);
     }

@@ -29,7 +29,7 @@ use crate::{
     metrics::Metrics,
     policy_slot::{LoadedPolicy, PolicyError, PolicySlot},
     pulse::Pulse,
-    queue::{Job, Queue, Row, Target},
+    queue::{Job, Queue, Target},
 };
 
 /// What ends or prevents serving.
@@ -92,6 +92,8 @@ pub struct Options {
     pub endpoints_file: Option<PathBuf>,
 }
 
+/// An answer of more rows is encoded on another thread.
+const LARGE_ROWS: usize = 16;
 /// How often the server's loop comes round when nothing happens.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -318,9 +320,7 @@ impl Server {
 
     /// Queues a message for a peer. One that does not take it is disconnected, which is an event of its own.
     fn reply(&self, peer: Peer, message: &FromEngine) {
-        if let Err(error) = self.send.send(peer, message) {
-            tracing::debug!("a peer did not get an answer: {error}");
-        }
+        deliver(&self.send, peer, message);
     }
 
     fn refuse(&self, peer: Peer, refusal: Refusal, reason: &str) {
@@ -352,7 +352,7 @@ impl Server {
             RouterEvent::Gone(peer) => {
                 self.early.remove(&peer);
                 if self.peers.remove(&peer.into()).is_some() {
-                    self.queue.remove_client(peer.into());
+                    dispose(self.queue.remove_client(peer.into()));
                 }
                 self.assign.gone(&peer);
             }
@@ -411,8 +411,9 @@ impl Server {
     }
 
     fn act(&mut self, peer: Peer, request: ActRequest) {
+        let number = request.request;
         let refusal = |retry, reason| Refusal {
-            request: Some(request.request),
+            request: Some(number),
             retry,
             reason,
         };
@@ -420,27 +421,17 @@ impl Server {
             self.refuse(peer, refusal(true, "no policy is live yet".to_owned()), "not_ready");
             return;
         }
-        let rows = request
-            .rows
-            .into_iter()
-            .map(|r| Row {
-                observation: r.observation,
-                key: r.key,
-                mode: r.mode,
-                record: r.record,
-                guidance: r.guidance,
-            })
-            .collect();
         let target = Target::Client {
             client: peer.into(),
-            request: request.request,
+            request: number,
         };
         self.peers.insert(peer.into(), peer);
         let mut displaced = Vec::new();
-        let pushed = self.queue.push_client(Job::new(target, rows), &mut displaced);
-        if let Err(error) = pushed {
+        let pushed = self.queue.push_client(Job::new(target, request.rows), &mut displaced);
+        if let Err((error, job)) = pushed {
             let reason = if error.retry() { "overload" } else { "invalid" };
             self.refuse(peer, refusal(error.retry(), error.to_string()), reason);
+            dispose(job);
         }
         for job in displaced {
             self.deliver(
@@ -450,6 +441,7 @@ impl Server {
                     reason: "overloaded: the request made room for clients that wait for less, ask again".to_owned(),
                 }),
             );
+            dispose(job);
         }
     }
 
@@ -479,7 +471,14 @@ impl Server {
                 };
                 match result {
                     Ok(Answer { version, rows, .. }) => {
-                        self.reply(peer, &FromEngine::Acted(ActReply { request, version, rows }));
+                        let large = rows.len() > LARGE_ROWS;
+                        let reply = FromEngine::Acted(ActReply { request, version, rows });
+                        if large {
+                            let send = self.send.clone();
+                            tokio::task::spawn_blocking(move || deliver(&send, peer, &reply));
+                        } else {
+                            self.reply(peer, &reply);
+                        }
                     }
                     Err(Failure { retry, reason }) => {
                         let refusal = Refusal {
@@ -535,6 +534,17 @@ impl Server {
             tracing::debug!("no learner takes this");
         }
     }
+}
+
+fn deliver(send: &RouterSender, peer: Peer, message: &FromEngine) {
+    if let Err(error) = send.send(peer, message) {
+        tracing::debug!("a peer did not get an answer: {error}");
+    }
+}
+
+/// Frees the rows of a job on another thread: thousands of observations take milliseconds, in which the loop would stand still.
+fn dispose<T: Send + 'static>(jobs: T) {
+    tokio::task::spawn_blocking(move || drop(jobs));
 }
 
 /// Time for the link to flush and end: a little more than its own limit.

@@ -20,6 +20,9 @@ const MAX_DEPTH: usize = 32;
 /// state of 32 numbers have about 530,000.
 pub const MAX_ELEMENTS: usize = 1 << 20;
 
+/// Longest text of a message, in bytes; names and prompts have shorter limits of their own.
+pub const MAX_TEXT_BYTES: usize = 64 << 10;
+
 /// A frame that cannot be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -53,6 +56,12 @@ pub enum CodecError {
     /// More elements than a message may have.
     #[error("payload has more than {MAX_ELEMENTS} elements")]
     Elements,
+    /// A text that is too long.
+    #[error("payload has a text of {found} bytes, at most {MAX_TEXT_BYTES} are accepted")]
+    Text {
+        /// Its size.
+        found: usize,
+    },
     /// The payload is not a message of this connection.
     #[error("payload is not a message that is expected here: {0}")]
     Payload(String),
@@ -138,7 +147,11 @@ fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
             0xc1 => return Err(broken("it has the marker 0xc1, which MessagePack never uses")),
             0xc4 | 0xd9 => (number(take(1)?), 0),
             0xc5 | 0xda => (number(take(2)?), 0),
-            0xc6 | 0xdb => (number(take(4)?), 0),
+            0xc6 => (number(take(4)?), 0),
+            0xdb => match number(take(4)?) {
+                found if found > MAX_TEXT_BYTES => return Err(CodecError::Text { found }),
+                length => (length, 0),
+            },
             0xc7..=0xc9 | 0xd4..=0xd8 => return Err(broken("it has an extension type, none is expected")),
             0xcc | 0xd0 => (1, 0),
             0xcd | 0xd1 => (2, 0),
@@ -269,7 +282,7 @@ mod tests {
         for (payload, reason) in [
             (vec![0xdd, 0xff, 0xff, 0xff, 0xff], "more than"),
             (vec![0xdf, 0x80, 0x00, 0x00, 0x00], "more than"),
-            (vec![0xdb, 0xff, 0xff, 0xff, 0xff], "end inside"),
+            (vec![0xdb, 0xff, 0xff, 0xff, 0xff], "text of 4294967295 bytes"),
             (vec![0xc6, 0xff, 0xff, 0xff, 0xff], "end inside"),
             (nils, "more than"),
         ] {
@@ -280,7 +293,7 @@ mod tests {
 
     #[test]
     fn the_peer_s_text_is_cut_and_escaped() {
-        let name = format!("x\n\u{1b}[31m{}", "y".repeat(30 << 20));
+        let name = format!("x\n\u{1b}[31m{}", "y".repeat(60_000));
         let frame = encode(&std::collections::BTreeMap::from([(name, 1u8)])).expect("encodes");
         let error = decode::<ToEngine>(&frame).expect_err("rejected").to_string();
         assert!(error.len() < 1000 && !error.contains(['\n', '\u{1b}']), "{error}");

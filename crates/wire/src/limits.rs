@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use crate::codec::MAX_FRAME_BYTES;
 
+/// A message beyond this is large: it is decoded on a thread of its own, and counts toward [`Limits::large_bytes_per_second`].
+/// Three cameras of 640 x 480 pixels stay below.
+pub const LARGE_BYTES: usize = 4 << 20;
+/// A message with more elements is decoded on that thread too.
+pub const LARGE_ELEMENTS: usize = 1 << 14;
 /// Bytes that a connection reads ahead of the message it is in; for each connection in addition to the budgets below.
 pub const READ_AHEAD_BYTES: usize = 16 << 10;
 /// Largest ZMTP command (`READY`, `PING`, ...).
@@ -13,7 +18,7 @@ pub const MAX_PARTS: usize = 2;
 /// Descriptors that connections leave to `/healthz`, files and libraries.
 pub const RESERVED_DESCRIPTORS: u64 = 128;
 
-/// Limits of an endpoint. The default is what engine and learner use.
+/// Limits of an endpoint. The default is what an engine uses; a learner reads whole trajectories faster.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Largest message, in bytes.
@@ -24,6 +29,10 @@ pub struct Limits {
     pub waiting_messages: usize,
     /// Messages that one peer may send per second; beyond that its socket is read later.
     pub messages_per_second: u32,
+    /// Bytes that one peer may send per second, beyond a first burst of as many; beyond that its socket is read later.
+    pub peer_bytes_per_second: usize,
+    /// Bytes of large messages that all peers together may send per second.
+    pub large_bytes_per_second: usize,
     /// Messages in a row that cannot be decoded before the connection is closed.
     pub malformed_messages: u32,
     /// Bytes that wait to be sent to one peer; a peer beyond that is disconnected. One message is always accepted.
@@ -51,6 +60,8 @@ impl Default for Limits {
             received_bytes: 1 << 30,
             waiting_messages: 32,
             messages_per_second: 4096,
+            peer_bytes_per_second: 128 << 20,
+            large_bytes_per_second: 256 << 20,
             malformed_messages: 16,
             queued_bytes_per_peer: 64 << 20,
             queued_messages_per_peer: 4096,

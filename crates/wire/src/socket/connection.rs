@@ -1,31 +1,38 @@
 //! One connection: handshake, and messages read under the limits of the endpoint.
 
 use std::{
+    collections::TryReserveError,
     io,
-    sync::Arc,
+    os::fd::AsFd,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use rustix::net::sockopt;
-use tokio::{
-    io::AsyncReadExt,
-    net::{TcpStream, tcp::OwnedReadHalf},
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
 use super::{
     budget::Receiving,
     closer::Closed,
     outbox::{Outbox, Queued, Unsent},
+    pace::Pace,
 };
 use crate::{
-    limits::{Limits, MAX_PARTS, READ_AHEAD_BYTES},
+    limits::{LARGE_BYTES, Limits, MAX_PARTS, READ_AHEAD_BYTES},
     zmtp::{self, GREETING_BYTES, SocketType, ZmtpError},
 };
 
-/// Bytes that are reserved, and made room for, at a time.
-const STEP_BYTES: usize = 1 << 20;
+/// Bytes that are reserved, made room for and read at a time; then other connections have their turn.
+const STEP_BYTES: usize = 256 << 10;
+/// Once so much of a body is here, room is made for all of it, so that it is copied once at most: until bytes arrive, room costs
+/// address space alone.
+const PROVEN_BYTES: usize = 4 << 20;
+/// Seconds of a peer's messages and bytes that may come at once.
+const MESSAGE_BURST: f64 = 1.0;
+const BYTE_BURST: f64 = 0.1;
+/// Shorter waits than the timer's resolution are left to the next one.
+const LEAST_WAIT: Duration = Duration::from_millis(1);
 /// Keep-alive: a host that vanished is found after 15 s + 4 x 5 s, by the system itself, however busy the peer's process is.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -46,6 +53,8 @@ pub(super) enum Fault {
     Handshake(Duration),
     #[error("it does not take what is sent to it")]
     Slow,
+    #[error("there is no memory for its message")]
+    Memory(#[source] TryReserveError),
 }
 
 impl Fault {
@@ -56,6 +65,7 @@ impl Fault {
             Self::Late { .. } => Closed::Late,
             Self::Handshake(_) => Closed::Handshake,
             Self::Slow => Closed::Slow,
+            Self::Memory(_) => Closed::Full,
         }
     }
 }
@@ -78,21 +88,49 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// What the connections of an endpoint share.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    pub(super) limits: Arc<Limits>,
+    queued: Arc<Queued>,
+    large: Mutex<Pace>,
+    /// Large messages are read by one connection at a time, a step each, so that others come between.
+    reading: Semaphore,
+}
+
+impl Traffic {
+    pub(super) fn new(limits: Limits) -> Arc<Self> {
+        let large = Pace::new(limits.large_bytes_per_second as f64, BYTE_BURST);
+        Arc::new(Self {
+            limits: Arc::new(limits),
+            queued: Arc::default(),
+            large: Mutex::new(large),
+            reading: Semaphore::new(1),
+        })
+    }
+
+    fn take_large(&self, bytes: usize, now: Instant) -> Duration {
+        self.large.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, now)
+    }
+}
+
 /// Opens a connection: greeting and READY both ways, within the time for it.
 pub(super) async fn open(
     stream: TcpStream,
     own: SocketType,
-    limits: &Arc<Limits>,
-    all: &Arc<Queued>,
+    traffic: &Arc<Traffic>,
 ) -> Result<(Reader, Arc<Outbox>), Fault> {
     prepare(&stream).map_err(Fault::Io)?;
-    let (read, write) = stream.into_split();
-    let outbox = Outbox::new(write, Arc::clone(limits), Arc::clone(all));
+    let limits = &traffic.limits;
+    let stream = Arc::new(stream);
+    let outbox = Outbox::new(Arc::clone(&stream), Arc::clone(limits), Arc::clone(&traffic.queued));
     let mut reader = Reader {
-        half: read,
+        stream,
         buffer: BytesMut::with_capacity(READ_AHEAD_BYTES),
         limits: Arc::clone(limits),
-        bucket: Bucket::new(limits.messages_per_second),
+        traffic: Arc::clone(traffic),
+        messages: Pace::new(f64::from(limits.messages_per_second), MESSAGE_BURST),
+        bytes: Pace::new(limits.peer_bytes_per_second as f64, BYTE_BURST),
     };
     let handshake = async {
         outbox.send_raw(zmtp::greeting().to_vec())?;
@@ -105,39 +143,6 @@ pub(super) async fn open(
         _closed = outbox.run() => return Err(Fault::Left),
     }
     Ok((reader, outbox))
-}
-
-/// Spreads a peer's messages over time.
-#[derive(Debug)]
-struct Bucket {
-    per_second: u32,
-    tokens: u32,
-    since: Instant,
-}
-
-impl Bucket {
-    fn new(per_second: u32) -> Self {
-        Self {
-            per_second,
-            tokens: per_second,
-            since: Instant::now(),
-        }
-    }
-
-    async fn take(&mut self) {
-        while self.tokens == 0 {
-            let elapsed = self.since.elapsed();
-            let earned = elapsed.as_secs_f64() * f64::from(self.per_second);
-            self.tokens = (earned as u32).min(self.per_second);
-            if self.tokens == 0 {
-                // the timer's resolution; a busy peer then has a few tokens at once
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            } else {
-                self.since = Instant::now();
-            }
-        }
-        self.tokens -= 1;
-    }
 }
 
 /// Reads a message's bytes against the clock.
@@ -171,23 +176,67 @@ impl Clock {
 /// The reading half.
 #[derive(Debug)]
 pub(super) struct Reader {
-    half: OwnedReadHalf,
+    stream: Arc<TcpStream>,
     buffer: BytesMut,
     limits: Arc<Limits>,
-    bucket: Bucket,
+    traffic: Arc<Traffic>,
+    messages: Pace,
+    bytes: Pace,
+}
+
+/// Waits and returns how long that took.
+async fn rest(wait: Duration) -> Duration {
+    if wait < LEAST_WAIT {
+        return Duration::ZERO;
+    }
+    let begun = Instant::now();
+    tokio::time::sleep(wait).await;
+    begun.elapsed()
+}
+
+/// Reads what is there, at least a byte; the end of the stream is a fault.
+async fn read(stream: &TcpStream, into: &mut impl BufMut) -> Result<(), Fault> {
+    loop {
+        stream.readable().await.map_err(Fault::Io)?;
+        match stream.try_read_buf(into) {
+            Ok(0) => return Err(Fault::Left),
+            Ok(_count) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(Fault::Io(error)),
+        }
+    }
+}
+
+/// The bytes of a message. Large ones are freed on another thread: giving back their pages takes milliseconds.
+#[derive(Debug, Default)]
+struct Body(Vec<u8>);
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if self.0.len() > LARGE_BYTES
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let bytes = std::mem::take(&mut self.0);
+            runtime.spawn_blocking(move || drop(bytes));
+        }
+    }
 }
 
 impl Reader {
+    /// Registers the connection with the runtime that calls this, which reads and writes it from now on.
+    pub(super) fn move_here(&mut self, outbox: &Outbox) -> io::Result<()> {
+        let stream = Arc::new(TcpStream::from_std(self.stream.as_fd().try_clone_to_owned()?.into())?);
+        outbox.write_to(Arc::clone(&stream));
+        self.stream = stream;
+        Ok(())
+    }
+
     /// Reads ahead; the end of the stream is a fault.
     async fn fill(&mut self) -> Result<(), Fault> {
         if self.buffer.capacity() - self.buffer.len() < zmtp::MAX_HEADER_BYTES {
             self.buffer.reserve(READ_AHEAD_BYTES);
         }
-        match self.half.read_buf(&mut self.buffer).await {
-            Ok(0) => Err(Fault::Left),
-            Ok(_count) => Ok(()),
-            Err(error) => Err(Fault::Io(error)),
-        }
+        read(&self.stream, &mut self.buffer).await
     }
 
     async fn greeting(&mut self) -> Result<(), Fault> {
@@ -236,9 +285,7 @@ impl Reader {
                     None => self.fill_in_time(clock, zmtp::MAX_HEADER_BYTES).await?,
                 }
             };
-            let paused = Instant::now();
-            self.bucket.take().await;
-            clock.pause(paused.elapsed());
+            clock.pause(rest(self.messages.take(1, Instant::now())).await);
             if header.command {
                 let end = length + zmtp::check_command(header.bytes)?;
                 while self.buffer.len() < end {
@@ -284,16 +331,23 @@ impl Reader {
             .unwrap_or(Err(Fault::Late { received, expected }))
     }
 
-    /// Reads a body of `size` bytes; memory grows with what arrives, not with what is announced.
+    /// Reads a body of `size` bytes; memory that is touched grows with what arrives, not with what is announced.
     async fn body(&mut self, size: usize, clock: &mut Clock, receiving: &mut Receiving) -> Result<Vec<u8>, Fault> {
-        let mut body = Vec::new();
+        let large = size > LARGE_BYTES;
+        let mut whole = Body::default();
+        let body = &mut whole.0;
         while body.len() < size {
             let step = (size - body.len()).min(STEP_BYTES);
+            let now = Instant::now();
+            let mut wait = self.bytes.take(step, now);
+            if large {
+                wait = wait.max(self.traffic.take_large(step, now));
+            }
+            clock.pause(rest(wait).await);
             clock.pause(receiving.grow(step).await);
             if body.capacity() < body.len() + step {
-                // doubling copies every byte once on average; the last step is exact
-                let wanted = (2 * body.capacity()).clamp(body.len() + step, size);
-                body.reserve_exact(wanted - body.len());
+                let wanted = if body.len() < PROVEN_BYTES { PROVEN_BYTES.min(size) } else { size };
+                body.try_reserve_exact(wanted - body.len()).map_err(Fault::Memory)?;
             }
             let end = body.len() + step;
             let ahead = self.buffer.len().min(step);
@@ -301,16 +355,27 @@ impl Reader {
             self.buffer.advance(ahead);
             while body.len() < end {
                 let received = body.len();
-                let mut rest = (&mut self.half).take((end - received) as u64);
-                let read = timeout(clock.left(received), rest.read_buf(&mut body)).await;
-                match read {
-                    Ok(Ok(0)) => return Err(Fault::Left),
-                    Ok(Ok(_count)) => receiving.moved(),
-                    Ok(Err(error)) => return Err(Fault::Io(error)),
-                    Err(_late) => return Err(Fault::Late { received, expected: size }),
+                let left = clock.left(received);
+                let late = |_late| Fault::Late { received, expected: size };
+                let mut room = (&mut *body).limit(end - received);
+                if large {
+                    timeout(left, self.stream.readable()).await.map_err(late)?.map_err(Fault::Io)?;
+                    let waited = Instant::now();
+                    // it is never closed
+                    let _turn = self.traffic.reading.acquire().await;
+                    clock.pause(waited.elapsed());
+                    match self.stream.try_read_buf(&mut room) {
+                        Ok(0) => return Err(Fault::Left),
+                        Ok(_count) => {}
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                        Err(error) => return Err(Fault::Io(error)),
+                    }
+                } else {
+                    timeout(left, read(&self.stream, &mut room)).await.map_err(late)??;
                 }
+                receiving.moved();
             }
         }
-        Ok(body)
+        Ok(std::mem::take(&mut whole.0))
     }
 }

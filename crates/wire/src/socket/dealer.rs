@@ -10,8 +10,8 @@ use super::{
     budget::{Budget, Held},
     check_endpoint,
     closer::{Closed, Closer},
-    connection::{Fault, Reader, open},
-    outbox::{Outbox, Queued},
+    connection::{Fault, Reader, Traffic, open},
+    outbox::Outbox,
 };
 use crate::{
     codec::{decode, encode},
@@ -30,13 +30,16 @@ const ATTEMPT: Duration = Duration::from_millis(1500);
 /// The endpoint is wrong.
 pub async fn connect_dealer(endpoint: &str) -> Result<(DealerSender, DealerReceiver), SocketError> {
     let address = check_endpoint(endpoint)?;
-    let limits = Arc::new(Limits {
+    let limits = Limits {
         messages_per_second: u32::MAX,
+        peer_bytes_per_second: usize::MAX,
+        large_bytes_per_second: usize::MAX,
         ..Limits::default()
-    });
+    };
+    let traffic = Traffic::new(limits);
     let mut waited = false;
     loop {
-        match attempt(address, &limits).await {
+        match attempt(address, &traffic).await {
             Ok(halves) => return Ok(halves),
             Err(error) => {
                 if !waited {
@@ -49,15 +52,16 @@ pub async fn connect_dealer(endpoint: &str) -> Result<(DealerSender, DealerRecei
     }
 }
 
-async fn attempt(address: &str, limits: &Arc<Limits>) -> Result<(DealerSender, DealerReceiver), Fault> {
+async fn attempt(address: &str, traffic: &Arc<Traffic>) -> Result<(DealerSender, DealerReceiver), Fault> {
     let connecting = timeout(ATTEMPT, TcpStream::connect(address));
     let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {ATTEMPT:?}"));
     let stream = connecting
         .await
         .unwrap_or_else(|_late| Err(late()))
         .map_err(Fault::Io)?;
-    let (reader, outbox) = open(stream, SocketType::Dealer, limits, &Arc::<Queued>::default()).await?;
+    let (reader, outbox) = open(stream, SocketType::Dealer, traffic).await?;
     let closer = Arc::new(Closer::default());
+    let limits = &traffic.limits;
     let (sender, frames) = mpsc::channel(limits.waiting_messages);
     let handle = Arc::new(Handle {
         outbox: Arc::clone(&outbox),

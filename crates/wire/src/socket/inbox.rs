@@ -1,5 +1,5 @@
 //! What all peers of a ROUTER sent and nobody has handled yet: one queue per peer, taken in turn, so that a busy peer does not
-//! hold up the others.
+//! hold up the others. Peers that come or go wait behind those that talk: a crowd at the door does not hold them up either.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -8,11 +8,39 @@ use std::{
 
 use tokio::sync::Notify;
 
+/// So many items of peers that talk are handled for one of a peer that comes or goes.
+const TALKING: u32 = 4;
+
+/// Where a peer's item stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// The first or the last of the peer.
+    Door,
+    /// Any other.
+    Talk,
+}
+
 #[derive(Debug)]
 struct State<T> {
-    queues: HashMap<u64, VecDeque<T>>,
-    /// Peers with something in their queue, the next one first.
-    turns: VecDeque<u64>,
+    queues: HashMap<u64, VecDeque<(Turn, T)>>,
+    /// Peers with something in their queue, the next one first, by what that is.
+    talking: VecDeque<u64>,
+    door: VecDeque<u64>,
+    /// Items of talking peers since the last of a peer at the door.
+    since: u32,
+}
+
+impl<T> State<T> {
+    /// The peer has its turn at the end, for what is first in its queue.
+    fn line_up(&mut self, peer: u64) {
+        match self.queues.get(&peer).and_then(|queue| queue.front()) {
+            Some((Turn::Talk, _)) => self.talking.push_back(peer),
+            Some((Turn::Door, _)) => self.door.push_back(peer),
+            None => {
+                self.queues.remove(&peer);
+            }
+        }
+    }
 }
 
 /// The inbox. The producer of a peer's items bounds them.
@@ -27,7 +55,9 @@ impl<T> Inbox<T> {
         Self {
             state: Mutex::new(State {
                 queues: HashMap::new(),
-                turns: VecDeque::new(),
+                talking: VecDeque::new(),
+                door: VecDeque::new(),
+                since: 0,
             }),
             filled: Notify::new(),
         }
@@ -38,12 +68,12 @@ impl<T> Inbox<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn push(&self, peer: u64, item: T) {
+    pub(super) fn push(&self, peer: u64, turn: Turn, item: T) {
         let mut state = self.lock();
         let queue = state.queues.entry(peer).or_default();
-        queue.push_back(item);
+        queue.push_back((turn, item));
         if queue.len() == 1 {
-            state.turns.push_back(peer);
+            state.line_up(peer);
         }
         drop(state);
         self.filled.notify_one();
@@ -51,14 +81,16 @@ impl<T> Inbox<T> {
 
     fn pop(&self) -> Option<(u64, T)> {
         let mut state = self.lock();
-        let peer = state.turns.pop_front()?;
-        let queue = state.queues.get_mut(&peer)?;
-        let item = queue.pop_front()?;
-        if queue.is_empty() {
-            state.queues.remove(&peer);
+        let door = state.talking.is_empty() || state.since >= TALKING && !state.door.is_empty();
+        let peer = if door {
+            state.since = 0;
+            state.door.pop_front()?
         } else {
-            state.turns.push_back(peer);
-        }
+            state.since += 1;
+            state.talking.pop_front()?
+        };
+        let (_, item) = state.queues.get_mut(&peer)?.pop_front()?;
+        state.line_up(peer);
         Some((peer, item))
     }
 
@@ -77,19 +109,38 @@ impl<T> Inbox<T> {
 mod tests {
     use super::*;
 
+    async fn all(inbox: &Inbox<u32>, count: usize) -> Vec<(u64, u32)> {
+        let mut got = Vec::new();
+        for _ in 0..count {
+            got.push(inbox.next().await);
+        }
+        got
+    }
+
     #[tokio::test]
     async fn peers_are_served_in_turn_and_each_in_order() {
         let inbox = Inbox::new();
         for item in 0..4 {
-            inbox.push(1, item);
+            inbox.push(1, Turn::Talk, item);
         }
-        inbox.push(2, 10);
-        inbox.push(3, 20);
-        inbox.push(2, 11);
-        let mut got = Vec::new();
-        for _ in 0..7 {
-            got.push(inbox.next().await);
+        inbox.push(2, Turn::Talk, 10);
+        inbox.push(3, Turn::Talk, 20);
+        inbox.push(2, Turn::Talk, 11);
+        assert_eq!(all(&inbox, 7).await, [(1, 0), (2, 10), (3, 20), (1, 1), (2, 11), (1, 2), (1, 3)]);
+    }
+
+    #[tokio::test]
+    async fn a_crowd_at_the_door_waits_behind_those_that_talk() {
+        let inbox = Inbox::new();
+        for peer in 10..20 {
+            inbox.push(peer, Turn::Door, 0);
         }
-        assert_eq!(got, [(1, 0), (2, 10), (3, 20), (1, 1), (2, 11), (1, 2), (1, 3)]);
+        inbox.push(10, Turn::Talk, 1);
+        for item in 0..6 {
+            inbox.push(1, Turn::Talk, item);
+        }
+        let order: Vec<u64> = all(&inbox, 17).await.into_iter().map(|(peer, _)| peer).collect();
+        assert_eq!(order[..7], [1, 1, 1, 1, 10, 1, 10], "one of them for four that talk, each peer in its own order");
+        assert_eq!(order[7..], [1, 11, 12, 13, 14, 15, 16, 17, 18, 19], "nobody waits for ever");
     }
 }

@@ -16,6 +16,7 @@ mod closer;
 pub mod gate;
 mod budget;
 mod outbox;
+mod pace;
 mod connection;
 mod inbox;
 mod router;

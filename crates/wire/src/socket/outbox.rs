@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use tokio::{net::tcp::OwnedWriteHalf, sync::Notify, time::timeout};
+use tokio::{net::TcpStream, sync::Notify, time::timeout};
 
 use super::closer::Closed;
 use crate::{
@@ -44,8 +44,9 @@ impl Item {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    stream: Arc<TcpStream>,
     items: VecDeque<Item>,
     /// Bytes of the first item that are written.
     written: usize,
@@ -65,7 +66,6 @@ pub(super) enum Unsent {
 /// The outbox of a connection.
 #[derive(Debug)]
 pub(super) struct Outbox {
-    half: OwnedWriteHalf,
     limits: Arc<Limits>,
     all: Arc<Queued>,
     state: Mutex<State>,
@@ -78,12 +78,18 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn new(half: OwnedWriteHalf, limits: Arc<Limits>, all: Arc<Queued>) -> Arc<Self> {
+    pub(super) fn new(stream: Arc<TcpStream>, limits: Arc<Limits>, all: Arc<Queued>) -> Arc<Self> {
+        let state = State {
+            stream,
+            items: VecDeque::new(),
+            written: 0,
+            bytes: 0,
+            closed: None,
+        };
         Arc::new(Self {
-            half,
             limits,
             all,
-            state: Mutex::default(),
+            state: Mutex::new(state),
             filled: Notify::new(),
             drained: Notify::new(),
             delimited: AtomicBool::new(false),
@@ -93,6 +99,11 @@ impl Outbox {
     fn lock(&self) -> MutexGuard<'_, State> {
         // no step between two changes of the state can panic
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the bytes go to `stream`, the same connection in another runtime.
+    pub(super) fn write_to(&self, stream: Arc<TcpStream>) {
+        self.lock().stream = stream;
     }
 
     /// From now on messages begin with an empty delimiter.
@@ -189,7 +200,7 @@ impl Outbox {
                 *piece = IoSlice::new(part.get(here..).unwrap_or_default());
                 used += 1;
             }
-            match self.half.try_write_vectored(pieces.get(..used).unwrap_or_default()) {
+            match state.stream.try_write_vectored(pieces.get(..used).unwrap_or_default()) {
                 Ok(0) => return self.discard(state, Closed::Left),
                 Ok(count) => {
                     state.written += count;
@@ -228,6 +239,11 @@ impl Outbox {
         self.finish(&mut self.lock(), Closed::Stopped);
     }
 
+    /// Bytes that wait.
+    pub(super) fn queued_bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
     /// Waits until the peer has taken enough that another message may wait.
     pub(super) async fn room(&self) -> Result<(), Unsent> {
         loop {
@@ -250,9 +266,8 @@ impl Outbox {
     /// Writes what waits whenever the socket takes more; ends when the connection has failed or the peer takes nothing.
     pub(super) async fn run(&self) -> Closed {
         loop {
-            self.filled.notified().await;
             loop {
-                {
+                let stream = {
                     let mut state = self.lock();
                     let before = state.bytes;
                     self.write(&mut state);
@@ -266,13 +281,15 @@ impl Outbox {
                     if state.items.is_empty() {
                         break;
                     }
-                }
-                match timeout(self.limits.send_stall, self.half.writable()).await {
+                    Arc::clone(&state.stream)
+                };
+                match timeout(self.limits.send_stall, stream.writable()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_gone)) => return Closed::Left,
                     Err(_late) => return Closed::Slow,
                 }
             }
+            self.filled.notified().await;
         }
     }
 }

@@ -5,13 +5,15 @@ use std::{
     fmt,
     io::ErrorKind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
+use rustix::{process::setpriority_process, thread::gettid};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinHandle,
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
 };
 
 use super::{
@@ -19,20 +21,23 @@ use super::{
     budget::{Budget, Held},
     check_endpoint,
     closer::{Closed, Counters},
-    connection::{Fault, Reader, open},
+    connection::{Fault, Reader, Traffic, open},
     gate::{Admission, Gate},
-    inbox::Inbox,
-    outbox::{Outbox, Queued, Unsent},
+    inbox::{Inbox, Turn},
+    outbox::{Outbox, Unsent},
 };
 use crate::{
     codec::{CodecError, count, decode, encode},
+    limits::{LARGE_BYTES, LARGE_ELEMENTS},
     zmtp::SocketType,
 };
 
 /// Bytes of memory that one element of a message may take once it is decoded.
 const ELEMENT_BYTES: usize = 64;
-/// A frame beyond this is decoded on a thread of its own, so that no other connection waits for it.
-const LARGE_BYTES: usize = 256 << 10;
+/// A connection is new for so long.
+const NEW: Duration = Duration::from_secs(1);
+/// Niceness of the threads for newcomers and for large frames.
+const NICENESS: i32 = 5;
 
 /// Who sent a frame; the answer goes there. A name of one connection, not of what the peer calls itself: nobody gets the messages
 /// of another by announcing its identity.
@@ -94,59 +99,104 @@ pub async fn bind_router<T: DeserializeOwned + Send + 'static>(
     let gate = Gate::new(limits.connections);
     let shared = Shared {
         budget: Budget::new(limits.received_bytes),
-        limits: Arc::new(limits),
-        queued: Arc::default(),
+        traffic: Traffic::new(limits),
         peers: Peers::default(),
         inbox: Arc::new(Inbox::new()),
-        decoding: Arc::new(Semaphore::new(1)),
+        large: decode_large().map_err(failed)?,
+        hall: Handle::current(),
     };
     let sender = RouterSender {
         peers: Arc::clone(&shared.peers),
         counters: Arc::clone(gate.counters()),
     };
     let inbox = Arc::clone(&shared.inbox);
-    let accepting = tokio::spawn({
-        let gate = Arc::clone(&gate);
-        async move {
-            loop {
-                let (stream, admission) = gate.accept(&listener).await;
-                tokio::spawn(shared.clone().serve(stream, admission));
-            }
-        }
-    });
-    let receiver = RouterReceiver { inbox, gate, accepting };
+    let listener = listener.into_std().map_err(failed)?;
+    let closing = open_door(listener, Arc::clone(&gate), shared).map_err(failed)?;
+    let receiver = RouterReceiver {
+        inbox,
+        gate,
+        _closing: closing,
+    };
     Ok((sender, receiver, format!("tcp://{bound}")))
+}
+
+/// Starts the thread of newcomers: it accepts, shakes hands, and serves each connection for its first [`NEW`], so that no crowd
+/// that comes and goes holds up the threads that serve the others. Ends when the returned sender is dropped.
+fn open_door<T: DeserializeOwned + Send + 'static>(
+    listener: std::net::TcpListener,
+    gate: Arc<Gate>,
+    shared: Shared<T>,
+) -> std::io::Result<oneshot::Sender<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(2)
+        .build()?;
+    let (closing, closed) = oneshot::channel();
+    let accept = async move {
+        let listener = TcpListener::from_std(listener)?;
+        loop {
+            let (stream, admission) = gate.accept(&listener).await;
+            tokio::spawn(shared.clone().welcome(stream, admission));
+        }
+    };
+    std::thread::Builder::new().name("door".to_owned()).spawn(move || {
+        give_way();
+        let ended: std::io::Result<()> = runtime.block_on(async {
+            tokio::select! {
+                ended = accept => ended,
+                _dropped = closed => Ok(()),
+            }
+        });
+        if let Err(error) = ended {
+            tracing::error!("no more connections are accepted: {error}");
+        }
+        // a decoder that is still at work keeps no one waiting
+        runtime.shutdown_background();
+    })?;
+    Ok(closing)
+}
+
+/// One connection and what it has come to.
+struct Connection {
+    reader: Reader,
+    outbox: Arc<Outbox>,
+    admission: Admission,
+    /// Places of its messages in the inbox.
+    places: Arc<Semaphore>,
+    /// Messages in a row that could not be decoded.
+    malformed: u32,
+    turn: Turn,
 }
 
 /// What the connections of a ROUTER share.
 struct Shared<T> {
-    limits: Arc<Limits>,
+    traffic: Arc<Traffic>,
     budget: Arc<Budget>,
-    queued: Arc<Queued>,
     peers: Peers,
     inbox: Arc<Inbox<Entry<T>>>,
-    /// Large frames are decoded one at a time.
-    decoding: Arc<Semaphore>,
+    large: mpsc::Sender<Large<T>>,
+    /// The runtime that serves connections that are not new.
+    hall: Handle,
 }
 
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {
         Self {
-            limits: Arc::clone(&self.limits),
+            traffic: Arc::clone(&self.traffic),
             budget: Arc::clone(&self.budget),
-            queued: Arc::clone(&self.queued),
             peers: Arc::clone(&self.peers),
             inbox: Arc::clone(&self.inbox),
-            decoding: Arc::clone(&self.decoding),
+            large: self.large.clone(),
+            hall: self.hall.clone(),
         }
     }
 }
 
 impl<T: DeserializeOwned + Send + 'static> Shared<T> {
-    /// One connection from its greeting to its end.
-    async fn serve(self, stream: TcpStream, admission: Admission) {
+    /// A connection from its greeting on, for as long as it is new.
+    async fn welcome(self, stream: TcpStream, admission: Admission) {
         let opened = tokio::select! {
-            opened = open(stream, SocketType::Router, &self.limits, &self.queued) => opened,
+            opened = open(stream, SocketType::Router, &self.traffic) => opened,
             reason = admission.evicted() => return admission.leave(reason),
         };
         let (reader, outbox) = match opened {
@@ -158,18 +208,54 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         };
         admission.opened();
         lock(&self.peers).insert(admission.id, Arc::clone(&outbox));
+        let connection = Connection {
+            reader,
+            outbox,
+            admission,
+            places: Arc::new(Semaphore::new(self.traffic.limits.waiting_messages)),
+            malformed: 0,
+            turn: Turn::Door,
+        };
+        let new = Some(Instant::now() + NEW);
+        if let Some(mut connection) = self.serve(connection, new).await {
+            let hall = self.hall.clone();
+            hall.spawn(async move {
+                if let Err(error) = connection.reader.move_here(&connection.outbox) {
+                    tracing::warn!("closed a connection from {}: {error}", connection.admission.address);
+                    return self.leave(connection, Closed::Left);
+                }
+                let _ended = self.serve(connection, None).await;
+            });
+        }
+    }
+
+    /// Serves a connection to its end, or to its first message after `until`, when it is returned.
+    async fn serve(&self, mut connection: Connection, until: Option<Instant>) -> Option<Connection> {
+        let outbox = Arc::clone(&connection.outbox);
+        let closer = Arc::clone(&connection.admission.closer);
         let reason = tokio::select! {
-            reason = self.read(reader, &outbox, &admission) => reason,
-            reason = outbox.run() => reason,
-            reason = admission.evicted() => reason,
+            reason = self.read(&mut connection, until) => reason,
+            reason = outbox.run() => Some(reason),
+            reason = closer.closed() => Some(reason),
+        };
+        let Some(reason) = reason else {
+            return Some(connection);
         };
         if reason == Closed::Slow {
-            tracing::warn!("closed a connection from {}: it does not take what is sent to it", admission.address);
+            let address = connection.admission.address;
+            tracing::warn!("closed a connection from {address}: it does not take what is sent to it");
         }
+        self.leave(connection, reason);
+        None
+    }
+
+    fn leave(&self, connection: Connection, reason: Closed) {
+        let Connection { outbox, admission, .. } = connection;
         lock(&self.peers).remove(&admission.id);
         outbox.close();
         self.inbox.push(
             admission.id,
+            Turn::Door,
             Entry {
                 frame: None,
                 _held: None,
@@ -179,57 +265,98 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         admission.leave(reason);
     }
 
-    async fn read(&self, mut reader: Reader, outbox: &Outbox, admission: &Admission) -> Closed {
-        let places = Arc::new(Semaphore::new(self.limits.waiting_messages));
-        let mut malformed = 0;
+    /// Reads messages until the connection ends, with the reason, or is not new any more, with none.
+    async fn read(&self, connection: &mut Connection, until: Option<Instant>) -> Option<Closed> {
+        let Connection {
+            reader,
+            outbox,
+            admission,
+            places,
+            malformed,
+            turn,
+        } = connection;
         loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-                return Closed::Stopped;
+            let Ok(place) = Arc::clone(places).acquire_owned().await else {
+                return Some(Closed::Stopped);
             };
             let mut receiving = self.budget.begin(admission.id, &admission.closer);
             let frame = match reader.message(&mut receiving, outbox).await {
                 Ok(frame) => frame,
                 Err(fault) => {
                     report(admission, &fault);
-                    return fault.reason();
+                    return Some(fault.reason());
                 }
             };
             let message = match count(&frame) {
                 Ok(elements) => {
                     receiving.grow(elements * ELEMENT_BYTES).await;
-                    self.decode(frame).await
+                    self.decode(frame, elements).await
                 }
                 Err(error) => Err(error),
             };
-            malformed = if message.is_ok() { 0 } else { malformed + 1 };
             if message.is_ok() {
+                *malformed = 0;
                 admission.active();
+            } else {
+                *malformed += 1;
             }
             self.inbox.push(
                 admission.id,
+                std::mem::replace(turn, Turn::Talk),
                 Entry {
                     frame: Some(message),
                     _held: Some(receiving.complete()),
                     _place: Some(place),
                 },
             );
-            if malformed > self.limits.malformed_messages {
+            if *malformed > self.traffic.limits.malformed_messages {
                 tracing::warn!(
                     "closed a connection from {}: {malformed} messages in a row could not be decoded",
                     admission.address
                 );
-                return Closed::Malformed;
+                return Some(Closed::Malformed);
+            }
+            if until.is_some_and(|until| Instant::now() > until) {
+                return None;
             }
         }
     }
 
-    async fn decode(&self, frame: Vec<u8>) -> Result<T, CodecError> {
-        if frame.len() <= LARGE_BYTES {
+    async fn decode(&self, frame: Vec<u8>, elements: usize) -> Result<T, CodecError> {
+        if frame.len() <= LARGE_BYTES && elements <= LARGE_ELEMENTS {
             return decode(&frame);
         }
-        let _turn = self.decoding.acquire().await;
-        let decoding = tokio::task::spawn_blocking(move || decode(&frame));
-        decoding.await.unwrap_or_else(|e| Err(CodecError::Payload(e.to_string())))
+        let (answer, decoded) = oneshot::channel();
+        let large = Large { frame, answer };
+        let lost = || CodecError::Payload("its decoder ended".to_owned());
+        self.large.send(large).await.map_err(|_ended| lost())?;
+        decoded.await.unwrap_or_else(|_ended| Err(lost()))
+    }
+}
+
+/// A large frame and who waits for it.
+struct Large<T> {
+    frame: Vec<u8>,
+    answer: oneshot::Sender<Result<T, CodecError>>,
+}
+
+/// Starts the thread that decodes large frames, one at a time. Ends when nobody can send any more.
+fn decode_large<T: DeserializeOwned + Send + 'static>() -> std::io::Result<mpsc::Sender<Large<T>>> {
+    let (sender, mut waiting) = mpsc::channel::<Large<T>>(1);
+    std::thread::Builder::new().name("large".to_owned()).spawn(move || {
+        give_way();
+        while let Some(Large { frame, answer }) = waiting.blocking_recv() {
+            // an error is that of a connection that has ended
+            drop(answer.send(decode(&frame)));
+        }
+    })?;
+    Ok(sender)
+}
+
+/// Lowers the priority of this thread: what it does may wait where processors are short, inference may not.
+fn give_way() {
+    if let Err(error) = setpriority_process(Some(gettid()), NICENESS) {
+        tracing::debug!("a thread in the background keeps its priority: {error}");
     }
 }
 
@@ -271,6 +398,11 @@ impl RouterSender {
         })
     }
 
+    /// Bytes that wait to be sent to a peer; 0 when it is gone.
+    pub fn queued_bytes(&self, peer: Peer) -> usize {
+        lock(&self.peers).get(&peer.0).map_or(0, |outbox| outbox.queued_bytes())
+    }
+
     /// Counts of connections.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -281,7 +413,8 @@ impl RouterSender {
 pub struct RouterReceiver<T> {
     inbox: Arc<Inbox<Entry<T>>>,
     gate: Arc<Gate>,
-    accepting: JoinHandle<()>,
+    /// Dropping it closes the door.
+    _closing: oneshot::Sender<()>,
 }
 
 impl<T> fmt::Debug for RouterReceiver<T> {
@@ -303,7 +436,6 @@ impl<T> RouterReceiver<T> {
 
 impl<T> Drop for RouterReceiver<T> {
     fn drop(&mut self) {
-        self.accepting.abort();
         self.gate.close();
     }
 }
