@@ -379,7 +379,11 @@ impl State {
                 Ok(())
             }
             ToLearner::Reload(mut report) => {
-                let Some(engine) = self.engines.get_mut(&peer).filter(|engine| engine.reports < MAX_REPORTS) else {
+                let Some(engine) = self
+                    .engines
+                    .get_mut(&peer)
+                    .filter(|engine| engine.reports < MAX_REPORTS)
+                else {
                     return Ok(());
                 };
                 engine.reports += 1;
@@ -411,7 +415,9 @@ impl State {
         let recent = known.is_some_and(|known| known.state == state && known.forwarded.elapsed() < STATE_INTERVAL);
         let engine = Engine {
             state: state.clone(),
-            forwarded: known.filter(|_| recent).map_or_else(Instant::now, |known| known.forwarded),
+            forwarded: known
+                .filter(|_| recent)
+                .map_or_else(Instant::now, |known| known.forwarded),
             reports: known.map_or(0, |known| known.reports),
         };
         self.engines.insert(peer, engine);

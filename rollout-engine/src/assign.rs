@@ -9,8 +9,8 @@ use std::{
 
 use policy::noise::NoiseKey;
 use wire::messages::{
-    ActRow, ActedRow, ChunkRecord, Command, Hello, MAX_SLOTS, Mode, Observation, Order, Outcome, Refusal, Reset, SlotCommand, SlotReport,
-    Trajectory, TrajectoryChunk,
+    ActRow, ActedRow, ChunkRecord, Command, Hello, MAX_SLOTS, Mode, Observation, Order, Outcome, Refusal, Reset,
+    SlotCommand, SlotReport, Trajectory, TrajectoryChunk,
 };
 
 use crate::queue::{Job, Target};

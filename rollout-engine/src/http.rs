@@ -1,6 +1,7 @@
 //! `/healthz` and `/metrics` over HTTP, on a thread and a runtime of their own, so that they answer when the engine's are stuck.
 
 use std::{
+    convert::Infallible,
     net::{SocketAddr, TcpListener as StdListener},
     sync::Arc,
     thread,
@@ -63,7 +64,9 @@ async fn metrics(State(pages): State<Pages>) -> (StatusCode, String) {
 #[non_exhaustive]
 pub enum HttpError {
     /// Not a loopback address.
-    #[error("`rollout.http = \"{0}\"`: expected HOST:PORT on loopback, like 127.0.0.1:9090 (for other machines use a tunnel)")]
+    #[error(
+        "`rollout.http = \"{0}\"`: expected HOST:PORT on loopback, like 127.0.0.1:9090 (for other machines use a tunnel)"
+    )]
     Address(String),
     /// In use, or no such address.
     #[error("failed to listen on `{address}` for /healthz and /metrics (`rollout.http`; port 0 picks a free port)")]
@@ -101,15 +104,14 @@ pub fn start(address: &str, pages: Pages) -> Result<SocketAddr, HttpError> {
     thread::Builder::new()
         .name("http".to_owned())
         .spawn(move || {
-            if let Err(error) = runtime.block_on(serve(listener, pages)) {
-                tracing::error!("/healthz and /metrics are gone: {error}");
-            }
+            let Err(error) = runtime.block_on(serve(listener, pages));
+            tracing::error!("/healthz and /metrics are gone: {error}");
         })
         .map_err(failed)?;
     Ok(bound)
 }
 
-async fn serve(listener: StdListener, pages: Pages) -> std::io::Result<()> {
+async fn serve(listener: StdListener, pages: Pages) -> std::io::Result<Infallible> {
     let listener = TcpListener::from_std(listener)?;
     let gate = Gate::new(CONNECTIONS);
     let router = Router::new()

@@ -221,7 +221,9 @@ pub fn answer(
                     retry: true,
                     reason: format!("inference failed: {reason}"),
                 }),
-                (None, None) => finish(policy, &rows, samples.by_ref().take(rows.len()), metrics).map_err(Failure::invalid),
+                (None, None) => {
+                    finish(policy, &rows, samples.by_ref().take(rows.len()), metrics).map_err(Failure::invalid)
+                }
             };
             Done { target, result }
         })

@@ -91,10 +91,15 @@ mod tests {
         pulse.inference(|| ());
         assert_eq!(pulse.stalled(), None);
         let early = Pulse {
-            begun: Instant::now().checked_sub(Duration::from_secs(20)).expect("20 s after boot"),
+            begun: Instant::now()
+                .checked_sub(Duration::from_secs(20))
+                .expect("20 s after boot"),
             ..pulse
         };
-        assert_eq!(early.stalled().as_deref(), Some("the server's loop has not moved for 20 s"));
+        assert_eq!(
+            early.stalled().as_deref(),
+            Some("the server's loop has not moved for 20 s")
+        );
         early.serving();
         assert_eq!(early.stalled(), None, "the link may take 30 s, inference is idle");
         early.inference.store(1, Ordering::Relaxed);

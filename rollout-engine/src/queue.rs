@@ -189,7 +189,11 @@ impl<P> Waiting<P> {
     /// Takes the first job of a line, or the last.
     fn pop(&mut self, line: u64, front: bool) -> Option<Job<P>> {
         let entry = self.lines.get_mut(&line)?;
-        let job = if front { entry.jobs.pop_front() } else { entry.jobs.pop_back() }?;
+        let job = if front {
+            entry.jobs.pop_front()
+        } else {
+            entry.jobs.pop_back()
+        }?;
         entry.rows -= job.rows.len();
         if line == SLOTS {
             self.slot_rows -= job.rows.len();
@@ -207,7 +211,12 @@ impl<P> Waiting<P> {
     /// Takes a job that one batch can hold beside `rows` others from the line that comes next, and sends that line to the end.
     fn next_whole(&mut self, room: usize) -> Option<Job<P>> {
         let fits = |job: &Job<P>| job.rows.len() <= room && job.progress.is_none();
-        let fits = |line: &u64| self.lines.get(line).and_then(|line| line.jobs.front()).is_some_and(fits);
+        let fits = |line: &u64| {
+            self.lines
+                .get(line)
+                .and_then(|line| line.jobs.front())
+                .is_some_and(fits)
+        };
         let place = self.turns.iter().position(fits)?;
         let line = self.turns.remove(place)?;
         self.turns.push_back(line);
@@ -282,15 +291,15 @@ impl<P> Queue<P> {
         let own = rows + waiting.lines.get(&line).map_or(0, |line| line.rows);
         while waiting.client_rows + rows > capacity || waiting.client_bytes + bytes > MAX_BYTES {
             let others = waiting.lines.iter().filter(|(id, _)| **id != SLOTS && **id != line);
-            let largest = others.max_by_key(|(_, line)| line.rows).map(|(id, line)| (*id, line.rows));
+            let largest = others
+                .max_by_key(|(_, line)| line.rows)
+                .map(|(id, line)| (*id, line.rows));
             let victim = largest.filter(|(_, rows)| *rows > own).map(|(id, _)| id);
-            match victim.and_then(|victim| waiting.pop(victim, false)) {
-                Some(job) => displaced.push(job),
-                None => {
-                    let waiting = waiting.client_rows;
-                    return Err((QueueError::Overloaded { waiting, capacity }, job));
-                }
-            }
+            let Some(job) = victim.and_then(|victim| waiting.pop(victim, false)) else {
+                let waiting = waiting.client_rows;
+                return Err((QueueError::Overloaded { waiting, capacity }, job));
+            };
+            displaced.push(job);
         }
         if rows <= self.max_rows {
             waiting.recent = Some(job.queued);
@@ -391,7 +400,10 @@ impl<P> Queue<P> {
             };
             let fronts = waiting.turns.iter().filter_map(whole);
             let (oldest, rows) = fronts.fold((None, 0), |(oldest, sum), (queued, rows)| {
-                (Some(oldest.map_or(queued, |oldest: Instant| oldest.min(queued))), sum + rows)
+                (
+                    Some(oldest.map_or(queued, |oldest: Instant| oldest.min(queued))),
+                    sum + rows,
+                )
             });
             let Some(oldest) = oldest else {
                 if let Some((line, _)) = large {
@@ -415,7 +427,11 @@ impl<P> Queue<P> {
             let recent = waiting.recent.is_some_and(|recent| recent.elapsed() < RECENT);
             let job = waiting.pop(line, true)?;
             waiting.out = Some(line);
-            let rows = if recent { least.clamp(1, self.max_rows) } else { self.max_rows };
+            let rows = if recent {
+                least.clamp(1, self.max_rows)
+            } else {
+                self.max_rows
+            };
             return Some(Batch::Part {
                 rows: rows.min(job.rows.len()),
                 job,
@@ -512,7 +528,11 @@ mod tests {
         let queue = Queue::new(8, 2);
         queue.push_slots(vec![slot(1), slot(2), slot(3)]);
         let begun = Instant::now();
-        assert_eq!(whole(&queue, Duration::from_mins(1)), [1, 2], "first come, first served");
+        assert_eq!(
+            whole(&queue, Duration::from_mins(1)),
+            [1, 2],
+            "first come, first served"
+        );
         assert!(
             begun.elapsed() < Duration::from_secs(30),
             "the deadline is not waited for"
@@ -600,7 +620,9 @@ mod tests {
         assert_eq!(numbers(&displaced), [2], "its newest job");
         displaced.clear();
         // with 5 rows it would have more than any other
-        let (error, _job) = queue.push_client(request(3, 5, 5), &mut displaced).expect_err("no share");
+        let (error, _job) = queue
+            .push_client(request(3, 5, 5), &mut displaced)
+            .expect_err("no share");
         assert!(error.retry() && displaced.is_empty(), "{displaced:?}");
     }
 

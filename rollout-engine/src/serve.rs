@@ -242,12 +242,10 @@ enum Event {
 
 async fn ended(link: &mut Option<tokio::task::JoinHandle<Result<(), SocketError>>>) -> Result<(), SocketError> {
     match link {
-        Some(task) => task
-            .await
-            .unwrap_or_else(|error| {
-                tracing::error!("the learner's link ended: {error}");
-                Err(SocketError::Disconnected)
-            }),
+        Some(task) => task.await.unwrap_or_else(|error| {
+            tracing::error!("the learner's link ended: {error}");
+            Err(SocketError::Disconnected)
+        }),
         None => std::future::pending().await,
     }
 }
@@ -504,7 +502,8 @@ impl Server {
             if nothing {
                 break;
             }
-            self.queue.push_slots(effects.jobs.into_iter().map(Job::begin).collect());
+            self.queue
+                .push_slots(effects.jobs.into_iter().map(Job::begin).collect());
             for trajectory in effects.trajectories {
                 self.metrics.trajectories.inc();
                 self.tell(ToLink::Trajectory(Box::new(trajectory)));

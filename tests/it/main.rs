@@ -23,6 +23,7 @@ mod golden {
 mod asynchronous;
 mod client;
 mod environments;
+mod hostile;
 mod inspect;
 mod mdp;
 mod prefix_store;

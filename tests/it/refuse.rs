@@ -97,6 +97,25 @@ fn busy_port_is_named() {
 }
 
 #[test]
+fn an_endpoint_on_a_network_is_rejected() {
+    let dir = tempfile::tempdir().expect("folder");
+    let bundle = bundle(dir.path()).dir().display().to_string();
+    for set in ["rollout.http=\"0.0.0.0:0\"", "rollout.listen=\"tcp://0.0.0.0:0\""] {
+        let args = [
+            "serve",
+            "--config",
+            &quickstart(),
+            "--set",
+            set,
+            "--standalone",
+            "--bundle",
+            &bundle,
+        ];
+        assert_refusal(&run("rollout-engine", &args), &["0.0.0.0", "loopback"]);
+    }
+}
+
+#[test]
 fn missing_accelerator_is_no_silent_fallback() {
     for provider in ["cuda", "tensorrt"] {
         let dir = tempfile::tempdir().expect("folder");

@@ -6,10 +6,12 @@
     reason = "a test helper fails by panicking with the reason"
 )]
 
+pub mod ring;
 pub mod hostile;
 pub mod probe;
-pub mod ring;
 pub mod standalone;
+pub mod attacks;
+pub mod siege;
 
 use std::path::PathBuf;
 

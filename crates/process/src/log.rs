@@ -40,16 +40,22 @@ pub fn start() {
         .with_ansi(std::io::stderr().is_terminal())
         .event_format(lines)
         .init();
-    let reporting = thread::Builder::new().name("log".to_owned()).spawn(move || {
-        loop {
-            thread::park_timeout(WINDOW);
-            for (count, text) in limit.left_out() {
-                tracing::info!("{count} more lines were left out: {text}");
-            }
-        }
-    });
+    let reporting = thread::Builder::new()
+        .name("log".to_owned())
+        .spawn(move || report(&limit));
     if let Err(error) = reporting {
         tracing::warn!("counts of lines that are left out come late: {error}");
+    }
+}
+
+/// Says every now and then what was left out.
+#[expect(clippy::infinite_loop, reason = "it lives as long as the process")]
+fn report(limit: &Limit) {
+    loop {
+        thread::park_timeout(WINDOW);
+        for (count, text) in limit.left_out() {
+            tracing::info!("{count} more lines were left out: {text}");
+        }
     }
 }
 
@@ -223,7 +229,10 @@ mod tests {
             }
             tracing::warn!("another reason");
         });
-        assert_eq!(text.lines().filter(|line| line.contains("junk")).count(), LINES as usize);
+        assert_eq!(
+            text.lines().filter(|line| line.contains("junk")).count(),
+            LINES as usize
+        );
         assert!(text.contains("another reason"));
         assert_eq!(limit.left_out(), [(4990, "junk 9".to_owned())]);
         assert!(limit.left_out().is_empty(), "told once");
@@ -251,9 +260,17 @@ mod tests {
 
     #[test]
     fn texts_of_peers_cannot_forge_or_flood_a_line() {
-        let (text, _) = logged(|| tracing::warn!("worker `{}`", format!("x\n2026 ERROR forged\u{1b}[2J{}", "y".repeat(1 << 20))));
+        let (text, _) = logged(|| {
+            tracing::warn!(
+                "worker `{}`",
+                format!("x\n2026 ERROR forged\u{1b}[2J{}", "y".repeat(1 << 20))
+            )
+        });
         let line = text.strip_suffix('\n').expect("a line");
-        assert!(line.contains("x\\n2026 ERROR forged") && !line.contains(char::is_control), "{line}");
+        assert!(
+            line.contains("x\\n2026 ERROR forged") && !line.contains(char::is_control),
+            "{line}"
+        );
         assert!(line.chars().count() < LINE_CHARS + 50, "{}", line.len());
     }
 }

@@ -31,7 +31,10 @@ pub(crate) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String,
     let text = String::deserialize(deserializer)?;
     if text.len() > NAME_BYTES || text.chars().any(char::is_control) {
         let expected = format!("a name of at most {NAME_BYTES} bytes without control characters");
-        return Err(de::Error::invalid_value(de::Unexpected::Str(&shown(&text)), &expected.as_str()));
+        return Err(de::Error::invalid_value(
+            de::Unexpected::Str(&shown(&text)),
+            &expected.as_str(),
+        ));
     }
     Ok(text)
 }

@@ -216,7 +216,10 @@ mod tests {
         let bytes = greeting();
         assert_eq!((bytes[0], bytes[9], bytes[10], bytes[11]), (0xff, 0x7f, 3, 1));
         assert_eq!(&bytes[12..16], b"NULL");
-        assert!(bytes[16..].iter().all(|b| *b == 0), "padding, as-server and filler are zero");
+        assert!(
+            bytes[16..].iter().all(|b| *b == 0),
+            "padding, as-server and filler are zero"
+        );
         for end in 0..=GREETING_BYTES {
             assert_eq!(check_greeting(&bytes[..end]), Ok(()), "{end} bytes");
         }
@@ -244,7 +247,11 @@ mod tests {
             let (written, length) = message_header(bytes);
             assert_eq!(written[..length], header);
             let read = frame_header(&header).expect("right").expect("whole");
-            let expected = FrameHeader { more: false, command: false, bytes: bytes as u64 };
+            let expected = FrameHeader {
+                more: false,
+                command: false,
+                bytes: bytes as u64,
+            };
             assert_eq!(read, (expected, length));
             assert_eq!(frame_header(&header[..length - 1]), Ok(None));
         }
@@ -263,7 +270,9 @@ mod tests {
             assert!(check_ready(&ready[2..end], SocketType::Router).is_err(), "cut at {end}");
         }
         let publisher = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03PUB";
-        let error = check_ready(publisher, SocketType::Router).expect_err("rejected").to_string();
+        let error = check_ready(publisher, SocketType::Router)
+            .expect_err("rejected")
+            .to_string();
         assert_eq!(error, "it is a PUB socket, expected DEALER, REQ or ROUTER");
         let error = check_ready(b"\x05ERROR\x04full", SocketType::Dealer).expect_err("rejected");
         assert_eq!(error, ZmtpError::Rejected("full".to_owned()));

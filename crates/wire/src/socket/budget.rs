@@ -202,7 +202,10 @@ mod tests {
         assert_eq!(first.grow(80).await, Duration::ZERO);
         let held = first.complete();
         let mut second = budget.begin(2, &closer());
-        assert!(!second.try_grow(40), "80 of 100 are held by a message that waits to be handled");
+        assert!(
+            !second.try_grow(40),
+            "80 of 100 are held by a message that waits to be handled"
+        );
         let waiting = tokio::spawn(async move {
             second.grow(40).await;
             second
@@ -221,7 +224,10 @@ mod tests {
         one.grow(50).await;
         two.grow(50).await;
         assert!(!one.try_grow(30), "the other may still finish");
-        assert!(two.try_grow(30), "all wait and nothing is complete: one of them goes beyond");
+        assert!(
+            two.try_grow(30),
+            "all wait and nothing is complete: one of them goes beyond"
+        );
         assert!(!one.try_grow(30), "and no other");
         drop(two);
         assert!(one.try_grow(30));
@@ -231,11 +237,7 @@ mod tests {
     async fn a_message_that_does_not_move_makes_room() {
         let budget = Budget::new(100);
         let (small, large, own) = (closer(), closer(), closer());
-        let (mut one, mut two, mut three) = (
-            budget.begin(1, &small),
-            budget.begin(2, &large),
-            budget.begin(3, &own),
-        );
+        let (mut one, mut two, mut three) = (budget.begin(1, &small), budget.begin(2, &large), budget.begin(3, &own));
         one.grow(30).await;
         two.grow(60).await;
         let waiting = tokio::spawn(async move {

@@ -110,7 +110,10 @@ impl Traffic {
     }
 
     fn take_large(&self, bytes: usize, now: Instant) -> Duration {
-        self.large.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, now)
+        self.large
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(bytes, now)
     }
 }
 
@@ -346,7 +349,11 @@ impl Reader {
             clock.pause(rest(wait).await);
             clock.pause(receiving.grow(step).await);
             if body.capacity() < body.len() + step {
-                let wanted = if body.len() < PROVEN_BYTES { PROVEN_BYTES.min(size) } else { size };
+                let wanted = if body.len() < PROVEN_BYTES {
+                    PROVEN_BYTES.min(size)
+                } else {
+                    size
+                };
                 body.try_reserve_exact(wanted - body.len()).map_err(Fault::Memory)?;
             }
             let end = body.len() + step;
@@ -356,10 +363,16 @@ impl Reader {
             while body.len() < end {
                 let received = body.len();
                 let left = clock.left(received);
-                let late = |_late| Fault::Late { received, expected: size };
+                let late = |_late| Fault::Late {
+                    received,
+                    expected: size,
+                };
                 let mut room = (&mut *body).limit(end - received);
                 if large {
-                    timeout(left, self.stream.readable()).await.map_err(late)?.map_err(Fault::Io)?;
+                    timeout(left, self.stream.readable())
+                        .await
+                        .map_err(late)?
+                        .map_err(Fault::Io)?;
                     let waited = Instant::now();
                     // it is never closed
                     let _turn = self.traffic.reading.acquire().await;

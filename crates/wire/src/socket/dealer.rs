@@ -82,7 +82,10 @@ async fn attempt(address: &str, traffic: &Arc<Traffic>) -> Result<(DealerSender,
         DealerSender {
             handle: Arc::clone(&handle),
         },
-        DealerReceiver { frames, _handle: handle },
+        DealerReceiver {
+            frames,
+            _handle: handle,
+        },
     ))
 }
 

@@ -22,7 +22,7 @@ use crate::limits::RESERVED_DESCRIPTORS;
 /// A connection that has finished its handshake and sent nothing may be evicted after so long.
 const SILENT_IDLE: Duration = Duration::from_secs(1);
 /// A connection that has sent messages may be evicted after so long without one.
-const ACTIVE_IDLE: Duration = Duration::from_secs(60);
+const ACTIVE_IDLE: Duration = Duration::from_mins(1);
 /// Pauses after the system had no descriptor for a connection.
 const BACKOFF: [Duration; 4] = [
     Duration::from_millis(10),
@@ -81,7 +81,8 @@ impl Activity {
     }
 
     fn reach(&self, stage: Stage) {
-        self.last.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.last
+            .store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
@@ -157,7 +158,10 @@ impl Gate {
                 }
                 Err(error) => {
                     let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-                    if exhausted.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) {
+                    if exhausted
+                        .iter()
+                        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+                    {
                         tracing::warn!("no connection can be accepted: {error}; idle ones are closed");
                         self.evict(None);
                     }
@@ -174,7 +178,11 @@ impl Gate {
         let mut places = self.lock();
         if places.len() >= self.most_per_address {
             let open = |place: &&Place| !place.closer.is_closed();
-            let same = places.values().filter(open).filter(|place| place.address == address).count();
+            let same = places
+                .values()
+                .filter(open)
+                .filter(|place| place.address == address)
+                .count();
             let all = places.values().filter(open).count();
             let room = if same >= self.most_per_address {
                 evict(&places, Some(address))

@@ -126,7 +126,10 @@ mod tests {
         inbox.push(2, Turn::Talk, 10);
         inbox.push(3, Turn::Talk, 20);
         inbox.push(2, Turn::Talk, 11);
-        assert_eq!(all(&inbox, 7).await, [(1, 0), (2, 10), (3, 20), (1, 1), (2, 11), (1, 2), (1, 3)]);
+        assert_eq!(
+            all(&inbox, 7).await,
+            [(1, 0), (2, 10), (3, 20), (1, 1), (2, 11), (1, 2), (1, 3)]
+        );
     }
 
     #[tokio::test]
@@ -140,7 +143,15 @@ mod tests {
             inbox.push(1, Turn::Talk, item);
         }
         let order: Vec<u64> = all(&inbox, 17).await.into_iter().map(|(peer, _)| peer).collect();
-        assert_eq!(order[..7], [1, 1, 1, 1, 10, 1, 10], "one of them for four that talk, each peer in its own order");
-        assert_eq!(order[7..], [1, 11, 12, 13, 14, 15, 16, 17, 18, 19], "nobody waits for ever");
+        assert_eq!(
+            order[..7],
+            [1, 1, 1, 1, 10, 1, 10],
+            "one of them for four that talk, each peer in its own order"
+        );
+        assert_eq!(
+            order[7..],
+            [1, 11, 12, 13, 14, 15, 16, 17, 18, 19],
+            "nobody waits for ever"
+        );
     }
 }

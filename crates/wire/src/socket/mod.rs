@@ -7,10 +7,7 @@
 
 use std::{io, net::IpAddr};
 
-use crate::{
-    codec::CodecError,
-    limits::Limits,
-};
+use crate::{codec::CodecError, limits::Limits};
 
 mod closer;
 pub mod gate;

@@ -114,7 +114,11 @@ impl Outbox {
     /// Queues a message and writes what the socket takes at once.
     pub(super) fn send(&self, body: Vec<u8>) -> Result<(), Unsent> {
         let mut head = [0u8; DELIMITER.len() + MAX_HEADER_BYTES];
-        let delimiter: &[u8] = if self.delimited.load(Ordering::Relaxed) { &DELIMITER } else { &[] };
+        let delimiter: &[u8] = if self.delimited.load(Ordering::Relaxed) {
+            &DELIMITER
+        } else {
+            &[]
+        };
         let (header, length) = message_header(body.len());
         let header = header.iter().take(length);
         for (byte, value) in head.iter_mut().zip(delimiter.iter().chain(header)) {
@@ -189,10 +193,12 @@ impl Outbox {
         while !state.items.is_empty() {
             let mut pieces = [IoSlice::new(&[]); PIECES];
             let mut skip = state.written;
-            let parts = state
-                .items
-                .iter()
-                .flat_map(|item| [item.head.get(..item.head_bytes).unwrap_or_default(), item.body.as_slice()]);
+            let parts = state.items.iter().flat_map(|item| {
+                [
+                    item.head.get(..item.head_bytes).unwrap_or_default(),
+                    item.body.as_slice(),
+                ]
+            });
             let mut used = 0;
             for (piece, part) in pieces.iter_mut().zip(parts) {
                 let here = skip.min(part.len());

@@ -43,7 +43,11 @@ mod tests {
         let at = |millis| begun + Duration::from_millis(millis);
         assert_eq!(pace.take(50, at(0)), Duration::ZERO, "half a second's units");
         assert_eq!(pace.take(10, at(0)), Duration::from_millis(100));
-        assert_eq!(pace.take(10, at(0)), Duration::from_millis(200), "the next one waits behind the first");
+        assert_eq!(
+            pace.take(10, at(0)),
+            Duration::from_millis(200),
+            "the next one waits behind the first"
+        );
         assert_eq!(pace.take(10, at(200)), Duration::from_millis(100));
         assert_eq!(pace.take(50, at(10_000)), Duration::ZERO, "a long rest earns one burst");
         assert_eq!(pace.take(1, at(10_000)), Duration::from_millis(10));

@@ -115,8 +115,6 @@ impl Raw {
     }
 }
 
-
-
 async fn event(receive: &mut RouterReceiver<String>) -> RouterEvent<String> {
     timeout(PATIENCE, receive.receive()).await.expect("an event in time")
 }
@@ -130,7 +128,10 @@ async fn message(receive: &mut RouterReceiver<String>) -> (Peer, String) {
 
 fn closed(send: &RouterSender, reason: Closed) -> u64 {
     let counters = send.counters();
-    counters.closed().find(|(r, _)| *r == reason).map_or(0, |(_, count)| count)
+    counters
+        .closed()
+        .find(|(r, _)| *r == reason)
+        .map_or(0, |(_, count)| count)
 }
 
 /// A well-behaved peer is answered; what the test before did to the endpoint has not harmed it.
@@ -160,7 +161,10 @@ async fn a_dealer_and_a_router_talk_both_ways() {
         let (peer, heard) = message(&mut receive).await;
         assert_eq!(heard.len(), size);
         send.send(peer, &text).expect("sent");
-        let answer: String = timeout(PATIENCE, back.receive()).await.expect("in time").expect("an answer");
+        let answer: String = timeout(PATIENCE, back.receive())
+            .await
+            .expect("in time")
+            .expect("an answer");
         assert_eq!(answer, text);
     }
     drop((out, back));
@@ -176,7 +180,9 @@ async fn a_dealer_waits_for_the_router_and_hears_of_its_end() {
         let endpoint = endpoint.clone();
         async move { connect_dealer(&endpoint).await }
     });
-    let (_send, receive, _) = bind_router::<String>(&endpoint, Limits::default()).await.expect("bound");
+    let (_send, receive, _) = bind_router::<String>(&endpoint, Limits::default())
+        .await
+        .expect("bound");
     let (_out, mut back) = timeout(PATIENCE, connecting)
         .await
         .expect("in time")
@@ -210,7 +216,8 @@ async fn no_peer_gets_the_messages_of_another_by_its_identity() {
     for name in ["first", "second"] {
         let mut peer = Raw::connect(&endpoint).await;
         peer.write(&zmtp::greeting()).await;
-        let mut ready = b"\x04\x2b\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x02me".to_vec();
+        let mut ready =
+            b"\x04\x2b\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x02me".to_vec();
         ready[1] = (ready.len() - 2) as u8;
         peer.write(&ready).await;
         peer.shake().await;
@@ -315,7 +322,10 @@ async fn a_message_that_does_not_arrive_ends_its_connection() {
     let mut pause = tokio::time::interval(Duration::from_millis(50));
     while peer.stream.write_all(&[0]).await.is_ok() {
         pause.tick().await;
-        assert!(begun.elapsed() < PATIENCE, "a dripped message holds its connection for ever");
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "a dripped message holds its connection for ever"
+        );
     }
     assert_eq!(closed(&send, Closed::Late), 5);
     serves(&endpoint, &send, &mut receive).await;
@@ -326,7 +336,10 @@ async fn an_idle_peer_stays_connected() {
     let (send, mut receive, endpoint) = router(quick()).await;
     let mut peer = Raw::open(&endpoint).await;
     // longer than all of the limits
-    assert!(timeout(Duration::from_secs(1), peer.fill()).await.is_err(), "nothing is sent, nothing is closed");
+    assert!(
+        timeout(Duration::from_secs(1), peer.fill()).await.is_err(),
+        "nothing is sent, nothing is closed"
+    );
     peer.say("still here").await;
     assert_eq!(message(&mut receive).await.1, "still here");
     drop(send);
@@ -349,7 +362,10 @@ async fn a_peer_that_does_not_read_is_disconnected_and_holds_up_nobody() {
         let mut sent = 0u64;
         while send.send(peer, &text).is_ok() {
             sent += 1;
-            assert!(begun.elapsed() < PATIENCE, "{sent} messages wait for a peer that reads none");
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{sent} messages wait for a peer that reads none"
+            );
         }
         loop {
             if let RouterEvent::Gone(gone) = event(&mut receive).await {
@@ -454,7 +470,10 @@ async fn a_dealer_survives_a_hostile_router() {
     let endpoint = format!("tcp://{}", listener.local_addr().expect("address"));
     let hostile = tokio::spawn(async move {
         let (stream, _) = listener.accept().await.expect("accepted");
-        let mut raw = Raw { stream, seen: Vec::new() };
+        let mut raw = Raw {
+            stream,
+            seen: Vec::new(),
+        };
         raw.write(&zmtp::greeting()).await;
         raw.write(&zmtp::ready(SocketType::Router)).await;
         raw.shake().await;
@@ -472,10 +491,20 @@ fn endpoints_are_checked() {
     for good in ["tcp://127.0.0.1:1", "tcp://localhost:0", "tcp://[::1]:9"] {
         assert!(check_endpoint(good).is_ok(), "{good}");
     }
-    for bad in ["127.0.0.1:1", "tcp://127.0.0.1", "tcp://127.0.0.1:x", "udp://127.0.0.1:1"] {
+    for bad in [
+        "127.0.0.1:1",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:x",
+        "udp://127.0.0.1:1",
+    ] {
         assert!(matches!(check_endpoint(bad), Err(SocketError::Endpoint(_))), "{bad}");
     }
-    for far in ["tcp://0.0.0.0:1", "tcp://10.0.0.1:1", "tcp://example.org:1", "tcp://[::]:1"] {
+    for far in [
+        "tcp://0.0.0.0:1",
+        "tcp://10.0.0.1:1",
+        "tcp://example.org:1",
+        "tcp://[::]:1",
+    ] {
         assert!(matches!(check_endpoint(far), Err(SocketError::NotLoopback(_))), "{far}");
     }
 }
