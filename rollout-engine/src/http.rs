@@ -111,6 +111,7 @@ pub fn start(address: &str, pages: Pages) -> Result<SocketAddr, HttpError> {
     Ok(bound)
 }
 
+#[expect(clippy::infinite_loop, reason = "it answers as long as the process lives")]
 async fn serve(listener: StdListener, pages: Pages) -> std::io::Result<Infallible> {
     let listener = TcpListener::from_std(listener)?;
     let gate = Gate::new(CONNECTIONS);

@@ -1240,9 +1240,10 @@ mod tests {
         }
         decode::<ToEngine>(&unknown_variant_frame(10)).expect_err("refused");
         assert!(matches!(
-            decode(&hello_frame(&forged_names()[0], "e", 3, 1)),
+            decode(&hello_frame("a robot", "e", 3, 1)),
             Ok(ToEngine::Hello(_))
         ));
+        decode::<ToEngine>(&hello_frame(&forged_names()[0], "e", 3, 1)).expect_err("a name with a line break");
     }
 
     #[test]

@@ -264,7 +264,7 @@ mod tests {
             tracing::warn!(
                 "worker `{}`",
                 format!("x\n2026 ERROR forged\u{1b}[2J{}", "y".repeat(1 << 20))
-            )
+            );
         });
         let line = text.strip_suffix('\n').expect("a line");
         assert!(
