@@ -141,9 +141,8 @@ impl DealerSender {
     /// The peer is gone or the message is too long.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<(), SocketError> {
         let frame = encode(message)?;
-        let outbox = &self.handle.outbox;
-        outbox.room().await.map_err(|_gone| SocketError::Disconnected)?;
-        outbox.send(frame).map_err(|_gone| SocketError::Disconnected)
+        let sent = self.handle.outbox.send_in_time(frame).await;
+        sent.map_err(|_gone| SocketError::Disconnected)
     }
 }
 

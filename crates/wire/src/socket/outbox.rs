@@ -111,8 +111,18 @@ impl Outbox {
         self.delimited.store(true, Ordering::Relaxed);
     }
 
-    /// Queues a message and writes what the socket takes at once.
+    /// Queues a message and writes what the socket takes at once. A peer for whom too much waits is disconnected.
     pub(super) fn send(&self, body: Vec<u8>) -> Result<(), Unsent> {
+        self.push(self.item(body), true)
+    }
+
+    /// Waits for room, then queues a message and writes what the socket takes at once. One sender at a time.
+    pub(super) async fn send_in_time(&self, body: Vec<u8>) -> Result<(), Unsent> {
+        self.room().await?;
+        self.push(self.item(body), false)
+    }
+
+    fn item(&self, body: Vec<u8>) -> Item {
         let mut head = [0u8; DELIMITER.len() + MAX_HEADER_BYTES];
         let delimiter: &[u8] = if self.delimited.load(Ordering::Relaxed) {
             &DELIMITER
@@ -124,23 +134,24 @@ impl Outbox {
         for (byte, value) in head.iter_mut().zip(delimiter.iter().chain(header)) {
             *byte = *value;
         }
-        self.push(Item {
+        Item {
             head,
             head_bytes: delimiter.len() + length,
             body,
-        })
+        }
     }
 
     /// Queues the bytes of a whole command frame.
     pub(super) fn send_raw(&self, frame: Vec<u8>) -> Result<(), Unsent> {
-        self.push(Item {
+        let item = Item {
             head: Default::default(),
             head_bytes: 0,
             body: frame,
-        })
+        };
+        self.push(item, true)
     }
 
-    fn push(&self, item: Item) -> Result<(), Unsent> {
+    fn push(&self, item: Item, bounded: bool) -> Result<(), Unsent> {
         let mut state = self.lock();
         if state.closed.is_some() {
             return Err(Unsent::Gone);
@@ -162,9 +173,10 @@ impl Outbox {
         let limits = &self.limits;
         let share = limits.queued_bytes / self.all.peers.load(Ordering::Relaxed).max(1);
         let alone = state.items.len() == 1;
-        if !alone && (state.items.len() > limits.queued_messages_per_peer || state.bytes > limits.queued_bytes_per_peer)
-            || state.bytes > share.max(1) && self.all.bytes.load(Ordering::Relaxed) > limits.queued_bytes
-        {
+        let too_much = !alone
+            && (state.items.len() > limits.queued_messages_per_peer || state.bytes > limits.queued_bytes_per_peer)
+            || state.bytes > share.max(1) && self.all.bytes.load(Ordering::Relaxed) > limits.queued_bytes;
+        if bounded && too_much {
             self.finish(&mut state, Closed::Slow);
             return Err(Unsent::Slow);
         }
@@ -251,7 +263,7 @@ impl Outbox {
     }
 
     /// Waits until the peer has taken enough that another message may wait.
-    pub(super) async fn room(&self) -> Result<(), Unsent> {
+    async fn room(&self) -> Result<(), Unsent> {
         loop {
             let drained = self.drained.notified();
             {

@@ -156,11 +156,24 @@ fn open_door<T: DeserializeOwned + Send + 'static>(
     Ok(closing)
 }
 
+/// A place in the list of peers; the peer is off it, and its socket can close, when this is dropped.
+struct Listed {
+    peers: Peers,
+    id: u64,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        lock(&self.peers).remove(&self.id);
+    }
+}
+
 /// One connection and what it has come to.
 struct Connection {
     reader: Reader,
     outbox: Arc<Outbox>,
     admission: Admission,
+    listed: Listed,
     /// Places of its messages in the inbox.
     places: Arc<Semaphore>,
     /// Messages in a row that could not be decoded.
@@ -208,10 +221,15 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         };
         admission.opened();
         lock(&self.peers).insert(admission.id, Arc::clone(&outbox));
+        let listed = Listed {
+            peers: Arc::clone(&self.peers),
+            id: admission.id,
+        };
         let connection = Connection {
             reader,
             outbox,
             admission,
+            listed,
             places: Arc::new(Semaphore::new(self.traffic.limits.waiting_messages)),
             malformed: 0,
             turn: Turn::Door,
@@ -250,8 +268,13 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
     }
 
     fn leave(&self, connection: Connection, reason: Closed) {
-        let Connection { outbox, admission, .. } = connection;
-        lock(&self.peers).remove(&admission.id);
+        let Connection {
+            outbox,
+            admission,
+            listed,
+            ..
+        } = connection;
+        drop(listed);
         outbox.close();
         self.inbox.push(
             admission.id,
@@ -274,6 +297,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
             places,
             malformed,
             turn,
+            ..
         } = connection;
         loop {
             let Ok(place) = Arc::clone(places).acquire_owned().await else {
