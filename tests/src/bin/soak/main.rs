@@ -10,32 +10,35 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use integration_tests::{
-    attacks::{ATTACKS, PATIENCE, Scene, Target},
-    hostile::{Churn, Tally, act_frame, churn, pause},
-    probe::{Pace, Question, readings, steady_clients},
+    attacks::{ATTACKS, Scene, Target},
+    probe::{Pace, Question, steady_clients},
     ring,
-    siege::{Bounds, GRACE, header, lines, measure, millis, own_process},
+    siege::{Bounds, GRACE, header, lines, measure, millis},
     standalone::{Limits, Programs, Server},
 };
 use policy::plan::RunPlan;
+
+mod churn;
+mod kills;
+mod reconnect;
 
 const USAGE: &str = "usage:
   soak churn [--connections N=200000] [--frame act|junk]
       short-lived connections from 1, 2, 4 and 8 processes, N in each phase, with one valid request each, or with junk in its place
   soak hostile [--seconds S=60] [--only NAME[,NAME...]] [--idle-seconds S=5] [--nice N=10]
       every attack for S seconds, with the round trips of a steady client during the attack and idle
+  soak reconnect [--absences S[,S...]=1,5,60]
+      time from the return of the other side to a connection, of an env worker and of an engine, after these absences
+  soak kills [--kills N=18] [--iterations N=24]
+      kills learner, engine and env worker at random moments of a run and compares it with one that was left alone
   soak list
       names the attacks
   soak latency --engine ENDPOINT [--clients N=1] [--seconds S=10] [--between-micros U=0]
@@ -44,8 +47,6 @@ common to churn and hostile:
   --programs DIR            folder of rollout-engine, learner and export (default: PIRL_PROGRAMS, else beside this program)
   --address-space-gib G     `ulimit -v` of the attacked process (default: none)";
 
-/// Time without one served connection that counts as a hang.
-const HANG: Duration = Duration::from_secs(20);
 /// Descriptors of the engine in the attacks on them.
 const SCARCE_DESCRIPTORS: u64 = 1024;
 
@@ -162,167 +163,6 @@ fn run_attack(options: &Options) {
         duration: options.seconds("seconds", 10.0),
     };
     say(&(attack.run)(&scene).to_string());
-}
-
-/// `soak served`: one well-behaved churning client; prints served and failed connections twice a second.
-fn run_served(options: &Options) {
-    end_with_parent();
-    let plan = plan(&std::env::temp_dir());
-    let junk = options.text("frame") == Some("junk");
-    let body = if junk {
-        b"junk".to_vec()
-    } else {
-        act_frame(&plan, 1, 1, false)
-    };
-    let bounds = Churn {
-        connections: options.number("connections", 1.0) as u64,
-        duration: Duration::from_hours(24),
-        patience: HANG + PATIENCE,
-    };
-    let mut said = Instant::now();
-    let line = |tally: &Tally| {
-        // junk is served by a refusal or by the end of the connection
-        let refused = tally.refused + tally.closed;
-        let served = tally.answered + if junk { refused } else { 0 };
-        format!("{served} {}", tally.opened + tally.unopened - served)
-    };
-    let tally = churn(options.required("endpoint"), &body, bounds, |tally| {
-        if said.elapsed() >= Duration::from_millis(500) {
-            said = Instant::now();
-            say(&line(tally));
-        }
-    });
-    say(&line(&tally));
-}
-
-// ---- churn
-
-fn run_churn(options: &Options) -> bool {
-    let scratch = Scratch::new();
-    let connections = options.words.first().map_or_else(
-        || options.number("connections", 200_000.0),
-        |word| word.parse().expect("a number of connections"),
-    ) as u64;
-    let limits = Limits {
-        address_space: options.address_space(),
-        ..Limits::default()
-    };
-    let mut server = Server::engine(&options.programs(), &plan(&scratch.0), &scratch.0, limits);
-    let mut good = true;
-    say("processes connections served failed seconds connections/s rss MB peak MB log kB");
-    for processes in [1, 2, 4, 8] {
-        let log = server.log_bytes();
-        let phase = churn_phase(
-            &mut server,
-            connections,
-            processes,
-            options.text("frame").unwrap_or("act"),
-        );
-        let now = readings(server.pid()).unwrap_or_default();
-        say(&format!(
-            "{processes:9} {:11} {:6} {:6} {:7.1} {:13.0} {:6.1} {:7.1} {:6.1}{}",
-            connections,
-            phase.served,
-            phase.failed,
-            phase.seconds,
-            phase.served as f64 / phase.seconds,
-            now.rss as f64 / 1e6,
-            now.peak as f64 / 1e6,
-            server.log_bytes().saturating_sub(log) as f64 / 1e3,
-            phase
-                .verdict
-                .as_ref()
-                .map_or_else(String::new, |verdict| format!("  FAILED: {verdict}")),
-        ));
-        good &= phase.verdict.is_none();
-        if phase.hung {
-            break;
-        }
-    }
-    good &= finish(&mut server);
-    good
-}
-
-struct Phase {
-    served: u64,
-    failed: u64,
-    seconds: f64,
-    hung: bool,
-    verdict: Option<String>,
-}
-
-fn churn_phase(server: &mut Server, connections: u64, processes: u64, frame: &str) -> Phase {
-    let begin = Instant::now();
-    let each = connections.div_ceil(processes).to_string();
-    let counts: Arc<Vec<(AtomicU64, AtomicU64)>> = Arc::new((0..processes).map(|_| Default::default()).collect());
-    let mut clients = Vec::new();
-    let mut readers = Vec::new();
-    for number in 0..processes as usize {
-        let args = [
-            "served",
-            "--endpoint",
-            &server.listen,
-            "--connections",
-            &each,
-            "--frame",
-            frame,
-        ];
-        let mut client = own_process(None, &args);
-        let out = client.stdout.take().expect("a pipe");
-        let counts = Arc::clone(&counts);
-        readers.push(thread::spawn(move || {
-            for line in BufReader::new(out).lines().map_while(Result::ok) {
-                let mut numbers = line.split(' ').filter_map(|text| text.parse::<u64>().ok());
-                if let (Some(served), Some(failed), Some((s, f))) = (numbers.next(), numbers.next(), counts.get(number))
-                {
-                    s.store(served, Ordering::Relaxed);
-                    f.store(failed, Ordering::Relaxed);
-                }
-            }
-        }));
-        clients.push(client);
-    }
-    let sum = || {
-        counts.iter().fold((0, 0), |(served, failed), (s, f)| {
-            (served + s.load(Ordering::Relaxed), failed + f.load(Ordering::Relaxed))
-        })
-    };
-    let (mut last, mut since, mut hung) = (0, Instant::now(), false);
-    while clients.iter_mut().any(|c| c.try_wait().expect("a client").is_none()) {
-        pause(Duration::from_millis(100));
-        let (served, _) = sum();
-        if served > last {
-            (last, since) = (served, Instant::now());
-        }
-        if since.elapsed() > HANG || server.ended().is_some() {
-            hung = true;
-            break;
-        }
-    }
-    let seconds = begin.elapsed().as_secs_f64();
-    for client in &mut clients {
-        // a client that has ended is only collected
-        drop(client.kill());
-        client.wait().expect("waiting for a client");
-    }
-    for reader in readers {
-        reader.join().expect("a reader that does not panic");
-    }
-    let (served, failed) = sum();
-    let verdict = match server.ended() {
-        Some(status) => Some(format!("the engine ended: {status}")),
-        None if hung => Some(format!("nothing was served for {} s", HANG.as_secs())),
-        None if failed > 0 => Some(format!("{failed} requests failed")),
-        None if served < connections => Some("not all were served".to_owned()),
-        None => None,
-    };
-    Phase {
-        served,
-        failed,
-        seconds,
-        hung,
-        verdict,
-    }
 }
 
 /// Asks a server to end and says how that went.
@@ -459,11 +299,13 @@ fn main() -> ExitCode {
     let common = ["programs", "address-space-gib"];
     let with = |own: &[&'static str]| [&common, own].concat();
     let good = match command.as_str() {
-        "churn" => run_churn(&Options::parse(args, &with(&["connections", "frame"]))),
+        "churn" => churn::run_churn(&Options::parse(args, &with(&["connections", "frame"]))),
         "hostile" => run_hostile(&Options::parse(
             args,
             &with(&["seconds", "only", "idle-seconds", "nice"]),
         )),
+        "reconnect" => reconnect::run(&Options::parse(args, &with(&["absences"]))),
+        "kills" => kills::run(&Options::parse(args, &with(&["kills", "iterations", "seed"]))),
         "latency" => {
             run_latency(&Options::parse(
                 args,
@@ -482,7 +324,7 @@ fn main() -> ExitCode {
             true
         }
         "served" => {
-            run_served(&Options::parse(args, &["endpoint", "connections", "frame"]));
+            churn::run_served(&Options::parse(args, &["endpoint", "connections", "frame"]));
             true
         }
         "help" | "--help" | "-h" => {
