@@ -1,7 +1,7 @@
 //! Files of announced versions: what is here already is linked, the rest is fetched in parts into a folder beside.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
@@ -9,12 +9,17 @@ use std::{
 };
 
 use policy::bundle::{Bundle, BundleFile, MANIFEST, plain_name};
-use wire::messages::{Announce, Fetch, FilePart};
+use wire::{
+    messages::{Announce, Fetch, FilePart},
+    text::shown,
+};
 
 /// Most files of a bundle.
 const MAX_FILES: usize = 64;
 /// Largest file of a bundle.
 const MAX_FILE_BYTES: u64 = 64 << 30;
+/// Digits of a SHA-256.
+const SHA256_DIGITS: usize = 64;
 /// Times that a part is asked for before the version is refused.
 const MAX_ASKED: u32 = 6;
 
@@ -49,6 +54,8 @@ pub enum Progress {
         begun: Instant,
         /// The bundle's folder, not verified yet.
         dir: PathBuf,
+        /// SHA-256 of every file, as announced.
+        digests: BTreeMap<String, String>,
     },
     /// It cannot be had.
     Failed(Failed),
@@ -229,7 +236,12 @@ impl Incoming {
         let dir = self.dir.join(format!("v{version}-{short}"));
         remove(&dir);
         match fs::rename(&fetching.beside, &dir) {
-            Ok(()) => Progress::Fetched { version, begun, dir },
+            Ok(()) => Progress::Fetched {
+                version,
+                begun,
+                dir,
+                digests: digests(&fetching.announce),
+            },
             Err(error) => {
                 remove(&fetching.beside);
                 Progress::Failed(Failed {
@@ -384,9 +396,25 @@ fn check(announce: &Announce) -> Result<(), String> {
     if !announce.files.iter().any(|f| f.name == MANIFEST) {
         return Err(format!("its files lack `{MANIFEST}`"));
     }
+    let mut names = BTreeSet::new();
     for file in &announce.files {
+        if !names.insert(&file.name) {
+            return Err(format!("it names the file `{}` twice", shown(&file.name)));
+        }
+        // it becomes part of a path, and is what the content is compared with
+        let hexadecimal = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+        if file.sha256.len() != SHA256_DIGITS || !file.sha256.chars().all(hexadecimal) {
+            return Err(format!(
+                "the digest of its file `{}` is `{}`, expected {SHA256_DIGITS} digits 0-9 and a-f",
+                shown(&file.name),
+                shown(&file.sha256)
+            ));
+        }
         if !plain_name(&file.name) {
-            return Err(format!("it names the file `{}`, expected a plain file name", file.name));
+            return Err(format!(
+                "it names the file `{}`, expected a plain file name",
+                shown(&file.name)
+            ));
         }
         if file.bytes > MAX_FILE_BYTES {
             return Err(format!(
@@ -489,7 +517,11 @@ mod tests {
         let named = |name: &str| BundleFile {
             name: name.to_owned(),
             bytes: 4,
-            sha256: "00".to_owned(),
+            sha256: "0".repeat(64),
+        };
+        let digest = |sha256: &str| BundleFile {
+            sha256: sha256.to_owned(),
+            ..named("manifest.json")
         };
         let huge = BundleFile {
             bytes: u64::MAX,
@@ -500,6 +532,11 @@ mod tests {
             (vec![named("vlm")], "lack `manifest.json`"),
             (vec![named("manifest.json"), named("../x")], "`../x`"),
             (vec![named("manifest.json"), huge], "bytes"),
+            (vec![named("manifest.json"), named("manifest.json")], "twice"),
+            (vec![digest("")], "digest"),
+            (vec![digest("/../../x")], "digest"),
+            (vec![digest(&"A".repeat(64))], "digest"),
+            (vec![digest(&"0".repeat(63))], "digest"),
         ] {
             incoming.announce(announce(1, files));
             let Progress::Failed(failed) = incoming.advance(None) else {

@@ -380,7 +380,12 @@ impl LearnerLink {
                 self.report(memory, version, begun, None);
             }
             Progress::Failed(failed) => self.report(memory, failed.version, failed.begun, Some(failed.reason)),
-            Progress::Fetched { version, begun, dir } => {
+            Progress::Fetched {
+                version,
+                begun,
+                dir,
+                digests,
+            } => {
                 let (backend, slot, from) = (self.backend.clone(), Arc::clone(&self.slot), dir.clone());
                 let work = tokio::task::spawn_blocking(move || {
                     let policy =
@@ -389,6 +394,16 @@ impl LearnerLink {
                         return Err(format!(
                             "its manifest has version {}, announced was {version}",
                             policy.version()
+                        ));
+                    }
+                    // the manifest's own digests have been compared with the content
+                    let contradiction = digests
+                        .iter()
+                        .find(|(name, digest)| policy.digests.get(*name) != Some(digest));
+                    if let Some((name, announced)) = contradiction {
+                        let found = policy.digests.get(name).map_or("no such file", String::as_str);
+                        return Err(format!(
+                            "its file `{name}` has the digest {found}, announced was {announced}"
                         ));
                     }
                     let policy = Arc::new(policy);

@@ -7,9 +7,9 @@ use std::{
 };
 
 use policy::{
-    bundle::{Bundle, BundleError, MANIFEST, Manifest, describe_file},
+    bundle::{Bundle, BundleError, MANIFEST, Manifest, TOKENIZER_MODEL, describe_file},
     dims::PolicyDims,
-    flow::Schedule,
+    flow::{Sampling, Schedule},
     noise::{ChunkNoise, NoiseKey},
     prompt::PromptError,
     selftest::SelfTestInput,
@@ -203,12 +203,25 @@ pub(crate) fn drawn_input(dims: &PolicyDims, seed: u64) -> (ModelInput, Vec<f32>
     (input, drawn.noise)
 }
 
+/// Checks that a new version means the same by an observation and an action as the live one: it may have other weights and another
+/// noise level, nothing else.
 fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
+    let sampling = Sampling {
+        noise_level: new.sampling.noise_level,
+        ..live.sampling.clone()
+    };
+    let tokenizer_model = |manifest: &Manifest| manifest.file(TOKENIZER_MODEL).map(|file| file.sha256.clone());
     let fields = [
         ("dims", live.dims == new.dims),
+        ("heads", live.heads == new.heads),
+        ("sampling", sampling == new.sampling),
         ("action_chunk", live.action_chunk == new.action_chunk),
         ("env_action_dim", live.env_action_dim == new.env_action_dim),
         ("cameras", live.cameras == new.cameras),
+        ("tokenizer", live.tokenizer == new.tokenizer),
+        (TOKENIZER_MODEL, tokenizer_model(live) == tokenizer_model(new)),
+        ("normalization", live.normalization == new.normalization),
+        ("norm_stats", live.norm_stats == new.norm_stats),
         ("delta_actions", live.delta_actions == new.delta_actions),
         (
             "discrete_state_input",

@@ -17,6 +17,7 @@ use learner::{
     update::Updater,
 };
 use policy::{
+    bundle::{Bundle, MANIFEST},
     flow::Schedule,
     noise::{Purpose, fill_normal, stream},
     params::Part,
@@ -426,6 +427,75 @@ fn reload_under_load_loses_and_mixes_nothing() {
             "the old version serves on"
         );
     });
+}
+
+/// The reason for which a version is rejected.
+fn rejected(hub: &Hub, version: u64) -> String {
+    loop {
+        match hub.next(Duration::from_secs(30)).expect("hub") {
+            Some(HubEvent::Reload(report)) => {
+                assert_eq!(report.version, version);
+                return report.refused.unwrap_or_else(|| panic!("version {version} went live"));
+            }
+            Some(_) => {}
+            None => panic!("no report of version {version}"),
+        }
+    }
+}
+
+/// A version may change weights and the noise level, never what an observation or an action means.
+#[test]
+fn a_version_that_means_something_else_is_rejected() {
+    let ring = Ring::start(&[], 12);
+    let own: serde_json::Value = {
+        let path = ring.publisher.path(0).join(MANIFEST);
+        serde_json::from_str(&std::fs::read_to_string(path).expect("manifest")).expect("JSON")
+    };
+    let change = |version: u64, change: &dyn Fn(&mut serde_json::Value)| {
+        let dir = ring.dir.path().join(format!("changed/v{version}"));
+        std::fs::create_dir_all(&dir).expect("folder");
+        for file in std::fs::read_dir(ring.publisher.path(0)).expect("bundle") {
+            let path = file.expect("file").path();
+            std::fs::copy(&path, dir.join(path.file_name().expect("name"))).expect("copied");
+        }
+        let mut manifest = own.clone();
+        manifest["policy_version"] = version.into();
+        change(&mut manifest);
+        std::fs::write(dir.join(MANIFEST), manifest.to_string()).expect("manifest");
+        Bundle::open(&dir).expect("a bundle that is sound by itself")
+    };
+    let width = ring.plan.dims.action_dim;
+    let stats = |scale: f64| {
+        let row = |value: f64| vec![value; width];
+        let dims = serde_json::json!({ "mean": row(0.0), "std": row(scale), "q01": row(-scale), "q99": row(scale) });
+        serde_json::json!({ "state": dims, "actions": dims })
+    };
+    let words = |manifest: &mut serde_json::Value| {
+        let words = manifest["tokenizer"]["words"].as_array_mut().expect("a list of words");
+        words.reverse();
+    };
+    let cases: [(&str, &dyn Fn(&mut serde_json::Value)); 6] = [
+        ("norm_stats", &|manifest| manifest["norm_stats"] = stats(244.0)),
+        ("normalization", &|manifest| {
+            manifest["normalization"] = "z_score".into()
+        }),
+        ("tokenizer", &words),
+        ("cameras", &|manifest| manifest["cameras"][0] = "other".into()),
+        ("sampling", &|manifest| manifest["sampling"]["num_steps"] = 7.into()),
+        ("delta_actions", &|manifest| manifest["delta_actions"] = vec![1].into()),
+    ];
+    for (version, (field, changed)) in (1..).zip(cases) {
+        ring.hub.announce(&change(version, changed)).expect("announce");
+        let reason = rejected(&ring.hub, version);
+        assert!(
+            reason.contains(&format!("`{field}` differs from the live version")),
+            "{field}: {reason}"
+        );
+    }
+    // the noise level is the schedule of an annealed run
+    let level = change(7, &|manifest| manifest["sampling"]["noise_level"] = 0.125.into());
+    ring.hub.announce(&level).expect("announce");
+    wait_live(&ring.hub, 7);
 }
 
 /// What the engine refuses it refuses in one clear line, and it serves on.

@@ -215,7 +215,9 @@ pub(crate) fn run(options: &Options) -> bool {
     ));
     let mut failed = Vec::new();
     if done < kills {
-        failed.push(format!("the run ended before all of {kills} kills: give it more iterations"));
+        failed.push(format!(
+            "the run ended before all of {kills} kills: give it more iterations"
+        ));
     }
     if !good {
         failed.push("the run did not end well".to_owned());
