@@ -3,8 +3,9 @@
 //! Both carry the same messages through the same codec. The server runs on two threads of its own, as an engine does.
 #![expect(
     clippy::expect_used,
+    clippy::infinite_loop,
     clippy::print_stdout,
-    reason = "a benchmark prints, and ends where its machine fails it"
+    reason = "a benchmark prints, ends where its machine fails it, and its servers serve until then"
 )]
 
 use std::{
@@ -116,6 +117,9 @@ struct Figures {
     down: f64,
 }
 
+/// What a row of the table shows.
+type Figure = fn(&Figures) -> f64;
+
 trait Peer {
     async fn say(&mut self, message: &FilePart);
     async fn hear(&mut self) -> FilePart;
@@ -206,7 +210,7 @@ fn main() {
         "{:34} {:>10} {:>12} {:>10}",
         "median of 5 rounds, in turn", "pirl", "zeromq 0.7.0", "ratio"
     );
-    let rows: [(&str, fn(&Figures) -> f64, bool); 4] = [
+    let rows: [(&str, Figure, bool); 4] = [
         ("1 KiB round trip, p50, us", |f| f.p50, true),
         ("1 KiB round trip, p99, us", |f| f.p99, true),
         ("1 MiB to the ROUTER, MB/s", |f| f.up, false),

@@ -443,6 +443,9 @@ fn rejected(hub: &Hub, version: u64) -> String {
     }
 }
 
+/// A change of a manifest.
+type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
+
 /// A version may change weights and the noise level, never what an observation or an action means.
 #[test]
 fn a_version_that_means_something_else_is_rejected() {
@@ -451,7 +454,7 @@ fn a_version_that_means_something_else_is_rejected() {
         let path = ring.publisher.path(0).join(MANIFEST);
         serde_json::from_str(&std::fs::read_to_string(path).expect("manifest")).expect("JSON")
     };
-    let change = |version: u64, change: &dyn Fn(&mut serde_json::Value)| {
+    let change = |version: u64, change: Change<'_>| {
         let dir = ring.dir.path().join(format!("changed/v{version}"));
         std::fs::create_dir_all(&dir).expect("folder");
         for file in std::fs::read_dir(ring.publisher.path(0)).expect("bundle") {
@@ -474,10 +477,10 @@ fn a_version_that_means_something_else_is_rejected() {
         let words = manifest["tokenizer"]["words"].as_array_mut().expect("a list of words");
         words.reverse();
     };
-    let cases: [(&str, &dyn Fn(&mut serde_json::Value)); 6] = [
+    let cases: [(&str, Change<'_>); 6] = [
         ("norm_stats", &|manifest| manifest["norm_stats"] = stats(244.0)),
         ("normalization", &|manifest| {
-            manifest["normalization"] = "z_score".into()
+            manifest["normalization"] = "z_score".into();
         }),
         ("tokenizer", &words),
         ("cameras", &|manifest| manifest["cameras"][0] = "other".into()),
