@@ -83,7 +83,7 @@ pub fn start(
             let results = pulse.inference(|| match (batch, slot.live()) {
                 (Batch::Whole(jobs), Some(policy)) => answer(&policy, jobs, fixed_batch, &metrics),
                 (Batch::Whole(jobs), None) => jobs.into_iter().map(|job| not_ready(job.target)).collect(),
-                (Batch::Part { job, rows }, live) => part(&queue, job, rows, live, fixed_batch, &metrics),
+                (Batch::Part { job, rows }, _) => part(&queue, job, rows, &slot, fixed_batch, &metrics),
             });
             if !results.is_empty() && done.blocking_send(results).is_err() {
                 return;
@@ -107,13 +107,13 @@ fn part(
     queue: &Queue<Progress>,
     mut job: Job<Progress>,
     count: usize,
-    live: Option<Arc<LoadedPolicy>>,
+    slot: &PolicySlot,
     fixed_batch: Option<usize>,
     metrics: &Metrics,
 ) -> Vec<Done> {
     let target = job.target;
     let begun = job.progress.take().or_else(|| {
-        let policy = live?;
+        let policy = slot.live()?;
         let answer = Answer {
             version: policy.version(),
             rows: Vec::new(),
@@ -124,6 +124,18 @@ fn part(
     let Some(mut progress) = begun else {
         return vec![not_ready(target)];
     };
+    if !slot.is_recent(&progress.policy) {
+        return vec![Done {
+            target,
+            result: Err(Failure {
+                retry: true,
+                reason: format!(
+                    "version {} was replaced twice while the request was answered in parts: ask again, or for fewer rows",
+                    progress.answer.version
+                ),
+            }),
+        }];
+    }
     let rows: Vec<ActRow> = job.rows.drain(..count).collect();
     let Some(done) = answer(&progress.policy, vec![Job::new(target, rows)], fixed_batch, metrics).pop() else {
         return Vec::new();

@@ -61,6 +61,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const RESEND: Duration = Duration::from_mins(1);
 /// A part of a file that does not come is asked for again.
 const PART_PATIENCE: Duration = Duration::from_secs(10);
+/// Trajectories that are sent before the learner is heard again.
+const AT_ONCE: usize = 8;
 /// Time to deliver trajectories when the engine leaves.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -116,6 +118,8 @@ enum Event {
     Message(Result<FromLearner, SocketError>),
     Inbox(Option<ToLink>),
     Beat,
+    /// More trajectories are to be sent.
+    More,
     Loaded(Result<Arc<LoadedPolicy>, String>),
 }
 
@@ -179,7 +183,7 @@ impl LearnerLink {
         for waiting in memory.unacked.values_mut() {
             waiting.sent = None;
         }
-        self.deliver(memory, &mut send).await?;
+        let mut more = self.deliver(memory, &mut send).await?;
         let mut beat = interval(HEARTBEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -189,8 +193,10 @@ impl LearnerLink {
                 item = self.inbox.recv() => Event::Inbox(item),
                 _ = beat.tick() => Event::Beat,
                 result = loaded(&mut memory.loading) => Event::Loaded(result),
+                () = tokio::task::yield_now(), if more => Event::More,
             };
             match event {
+                Event::More => {}
                 Event::Message(Err(SocketError::Codec(error))) => tracing::warn!("frame from the learner: {error}"),
                 Event::Message(Err(error)) => return Err(error),
                 Event::Message(Ok(message)) => self.take(memory, message).await,
@@ -210,7 +216,7 @@ impl LearnerLink {
             if let Some(fetch) = self.incoming.wanted() {
                 send.send(&ToLearner::Fetch(fetch)).await?;
             }
-            self.deliver(memory, &mut send).await?;
+            more = self.deliver(memory, &mut send).await?;
             if let Some(since) = memory.finishing
                 && (memory.unacked.is_empty() || since.elapsed() > FLUSH)
             {
@@ -231,8 +237,9 @@ impl LearnerLink {
         })
     }
 
-    /// Sends reports and all trajectories that have not been sent on this connection.
-    async fn deliver(&self, memory: &mut Memory, send: &mut DealerSender) -> Result<(), SocketError> {
+    /// Sends reports and some of the trajectories that have not been sent on this connection; returns whether more are left, so that
+    /// the learner is heard in between.
+    async fn deliver(&self, memory: &mut Memory, send: &mut DealerSender) -> Result<bool, SocketError> {
         while let Some(report) = memory.reports.first() {
             send.send(&ToLearner::Reload(report.clone())).await?;
             memory.reports.remove(0);
@@ -242,8 +249,10 @@ impl LearnerLink {
             .iter()
             .filter(|(_, u)| u.sent.is_none())
             .map(|(id, _)| *id)
+            .take(AT_ONCE + 1)
             .collect();
-        for id in unsent {
+        let more = unsent.len() > AT_ONCE;
+        for id in unsent.into_iter().take(AT_ONCE) {
             let Some(waiting) = memory.unacked.remove(&id) else {
                 continue;
             };
@@ -282,7 +291,7 @@ impl LearnerLink {
             }
         }
         self.metrics.unacked.set(memory.unacked.len() as i64);
-        Ok(())
+        Ok(more)
     }
 
     async fn absorb(&self, memory: &mut Memory, item: Option<ToLink>) {

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
 };
 
 use policy::{
@@ -236,16 +236,32 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
 
 /// Where the live policy is; a swap is one pointer.
 #[derive(Debug, Default)]
-pub struct PolicySlot(RwLock<Option<Arc<LoadedPolicy>>>);
+pub struct PolicySlot(RwLock<Slot>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    live: Option<Arc<LoadedPolicy>>,
+    before: Weak<LoadedPolicy>,
+}
 
 impl PolicySlot {
     /// The live policy; who holds the returned pointer keeps that version until it is dropped.
     pub fn live(&self) -> Option<Arc<LoadedPolicy>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).live.clone()
+    }
+
+    /// Whether a policy is the live one or the one before: older ones are not kept in memory.
+    pub fn is_recent(&self, policy: &Arc<LoadedPolicy>) -> bool {
+        let slot = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let is = |other: &Arc<LoadedPolicy>| Arc::ptr_eq(policy, other);
+        slot.live.as_ref().is_some_and(is) || slot.before.upgrade().as_ref().is_some_and(is)
     }
 
     /// Makes `policy` live and returns the one before.
     pub fn swap(&self, policy: Arc<LoadedPolicy>) -> Option<Arc<LoadedPolicy>> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).replace(policy)
+        let mut slot = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let before = slot.live.replace(policy);
+        slot.before = before.as_ref().map(Arc::downgrade).unwrap_or_default();
+        before
     }
 }

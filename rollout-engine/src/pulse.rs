@@ -9,7 +9,7 @@ use std::{
 const LOOP_STALLED: Duration = Duration::from_secs(5);
 /// The link may write and sync a file of weights in between.
 const LINK_STALLED: Duration = Duration::from_secs(30);
-/// Inference is stuck after so long, or after four times its slowest batch, whichever is longer.
+/// Inference is stuck after so long, or after four times its slowest recent batch, whichever is longer.
 const INFERENCE_STALLED: Duration = Duration::from_secs(10);
 
 /// The engine's pulse.
@@ -57,7 +57,10 @@ impl Pulse {
         self.inference.store(begun, Ordering::Relaxed);
         let result = batch();
         self.inference.store(0, Ordering::Relaxed);
-        self.slowest.fetch_max(self.now() - begun, Ordering::Relaxed);
+        // an eighth less each time, so that one slow batch is forgotten
+        let before = self.slowest.load(Ordering::Relaxed);
+        self.slowest
+            .store((self.now() - begun).max(before - before / 8), Ordering::Relaxed);
         result
     }
 

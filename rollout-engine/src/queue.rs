@@ -17,6 +17,8 @@ const MAX_BYTES: usize = 1 << 30;
 const RECENT: Duration = Duration::from_secs(1);
 /// A large job gets a part at least so often, however many small jobs there are.
 const LARGE_WAIT: Duration = Duration::from_secs(1);
+/// Large jobs that are begun and not finished, of all clients: what is answered of them takes memory.
+const MAX_BEGUN: usize = 4;
 /// What waits when the queue is closed is answered for so long.
 const DRAIN: Duration = Duration::from_secs(4);
 /// The line of the env workers' slots; connections are numbered from 1.
@@ -64,9 +66,8 @@ pub struct Job<P = ()> {
 impl<P> Job<P> {
     /// A job that is queued now.
     pub fn new(target: Target, rows: Vec<ActRow>) -> Self {
-        let images = rows.iter().flat_map(|row| row.observation.images.iter().flatten());
         Self {
-            bytes: images.map(|image| image.data.len()).sum(),
+            bytes: rows.iter().map(row_bytes).sum(),
             rows: rows.into(),
             target,
             queued: Instant::now(),
@@ -86,6 +87,14 @@ impl Job {
             bytes: self.bytes,
         }
     }
+}
+
+/// Bytes of an observation and what comes with it.
+fn row_bytes(row: &ActRow) -> usize {
+    let seen = &row.observation;
+    let images: usize = seen.images.iter().flatten().map(|image| image.data.len()).sum();
+    let guidance = row.guidance.as_ref().map_or(0, |guidance| guidance.previous.data.len());
+    images + 4 * seen.state.len() + seen.prompt.len() + guidance
 }
 
 /// Whether a job is answered in parts.
@@ -142,6 +151,7 @@ impl QueueError {
 struct Line<P> {
     jobs: VecDeque<Job<P>>,
     rows: usize,
+    bytes: usize,
     /// When the large job at its front had its last part.
     part: Instant,
 }
@@ -158,6 +168,8 @@ struct Waiting<P> {
     out: Option<u64>,
     /// When a client last asked for no more rows than a batch has.
     recent: Option<Instant>,
+    /// The last batch was a part although whole jobs waited: now it is their turn.
+    forced: bool,
     closed: Option<Instant>,
 }
 
@@ -173,9 +185,11 @@ impl<P> Waiting<P> {
         let entry = self.lines.entry(line).or_insert_with(|| Line {
             jobs: VecDeque::new(),
             rows: 0,
+            bytes: 0,
             part: job.queued,
         });
         entry.rows += rows;
+        entry.bytes += job.bytes;
         if entry.jobs.is_empty() {
             self.turns.push_back(line);
         }
@@ -195,6 +209,7 @@ impl<P> Waiting<P> {
             entry.jobs.pop_back()
         }?;
         entry.rows -= job.rows.len();
+        entry.bytes -= job.bytes;
         if line == SLOTS {
             self.slot_rows -= job.rows.len();
         } else {
@@ -223,11 +238,14 @@ impl<P> Waiting<P> {
         self.pop(line, true)
     }
 
-    /// The line with a large job whose last part is longest ago.
+    /// The line with a large job whose last part is longest ago; of those that are begun where these are many.
     fn next_large(&self, max_rows: usize) -> Option<(u64, Instant)> {
+        let begun = |line: &Line<P>| line.jobs.front().is_some_and(|job| job.progress.is_some());
+        let full = self.lines.values().filter(|line| begun(line)).count() >= MAX_BEGUN;
         self.lines
             .iter()
             .filter(|(_, line)| line.jobs.front().is_some_and(|job| is_large(job, max_rows)))
+            .filter(|(_, line)| !full || begun(line))
             .map(|(id, line)| (*id, line.part))
             .min_by_key(|(_, part)| *part)
     }
@@ -255,6 +273,7 @@ impl<P> Queue<P> {
                 slot_rows: 0,
                 out: None,
                 recent: None,
+                forced: false,
                 closed: None,
             }),
             changed: Condvar::new(),
@@ -288,13 +307,20 @@ impl<P> Queue<P> {
         if waiting.closed.is_some() {
             return Err((QueueError::Closed, job));
         }
-        let own = rows + waiting.lines.get(&line).map_or(0, |line| line.rows);
+        // the share of a line is what it has most of: rows, or bytes where these are short
+        let own = waiting
+            .lines
+            .get(&line)
+            .map_or((rows, bytes), |line| (line.rows + rows, line.bytes + bytes));
         while waiting.client_rows + rows > capacity || waiting.client_bytes + bytes > MAX_BYTES {
+            let by_rows = waiting.client_rows + rows > capacity;
+            let share = |(rows, bytes): (usize, usize)| if by_rows { rows } else { bytes };
             let others = waiting.lines.iter().filter(|(id, _)| **id != SLOTS && **id != line);
-            let largest = others
-                .max_by_key(|(_, line)| line.rows)
-                .map(|(id, line)| (*id, line.rows));
-            let victim = largest.filter(|(_, rows)| *rows > own).map(|(id, _)| id);
+            let victim = others
+                .map(|(id, line)| (*id, share((line.rows, line.bytes))))
+                .max_by_key(|(_, share)| *share)
+                .filter(|(_, theirs)| *theirs > share(own))
+                .map(|(id, _)| id);
             let Some(job) = victim.and_then(|victim| waiting.pop(victim, false)) else {
                 let waiting = waiting.client_rows;
                 return Err((QueueError::Overloaded { waiting, capacity }, job));
@@ -390,6 +416,7 @@ impl<P> Queue<P> {
             let large = waiting.next_large(self.max_rows);
             if let Some((line, part)) = large
                 && part.elapsed() > LARGE_WAIT
+                && !waiting.forced
             {
                 break Some(line);
             }
@@ -423,6 +450,7 @@ impl<P> Queue<P> {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         };
+        waiting.forced = large.is_some();
         if let Some(line) = large {
             let recent = waiting.recent.is_some_and(|recent| recent.elapsed() < RECENT);
             let job = waiting.pop(line, true)?;
@@ -439,6 +467,17 @@ impl<P> Queue<P> {
         }
         let mut batch = Vec::new();
         let mut room = self.max_rows;
+        // half of a batch is the slots' where they have so many: workers and clients are not of one number
+        while room > self.max_rows / 2
+            && let Some(job) = waiting.pop(SLOTS, true)
+        {
+            room -= job.rows.len();
+            batch.push(job);
+        }
+        if let Some(place) = waiting.turns.iter().position(|line| *line == SLOTS) {
+            waiting.turns.remove(place);
+            waiting.turns.push_back(SLOTS);
+        }
         while let Some(job) = waiting.next_whole(room) {
             room -= job.rows.len();
             batch.push(job);
@@ -581,8 +620,13 @@ mod tests {
         }
         push(&queue, request(2, 21, 1)).expect("room");
         push(&queue, request(3, 31, 2)).expect("room");
-        assert_eq!(whole(&queue, Duration::ZERO), [1, 11, 21, 31]);
-        assert_eq!(whole(&queue, Duration::ZERO), [2, 12, 3, 13, 4]);
+        assert_eq!(
+            whole(&queue, Duration::ZERO),
+            [1, 2, 3, 11, 21],
+            "half for the slots, then in turn"
+        );
+        assert_eq!(whole(&queue, Duration::ZERO), [4, 5, 6, 31]);
+        assert_eq!(whole(&queue, Duration::ZERO), [7, 8, 9, 12, 13]);
     }
 
     #[test]
@@ -607,6 +651,27 @@ mod tests {
         assert_eq!(part(&queue), (1, 1), "while others ask parts are small");
         assert_eq!(part(&queue), (2, 1));
         assert_eq!(queue.rows(), 5 + 1);
+    }
+
+    #[test]
+    fn large_jobs_that_waited_long_take_turns_with_small_ones() {
+        let queue = Queue::new(99, 4);
+        let long_ago = Instant::now().checked_sub(2 * LARGE_WAIT).expect("2 s after boot");
+        for client in [1, 2] {
+            let mut large = request(client, client, 10);
+            large.queued = long_ago;
+            push(&queue, large).expect("room");
+        }
+        push(&queue, request(3, 3, 3)).expect("room");
+        push(&queue, request(3, 4, 3)).expect("room");
+        assert_eq!(part(&queue).0, 1, "it waited for long");
+        assert_eq!(
+            whole(&queue, Duration::ZERO),
+            [3],
+            "and so did the other, but small ones come between"
+        );
+        assert_eq!(part(&queue).0, 2);
+        assert_eq!(whole(&queue, Duration::ZERO), [4]);
     }
 
     #[test]

@@ -8,12 +8,12 @@ use std::{
 };
 
 use policy::{
-    bundle::{Bundle, write_atomic},
+    bundle::{Bundle, Manifest, write_atomic},
     config::RolloutConfig,
 };
 use tokio::sync::{mpsc, watch};
 use wire::{
-    codec::CodecError,
+    codec::{CodecError, MAX_FRAME_BYTES},
     limits::Limits,
     messages::{ActReply, ActRequest, FromEngine, Hello, Refusal, ToEngine, Welcome},
     socket::{Peer, RouterEvent, RouterReceiver, RouterSender, SocketError, bind_router},
@@ -415,8 +415,21 @@ impl Server {
             retry,
             reason,
         };
-        if self.slot.live().is_none() {
+        let Some(policy) = self.slot.live() else {
             self.refuse(peer, refusal(true, "no policy is live yet".to_owned()), "not_ready");
+            return;
+        };
+        let answer: usize = request
+            .rows
+            .iter()
+            .map(|row| answer_bytes(&policy.manifest, row.record))
+            .sum();
+        if answer > MAX_FRAME_BYTES {
+            let reason = format!(
+                "the answer would have about {answer} bytes, at most {MAX_FRAME_BYTES} are sent: ask for fewer rows or without records"
+            );
+            self.refuse(peer, refusal(false, reason), "invalid");
+            dispose(request);
             return;
         }
         let target = Target::Client {
@@ -536,9 +549,33 @@ impl Server {
 }
 
 fn deliver(send: &RouterSender, peer: Peer, message: &FromEngine) {
-    if let Err(error) = send.send(peer, message) {
+    let sent = send.send(peer, message);
+    // a request whose answer cannot be sent is not left without one
+    let sent = match (sent, message) {
+        (Err(SocketError::Codec(error)), FromEngine::Acted(reply)) => {
+            let refusal = Refusal {
+                request: Some(reply.request),
+                retry: false,
+                reason: format!("the answer is too long, ask for fewer rows or without records: {error}"),
+            };
+            send.send(peer, &FromEngine::Refused(refusal))
+        }
+        (sent, _) => sent,
+    };
+    if let Err(error) = sent {
         tracing::debug!("a peer did not get an answer: {error}");
     }
+}
+
+/// About how many bytes the answer to a row has.
+fn answer_bytes(manifest: &Manifest, record: bool) -> usize {
+    let (dims, chunk) = (&manifest.dims, 4 * manifest.action_chunk * manifest.env_action_dim);
+    if !record {
+        return chunk;
+    }
+    let side = dims.vision.image_size;
+    let path = 4 * (manifest.sampling.num_steps + 1) * dims.action_horizon * dims.action_dim;
+    chunk + dims.cameras * side * side * 3 + path
 }
 
 /// Frees the rows of a job on another thread: thousands of observations take milliseconds, in which the loop would stand still.

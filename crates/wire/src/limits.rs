@@ -23,7 +23,8 @@ pub const RESERVED_DESCRIPTORS: u64 = 128;
 pub struct Limits {
     /// Largest message, in bytes.
     pub message_bytes: usize,
-    /// Bytes of all messages that are being received or wait to be handled, over all connections; one message beyond is finished.
+    /// Bytes of all messages that are being received or wait to be handled, over all connections; large ones have three quarters. One
+    /// message beyond is finished.
     pub received_bytes: usize,
     /// Messages of one peer that wait to be handled; beyond that its socket is not read.
     pub waiting_messages: usize,
@@ -39,13 +40,13 @@ pub struct Limits {
     pub queued_bytes_per_peer: usize,
     /// Messages that wait to be sent to one peer; a peer beyond that is disconnected.
     pub queued_messages_per_peer: usize,
-    /// Bytes that wait to be sent to all peers; beyond that the peers with more than an equal share are disconnected.
+    /// Bytes that wait to be sent to all peers; beyond that the peer that has taken nothing for longest is disconnected.
     pub queued_bytes: usize,
     /// Connections; never more than the descriptors of the process allow. One address has at most three quarters of them.
     pub connections: usize,
     /// Time for greeting and handshake.
     pub handshake: Duration,
-    /// Time that a message may take on top of its bytes at [`Limits::bytes_per_second`], counted anew from its first byte.
+    /// Time that each step of a message may take on top of its bytes at [`Limits::bytes_per_second`].
     pub message_grace: Duration,
     /// Slowest rate at which a begun message may arrive.
     pub bytes_per_second: usize,

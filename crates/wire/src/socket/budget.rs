@@ -1,8 +1,9 @@
 //! One budget of bytes for all messages that are being received or wait to be handled, over all connections of an endpoint.
 //!
-//! Bytes are reserved as they arrive, not as they are announced. When the budget is used up, a connection whose message has begun
-//! and does not move is closed, the largest first; others wait. When only unfinished messages hold the budget, and all of them wait,
-//! one of them may go beyond it, so that they cannot block each other for ever.
+//! Large messages have three quarters of it, so that they never hold up the others. Bytes are reserved as they arrive, not as they are
+//! announced. When a part is used up, a connection whose message has begun and does not move is closed, the largest first; others
+//! wait. When only unfinished messages hold it, and all of them wait, one of them may go beyond it, so that they cannot block each other
+//! for ever.
 
 use std::{
     collections::BTreeMap,
@@ -16,17 +17,23 @@ use super::closer::{Closed, Closer};
 
 /// A message that has not moved for so long makes room for others.
 const STALLED: Duration = Duration::from_millis(100);
+/// Bytes by which a message moves: at the slowest rate that a message may have, they come in less than [`STALLED`].
+const MOVE_BYTES: usize = 16 << 10;
+/// Who makes room is looked for no more often than this.
+const SEARCH: Duration = Duration::from_millis(10);
 
 #[derive(Debug)]
 struct Unfinished {
     bytes: usize,
     moved: Instant,
+    /// It waits for this side: for bytes of the budget, for its pace, or to be decoded.
     waits: bool,
     closer: Arc<Closer>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    searched: Instant,
     used: usize,
     unfinished: BTreeMap<u64, Unfinished>,
     /// Bytes that these hold.
@@ -35,19 +42,45 @@ struct State {
     finisher: Option<u64>,
 }
 
-/// The budget.
+/// The budget of an endpoint.
 #[derive(Debug)]
 pub(super) struct Budget {
+    small: Arc<Pool>,
+    large: Arc<Pool>,
+}
+
+impl Budget {
+    pub(super) fn new(total: usize) -> Self {
+        Self {
+            small: Pool::new(total / 4),
+            large: Pool::new(total - total / 4),
+        }
+    }
+
+    /// Begins a message of a connection; it holds nothing yet.
+    pub(super) fn begin(&self, large: bool, connection: u64, closer: &Arc<Closer>) -> Receiving {
+        if large { &self.large } else { &self.small }.begin(connection, closer)
+    }
+}
+
+#[derive(Debug)]
+struct Pool {
     total: usize,
     state: Mutex<State>,
     freed: Notify,
 }
 
-impl Budget {
-    pub(super) fn new(total: usize) -> Arc<Self> {
+impl Pool {
+    fn new(total: usize) -> Arc<Self> {
         Arc::new(Self {
             total,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                searched: Instant::now(),
+                used: 0,
+                unfinished: BTreeMap::new(),
+                unfinished_bytes: 0,
+                finisher: None,
+            }),
             freed: Notify::new(),
         })
     }
@@ -57,8 +90,7 @@ impl Budget {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins the message of a connection; it holds nothing yet.
-    pub(super) fn begin(self: &Arc<Self>, connection: u64, closer: &Arc<Closer>) -> Receiving {
+    fn begin(self: &Arc<Self>, connection: u64, closer: &Arc<Closer>) -> Receiving {
         let unfinished = Unfinished {
             bytes: 0,
             moved: Instant::now(),
@@ -67,9 +99,10 @@ impl Budget {
         };
         self.lock().unfinished.insert(connection, unfinished);
         Receiving {
-            budget: Arc::clone(self),
+            pool: Arc::clone(self),
             connection,
             bytes: 0,
+            still: 0,
         }
     }
 
@@ -84,9 +117,11 @@ impl Budget {
 /// What an unfinished message holds; dropping it frees the bytes.
 #[derive(Debug)]
 pub(super) struct Receiving {
-    budget: Arc<Budget>,
+    pool: Arc<Pool>,
     connection: u64,
     bytes: usize,
+    /// Bytes that arrived since it moved.
+    still: usize,
 }
 
 impl Receiving {
@@ -97,8 +132,8 @@ impl Receiving {
         }
         let begun = Instant::now();
         loop {
-            let budget = Arc::clone(&self.budget);
-            let freed = budget.freed.notified();
+            let pool = Arc::clone(&self.pool);
+            let freed = pool.freed.notified();
             if self.try_grow(bytes) {
                 return begun.elapsed();
             }
@@ -108,9 +143,10 @@ impl Receiving {
     }
 
     fn try_grow(&mut self, bytes: usize) -> bool {
-        let mut state = self.budget.lock();
-        let fits = state.used + bytes <= self.budget.total;
-        if !fits && state.finisher != Some(self.connection) {
+        let mut state = self.pool.lock();
+        let fits = state.used + bytes <= self.pool.total;
+        if !fits && state.finisher != Some(self.connection) && state.searched.elapsed() >= SEARCH {
+            state.searched = Instant::now();
             let stalled = state
                 .unfinished
                 .iter()
@@ -145,9 +181,19 @@ impl Receiving {
         granted
     }
 
-    /// Bytes arrived: the message moves.
-    pub(super) fn moved(&self) {
-        if let Some(own) = self.budget.lock().unfinished.get_mut(&self.connection) {
+    /// Bytes arrived: enough of them, and the message has moved.
+    pub(super) fn arrived(&mut self, bytes: usize) {
+        self.still += bytes;
+        if self.still >= MOVE_BYTES {
+            self.still = 0;
+            self.waits(false);
+        }
+    }
+
+    /// Says whether the message waits for this side, which is no standing still.
+    pub(super) fn waits(&self, waits: bool) {
+        if let Some(own) = self.pool.lock().unfinished.get_mut(&self.connection) {
+            own.waits = waits;
             own.moved = Instant::now();
         }
     }
@@ -155,9 +201,9 @@ impl Receiving {
     /// The message is complete: it holds its bytes until it is handled.
     pub(super) fn complete(mut self) -> Held {
         let bytes = std::mem::take(&mut self.bytes);
-        self.budget.lock().unfinished_bytes -= bytes;
+        self.pool.lock().unfinished_bytes -= bytes;
         Held {
-            budget: Arc::clone(&self.budget),
+            pool: Arc::clone(&self.pool),
             bytes,
         }
     }
@@ -165,25 +211,25 @@ impl Receiving {
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        let mut state = self.budget.lock();
+        let mut state = self.pool.lock();
         state.unfinished.remove(&self.connection);
         state.unfinished_bytes -= self.bytes;
         state.finisher = state.finisher.filter(|id| *id != self.connection);
         drop(state);
-        self.budget.free(self.bytes);
+        self.pool.free(self.bytes);
     }
 }
 
 /// What a complete message holds; dropping it frees the bytes.
 #[derive(Debug)]
 pub(super) struct Held {
-    budget: Arc<Budget>,
+    pool: Arc<Pool>,
     bytes: usize,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.budget.free(self.bytes);
+        self.pool.free(self.bytes);
     }
 }
 
@@ -197,7 +243,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_waits_until_another_is_handled() {
-        let budget = Budget::new(100);
+        let budget = Pool::new(100);
         let mut first = budget.begin(1, &closer());
         assert_eq!(first.grow(80).await, Duration::ZERO);
         let held = first.complete();
@@ -219,23 +265,63 @@ mod tests {
 
     #[tokio::test]
     async fn unfinished_messages_do_not_block_each_other() {
-        let budget = Budget::new(100);
+        let budget = Pool::new(100);
         let (mut one, mut two) = (budget.begin(1, &closer()), budget.begin(2, &closer()));
         one.grow(50).await;
         two.grow(50).await;
         assert!(!one.try_grow(30), "the other may still finish");
+        two.waits(true);
+        one.grow(30).await;
         assert!(
-            two.try_grow(30),
-            "all wait and nothing is complete: one of them goes beyond"
+            !two.try_grow(30),
+            "all waited and nothing was complete: one of them went beyond, and no other"
         );
-        assert!(!one.try_grow(30), "and no other");
-        drop(two);
-        assert!(one.try_grow(30));
+        drop(one);
+        assert!(two.try_grow(30));
+    }
+
+    #[tokio::test]
+    async fn large_messages_do_not_hold_up_others() {
+        let budget = Budget::new(100);
+        let mut large = budget.begin(true, 1, &closer());
+        large.grow(75).await;
+        let mut small = budget.begin(false, 2, &closer());
+        assert_eq!(small.grow(25).await, Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn a_message_that_waits_for_this_side_does_not_stand_still() {
+        let pool = Pool::new(100);
+        let resting = closer();
+        let mut one = pool.begin(1, &resting);
+        one.grow(80).await;
+        one.waits(true);
+        let mut two = pool.begin(2, &closer());
+        two.grow(10).await;
+        two.grow(90).await;
+        assert!(!resting.is_closed(), "the other went beyond the budget instead");
+    }
+
+    #[tokio::test]
+    async fn a_byte_now_and_then_is_no_movement() {
+        let pool = Pool::new(100);
+        let dripping = closer();
+        let mut one = pool.begin(1, &dripping);
+        one.grow(80).await;
+        let mut two = pool.begin(2, &closer());
+        let waiting = tokio::spawn(async move { two.grow(40).await });
+        let mut drip = tokio::time::interval(Duration::from_millis(10));
+        while !dripping.is_closed() {
+            drip.tick().await;
+            one.arrived(1);
+        }
+        drop(one);
+        waiting.await.expect("granted");
     }
 
     #[tokio::test]
     async fn a_message_that_does_not_move_makes_room() {
-        let budget = Budget::new(100);
+        let budget = Pool::new(100);
         let (small, large, own) = (closer(), closer(), closer());
         let (mut one, mut two, mut three) = (budget.begin(1, &small), budget.begin(2, &large), budget.begin(3, &own));
         one.grow(30).await;

@@ -13,8 +13,8 @@ use rustix::net::sockopt;
 use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
 use super::{
-    budget::Receiving,
-    closer::Closed,
+    budget::{Budget, Receiving},
+    closer::{Closed, Closer},
     outbox::{Outbox, Queued, Unsent},
     pace::Pace,
 };
@@ -25,6 +25,8 @@ use crate::{
 
 /// Bytes that are reserved, made room for and read at a time; then other connections have their turn.
 const STEP_BYTES: usize = 256 << 10;
+/// The same while little of the message has come: nobody reserves much by a header alone.
+const FIRST_STEP_BYTES: usize = 16 << 10;
 /// Once so much of a body is here, room is made for all of it, so that it is copied once at most: until bytes arrive, room costs
 /// address space alone.
 const PROVEN_BYTES: usize = 4 << 20;
@@ -37,6 +39,7 @@ const LEAST_WAIT: Duration = Duration::from_millis(1);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 4;
+const VANISHED: Duration = Duration::from_secs(35);
 
 /// Why a connection cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +88,8 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    // the same while bytes are on their way, when no probes are sent
+    sockopt::set_tcp_user_timeout(stream, VANISHED.as_millis() as u32)?;
     Ok(())
 }
 
@@ -164,10 +169,15 @@ impl Clock {
         }
     }
 
-    /// Time until the next byte must be here.
-    fn left(&self, received: usize) -> Duration {
-        let earned = Duration::from_secs_f64(received as f64 / self.bytes_per_second as f64);
-        (self.begun + self.grace + earned).saturating_duration_since(Instant::now())
+    /// Time until `expected` bytes must be here.
+    fn left(&self, expected: usize) -> Duration {
+        let time = Duration::from_secs_f64(expected as f64 / self.bytes_per_second as f64);
+        (self.begun + self.grace + time).saturating_duration_since(Instant::now())
+    }
+
+    /// The next step has its own time: none is saved up.
+    fn restart(&mut self) {
+        self.begun = Instant::now();
     }
 
     /// Time that this side took does not count.
@@ -271,9 +281,14 @@ impl Reader {
         }
     }
 
-    /// Waits for the next message and reads it; commands in between are answered. The message holds what it takes of the
-    /// budget through `receiving`.
-    pub(super) async fn message(&mut self, receiving: &mut Receiving, outbox: &Outbox) -> Result<Vec<u8>, Fault> {
+    /// Waits for the next message and reads it; commands in between are answered. Returns it with what it holds of the budget.
+    pub(super) async fn message(
+        &mut self,
+        budget: &Budget,
+        connection: u64,
+        closer: &Arc<Closer>,
+        outbox: &Outbox,
+    ) -> Result<(Vec<u8>, Receiving), Fault> {
         let limits = Arc::clone(&self.limits);
         let mut parts = 0;
         let mut begun: Option<Clock> = None;
@@ -323,7 +338,9 @@ impl Reader {
                     most: limits.message_bytes,
                 })?;
             self.buffer.advance(length);
-            return self.body(size, clock, receiving).await;
+            let mut receiving = budget.begin(size > LARGE_BYTES, connection, closer);
+            let body = self.body(size, clock, &mut receiving).await?;
+            return Ok((body, receiving));
         }
     }
 
@@ -340,13 +357,7 @@ impl Reader {
         let mut whole = Body::default();
         let body = &mut whole.0;
         while body.len() < size {
-            let step = (size - body.len()).min(STEP_BYTES);
-            let now = Instant::now();
-            let mut wait = self.bytes.take(step, now);
-            if large {
-                wait = wait.max(self.traffic.take_large(step, now));
-            }
-            clock.pause(rest(wait).await);
+            let step = (size - body.len()).min(body.len().clamp(FIRST_STEP_BYTES, STEP_BYTES));
             clock.pause(receiving.grow(step).await);
             if body.capacity() < body.len() + step {
                 let wanted = if body.len() < PROVEN_BYTES {
@@ -356,13 +367,13 @@ impl Reader {
                 };
                 body.try_reserve_exact(wanted - body.len()).map_err(Fault::Memory)?;
             }
-            let end = body.len() + step;
+            let (begin, end) = (body.len(), body.len() + step);
             let ahead = self.buffer.len().min(step);
             body.extend_from_slice(self.buffer.get(..ahead).unwrap_or_default());
             self.buffer.advance(ahead);
             while body.len() < end {
                 let received = body.len();
-                let left = clock.left(received);
+                let left = clock.left(step);
                 let late = |_late| Fault::Late {
                     received,
                     expected: size,
@@ -374,8 +385,10 @@ impl Reader {
                         .map_err(late)?
                         .map_err(Fault::Io)?;
                     let waited = Instant::now();
+                    receiving.waits(true);
                     // it is never closed
-                    let _turn = self.traffic.reading.acquire().await;
+                    let turn = self.traffic.reading.acquire().await;
+                    receiving.waits(false);
                     clock.pause(waited.elapsed());
                     match self.stream.try_read_buf(&mut room) {
                         Ok(0) => return Err(Fault::Left),
@@ -383,11 +396,24 @@ impl Reader {
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                         Err(error) => return Err(Fault::Io(error)),
                     }
+                    drop(turn);
                 } else {
                     timeout(left, read(&self.stream, &mut room)).await.map_err(late)??;
                 }
-                receiving.moved();
+                receiving.arrived(body.len() - received);
             }
+            // paid for what came, not for what was announced
+            let now = Instant::now();
+            let mut wait = self.bytes.take(body.len() - begin, now);
+            if large {
+                wait = wait.max(self.traffic.take_large(body.len() - begin, now));
+            }
+            if wait >= LEAST_WAIT {
+                receiving.waits(true);
+                rest(wait).await;
+                receiving.waits(false);
+            }
+            clock.restart();
         }
         Ok(std::mem::take(&mut whole.0))
     }

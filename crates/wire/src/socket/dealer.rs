@@ -76,7 +76,7 @@ async fn attempt(address: &str, traffic: &Arc<Traffic>) -> Result<(DealerSender,
             _stopped = closer.closed() => Fault::Left.to_string(),
         };
         tracing::debug!("the connection ended: {ended}");
-        outbox.close();
+        outbox.close(Closed::Stopped);
     });
     Ok((
         DealerSender {
@@ -94,7 +94,7 @@ type Frame = (Vec<u8>, Held);
 async fn read(
     mut reader: Reader,
     outbox: &Outbox,
-    budget: &Arc<Budget>,
+    budget: &Budget,
     closer: &Arc<Closer>,
     frames: &mpsc::Sender<Frame>,
 ) -> Fault {
@@ -102,9 +102,8 @@ async fn read(
         let Ok(place) = frames.reserve().await else {
             return Fault::Left;
         };
-        let mut receiving = budget.begin(0, closer);
-        match reader.message(&mut receiving, outbox).await {
-            Ok(frame) => place.send((frame, receiving.complete())),
+        match reader.message(budget, 0, closer, outbox).await {
+            Ok((frame, receiving)) => place.send((frame, receiving.complete())),
             Err(fault) => return fault,
         }
     }

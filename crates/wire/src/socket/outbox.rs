@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
 use tokio::{net::TcpStream, sync::Notify, time::timeout};
@@ -27,8 +28,6 @@ const DELIMITER: [u8; 2] = [1, 0];
 #[derive(Debug, Default)]
 pub(super) struct Queued {
     bytes: AtomicUsize,
-    /// Peers for whom some wait.
-    peers: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -51,6 +50,8 @@ struct State {
     /// Bytes of the first item that are written.
     written: usize,
     bytes: usize,
+    /// When the peer last took bytes, or the first of those that wait came.
+    taken: Instant,
     closed: Option<Closed>,
 }
 
@@ -84,6 +85,7 @@ impl Outbox {
             items: VecDeque::new(),
             written: 0,
             bytes: 0,
+            taken: Instant::now(),
             closed: None,
         };
         Arc::new(Self {
@@ -161,6 +163,7 @@ impl Outbox {
         state.items.push_back(item);
         // behind others the socket is full: its task writes when it takes more
         if state.items.len() == 1 {
+            state.taken = Instant::now();
             self.write(&mut state);
         }
         self.account(before, &state);
@@ -171,11 +174,9 @@ impl Outbox {
             return Ok(());
         }
         let limits = &self.limits;
-        let share = limits.queued_bytes / self.all.peers.load(Ordering::Relaxed).max(1);
         let alone = state.items.len() == 1;
         let too_much = !alone
-            && (state.items.len() > limits.queued_messages_per_peer || state.bytes > limits.queued_bytes_per_peer)
-            || state.bytes > share.max(1) && self.all.bytes.load(Ordering::Relaxed) > limits.queued_bytes;
+            && (state.items.len() > limits.queued_messages_per_peer || state.bytes > limits.queued_bytes_per_peer);
         if bounded && too_much {
             self.finish(&mut state, Closed::Slow);
             return Err(Unsent::Slow);
@@ -193,11 +194,6 @@ impl Outbox {
         } else {
             self.all.bytes.fetch_sub(before - after, Ordering::Relaxed);
         }
-        match (before, after) {
-            (0, 1..) => self.all.peers.fetch_add(1, Ordering::Relaxed),
-            (1.., 0) => self.all.peers.fetch_sub(1, Ordering::Relaxed),
-            _ => 0,
-        };
     }
 
     /// Writes until all is written or the socket takes no more. A failed socket closes the outbox.
@@ -223,6 +219,7 @@ impl Outbox {
                 Ok(count) => {
                     state.written += count;
                     state.bytes -= count;
+                    state.taken = Instant::now();
                     while let Some(first) = state.items.front()
                         && state.written >= first.bytes()
                     {
@@ -253,8 +250,19 @@ impl Outbox {
     }
 
     /// Ends it: what waits is dropped, later messages are rejected.
-    pub(super) fn close(&self) {
-        self.finish(&mut self.lock(), Closed::Stopped);
+    pub(super) fn close(&self, reason: Closed) {
+        self.finish(&mut self.lock(), reason);
+    }
+
+    /// Whether more waits for all peers of the endpoint than may.
+    pub(super) fn is_too_much_for_all(&self) -> bool {
+        self.all.bytes.load(Ordering::Relaxed) > self.limits.queued_bytes
+    }
+
+    /// Since when the peer has taken nothing of what waits; `None` when nothing waits.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        let state = self.lock();
+        (state.bytes > 0).then_some(state.taken)
     }
 
     /// Bytes that wait.
@@ -314,6 +322,6 @@ impl Outbox {
 
 impl Drop for Outbox {
     fn drop(&mut self) {
-        self.close();
+        self.close(Closed::Stopped);
     }
 }

@@ -98,7 +98,7 @@ pub async fn bind_router<T: DeserializeOwned + Send + 'static>(
     }
     let gate = Gate::new(limits.connections);
     let shared = Shared {
-        budget: Budget::new(limits.received_bytes),
+        budget: Arc::new(Budget::new(limits.received_bytes)),
         traffic: Traffic::new(limits),
         peers: Peers::default(),
         inbox: Arc::new(Inbox::new()),
@@ -275,7 +275,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
             ..
         } = connection;
         drop(listed);
-        outbox.close();
+        outbox.close(Closed::Stopped);
         self.inbox.push(
             admission.id,
             Turn::Door,
@@ -303,17 +303,19 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
             let Ok(place) = Arc::clone(places).acquire_owned().await else {
                 return Some(Closed::Stopped);
             };
-            let mut receiving = self.budget.begin(admission.id, &admission.closer);
-            let frame = match reader.message(&mut receiving, outbox).await {
-                Ok(frame) => frame,
+            let reading = reader.message(&self.budget, admission.id, &admission.closer, outbox);
+            let (frame, mut receiving) = match reading.await {
+                Ok(message) => message,
                 Err(fault) => {
                     report(admission, &fault);
                     return Some(fault.reason());
                 }
             };
+            let large = frame.len() > LARGE_BYTES / 64;
             let message = match count(&frame) {
                 Ok(elements) => {
                     receiving.grow(elements * ELEMENT_BYTES).await;
+                    receiving.waits(true);
                     self.decode(frame, elements).await
                 }
                 Err(error) => Err(error),
@@ -333,7 +335,9 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
                     _place: Some(place),
                 },
             );
-            if *malformed > self.traffic.limits.malformed_messages {
+            // a newcomer has one try with more than a few bytes: counting them is not free
+            let suspect = until.is_some() && large && *malformed > 0;
+            if suspect || *malformed > self.traffic.limits.malformed_messages {
                 tracing::warn!(
                     "closed a connection from {}: {malformed} messages in a row could not be decoded",
                     admission.address
@@ -416,7 +420,19 @@ impl RouterSender {
         let frame = encode(message)?;
         let outbox = lock(&self.peers).get(&peer.0).map(Arc::clone);
         let outbox = outbox.ok_or(SocketError::Disconnected)?;
-        outbox.send(frame).map_err(|unsent| match unsent {
+        let sent = outbox.send(frame);
+        if outbox.is_too_much_for_all() {
+            // the peer that has taken nothing for longest makes room
+            let slowest = lock(&self.peers)
+                .values()
+                .filter_map(|outbox| Some((outbox.waiting_since()?, outbox)))
+                .min_by_key(|(since, _)| *since)
+                .map(|(_, outbox)| Arc::clone(outbox));
+            if let Some(slowest) = slowest {
+                slowest.close(Closed::Slow);
+            }
+        }
+        sent.map_err(|unsent| match unsent {
             Unsent::Gone => SocketError::Disconnected,
             Unsent::Slow => SocketError::Slow,
         })
