@@ -94,6 +94,8 @@ pub struct Options {
 
 /// An answer of more rows is encoded on another thread.
 const LARGE_ROWS: usize = 16;
+/// A client whose large request found no place is heard again after so long: reading what cannot be served costs the others.
+const OVERLOAD_REST: Duration = Duration::from_millis(250);
 /// How often the server's loop comes round when nothing happens.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -441,6 +443,9 @@ impl Server {
         let pushed = self.queue.push_client(Job::new(target, request.rows), &mut displaced);
         if let Err((error, job)) = pushed {
             let reason = if error.retry() { "overload" } else { "invalid" };
+            if error.retry() && job.rows.len() > LARGE_ROWS {
+                self.send.rest(peer, OVERLOAD_REST);
+            }
             self.refuse(peer, refusal(error.retry(), error.to_string()), reason);
             dispose(job);
         }

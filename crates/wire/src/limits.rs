@@ -62,7 +62,7 @@ impl Default for Limits {
             waiting_messages: 32,
             messages_per_second: 4096,
             peer_bytes_per_second: 128 << 20,
-            large_bytes_per_second: 256 << 20,
+            large_bytes_per_second: 128 << 20,
             malformed_messages: 16,
             queued_bytes_per_peer: 64 << 20,
             queued_messages_per_peer: 4096,

@@ -303,7 +303,8 @@ impl Reader {
                     None => self.fill_in_time(clock, zmtp::MAX_HEADER_BYTES).await?,
                 }
             };
-            clock.pause(rest(self.messages.take(1, Instant::now())).await);
+            let wait = self.messages.take(1, Instant::now()).max(outbox.rest_left());
+            clock.pause(rest(wait).await);
             if header.command {
                 let end = length + zmtp::check_command(header.bytes)?;
                 while self.buffer.len() < end {

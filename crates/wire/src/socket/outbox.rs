@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::{net::TcpStream, sync::Notify, time::timeout};
@@ -52,6 +52,8 @@ struct State {
     bytes: usize,
     /// When the peer last took bytes, or the first of those that wait came.
     taken: Instant,
+    /// The peer is not heard before.
+    rest_until: Option<Instant>,
     closed: Option<Closed>,
 }
 
@@ -86,6 +88,7 @@ impl Outbox {
             written: 0,
             bytes: 0,
             taken: Instant::now(),
+            rest_until: None,
             closed: None,
         };
         Arc::new(Self {
@@ -111,6 +114,17 @@ impl Outbox {
     /// From now on messages begin with an empty delimiter.
     pub(super) fn delimit(&self) {
         self.delimited.store(true, Ordering::Relaxed);
+    }
+
+    /// The peer is not heard for a while.
+    pub(super) fn rest(&self, time: Duration) {
+        self.lock().rest_until = Some(Instant::now() + time);
+    }
+
+    /// How long the peer is not heard yet.
+    pub(super) fn rest_left(&self) -> Duration {
+        let until = self.lock().rest_until;
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
     }
 
     /// Queues a message and writes what the socket takes at once. A peer for whom too much waits is disconnected.

@@ -438,6 +438,13 @@ impl RouterSender {
         })
     }
 
+    /// Hears a peer again after `time` only, as one that asks for more than can be served.
+    pub fn rest(&self, peer: Peer, time: Duration) {
+        if let Some(outbox) = lock(&self.peers).get(&peer.0) {
+            outbox.rest(time);
+        }
+    }
+
     /// Bytes that wait to be sent to a peer; 0 when it is gone.
     pub fn queued_bytes(&self, peer: Peer) -> usize {
         lock(&self.peers).get(&peer.0).map_or(0, |outbox| outbox.queued_bytes())
