@@ -41,3 +41,71 @@ pub fn on_signal(stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
     })?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader},
+        process::{Child, Command, Stdio},
+    };
+
+    use super::*;
+
+    /// Set in the process that plays the stuck program.
+    const STUCK: &str = "PIRL_TEST_STUCK";
+
+    /// Not a test but a program, when [`STUCK`] is set: it hears signals and never ends by itself.
+    #[test]
+    #[expect(clippy::infinite_loop, reason = "it is what a stuck program does")]
+    fn stuck_program() {
+        if std::env::var_os(STUCK).is_none() {
+            return;
+        }
+        on_signal(|| {}).expect("a handler");
+        println!("ready");
+        loop {
+            thread::park();
+        }
+    }
+
+    fn stuck() -> Child {
+        let own = std::env::current_exe().expect("own path");
+        let mut child = Command::new(own)
+            .args(["--exact", "stop::tests::stuck_program", "--nocapture"])
+            .env(STUCK, "1")
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starting this test again");
+        let out = BufReader::new(child.stdout.take().expect("a pipe"));
+        let ready = out.lines().map_while(Result::ok).any(|line| line.contains("ready"));
+        assert!(ready, "the program did not start");
+        child
+    }
+
+    fn terminate(child: &Child) {
+        let sent = Command::new("sh")
+            .arg("-c")
+            .arg(format!("kill -TERM {}", child.id()))
+            .status();
+        assert!(sent.expect("starting `sh`").success());
+    }
+
+    #[test]
+    fn a_stuck_process_is_ended_after_its_grace() {
+        let mut child = stuck();
+        terminate(&child);
+        assert_eq!(child.wait().expect("its end").code(), Some(1));
+    }
+
+    #[test]
+    fn a_second_signal_ends_it_at_once() {
+        let mut child = stuck();
+        let begun = std::time::Instant::now();
+        // the first one may not have been counted when the second comes: signals of one kind are merged
+        while child.try_wait().expect("its state").is_none() {
+            terminate(&child);
+        }
+        assert_eq!(child.wait().expect("its end").code(), Some(1));
+        assert!(begun.elapsed() < GRACE, "it did not wait for the grace");
+    }
+}
