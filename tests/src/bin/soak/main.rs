@@ -245,7 +245,8 @@ fn run_hostile(options: &Options) -> bool {
         if !measured.breaches.is_empty() {
             breached.push(attack.name.to_owned());
         }
-        if measured.broken {
+        // a learner gives up when no engine delivers for two minutes: each attack has its own
+        if measured.broken || attack.target == Target::Learner {
             end(&mut running);
         }
     }
