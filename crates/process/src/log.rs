@@ -18,7 +18,9 @@ use tracing_subscriber::{
         format::Writer,
         time::{FormatTime, SystemTime},
     },
+    layer::SubscriberExt,
     registry::LookupSpan,
+    util::SubscriberInitExt,
 };
 
 /// Lines that one place in the code may log per [`WINDOW`]. Levels `debug` and `trace`, which nobody sees unasked, are not limited.
@@ -34,12 +36,14 @@ pub fn start() {
     let lines = Lines {
         limit: Arc::clone(&limit),
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info")))
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info"));
+    let layer = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .event_format(lines)
-        .init();
+        // a line that cannot be written, as on a full disk, is lost: saying so on the same stream would end the process
+        .log_internal_errors(false);
+    tracing_subscriber::registry().with(filter).with(layer).init();
     let reporting = thread::Builder::new()
         .name("log".to_owned())
         .spawn(move || report(&limit));
@@ -181,7 +185,7 @@ where
 mod tests {
     use std::io;
 
-    use tracing_subscriber::{fmt::MakeWriter, layer::SubscriberExt};
+    use tracing_subscriber::fmt::MakeWriter;
 
     use super::*;
 
@@ -256,6 +260,31 @@ mod tests {
         assert_eq!(limit.admit(place.clone(), begun), None);
         assert_eq!(limit.admit(place.clone(), begun), None);
         assert_eq!(limit.admit(place, begun + WINDOW), Some(2));
+    }
+
+    /// Set in the process that logs to a full disk.
+    const FULL: &str = "PIRL_TEST_FULL";
+
+    /// Not a test but a program, when [`FULL`] is set.
+    #[test]
+    fn logging_program() {
+        if std::env::var_os(FULL).is_some() {
+            start();
+            tracing::error!("nobody reads this");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_ends_no_process() {
+        let full = std::fs::File::create("/dev/full").expect("a device that is always full");
+        let own = std::env::current_exe().expect("own path");
+        let status = std::process::Command::new(own)
+            .args(["--exact", "log::tests::logging_program", "--nocapture"])
+            .env(FULL, "1")
+            .stdout(std::process::Stdio::null())
+            .stderr(full)
+            .status();
+        assert!(status.expect("starting this test again").success());
     }
 
     #[test]

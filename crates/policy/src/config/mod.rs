@@ -419,7 +419,8 @@ pub struct RolloutConfig {
     pub fixed_batch: Option<usize>,
     /// How long a request may wait for others, in microseconds.
     pub batch_deadline_micros: u64,
-    /// Requests that may wait; more are refused as overloaded.
+    /// Rows of clients that may wait; when it is full, the client with the most rows makes room for one with fewer, else a request is
+    /// refused as overloaded.
     pub queue_capacity: usize,
     /// Threads of ONNX Runtime.
     pub threads: usize,
