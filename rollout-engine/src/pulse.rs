@@ -21,6 +21,8 @@ pub struct Pulse {
     link: AtomicU64,
     /// When the batch in work began; 0: none is.
     inference: AtomicU64,
+    /// Since when rows wait and no batch has begun; 0: none wait.
+    waiting: AtomicU64,
     slowest: AtomicU64,
 }
 
@@ -31,6 +33,7 @@ impl Default for Pulse {
             serving: AtomicU64::new(0),
             link: AtomicU64::new(0),
             inference: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
             slowest: AtomicU64::new(0),
         }
     }
@@ -41,9 +44,14 @@ impl Pulse {
         self.begun.elapsed().as_millis() as u64 + 1
     }
 
-    /// The server's loop came round.
-    pub fn serving(&self) {
+    /// The server's loop came round, and found so many rows waiting for inference.
+    pub fn serving(&self, rows: usize) {
         self.serving.store(self.now(), Ordering::Relaxed);
+        if rows == 0 {
+            self.waiting.store(0, Ordering::Relaxed);
+        } else if self.waiting.load(Ordering::Relaxed) == 0 {
+            self.waiting.store(self.now(), Ordering::Relaxed);
+        }
     }
 
     /// The link's loop came round.
@@ -55,6 +63,7 @@ impl Pulse {
     pub fn inference<T>(&self, batch: impl FnOnce() -> T) -> T {
         let begun = self.now();
         self.inference.store(begun, Ordering::Relaxed);
+        self.waiting.store(0, Ordering::Relaxed);
         let result = batch();
         self.inference.store(0, Ordering::Relaxed);
         // an eighth less each time, so that one slow batch is forgotten
@@ -71,6 +80,7 @@ impl Pulse {
             ("the server's loop", &self.serving, LOOP_STALLED),
             ("the learner's link", &self.link, LINK_STALLED),
             ("inference", &self.inference, INFERENCE_STALLED.max(4 * slowest)),
+            ("inference", &self.waiting, INFERENCE_STALLED.max(4 * slowest)),
         ];
         let now = self.now();
         parts.into_iter().find_map(|(name, last, limit)| {
@@ -89,7 +99,7 @@ mod tests {
     fn a_part_that_stands_still_is_named() {
         let pulse = Pulse::default();
         assert_eq!(pulse.stalled(), None, "what has not begun does not stand still");
-        pulse.serving();
+        pulse.serving(0);
         pulse.link();
         pulse.inference(|| ());
         assert_eq!(pulse.stalled(), None);
@@ -103,11 +113,23 @@ mod tests {
             early.stalled().as_deref(),
             Some("the server's loop has not moved for 20 s")
         );
-        early.serving();
+        early.serving(0);
         assert_eq!(early.stalled(), None, "the link may take 30 s, inference is idle");
         early.inference.store(1, Ordering::Relaxed);
         assert_eq!(early.stalled().as_deref(), Some("inference has not moved for 20 s"));
         early.slowest.store(6_000, Ordering::Relaxed);
         assert_eq!(early.stalled(), None, "batches of 6 s are usual here");
+        early.slowest.store(0, Ordering::Relaxed);
+        early.inference.store(0, Ordering::Relaxed);
+        early.serving(3);
+        early.waiting.store(1, Ordering::Relaxed);
+        early.serving(3);
+        assert_eq!(
+            early.stalled().as_deref(),
+            Some("inference has not moved for 20 s"),
+            "rows wait and nobody takes them"
+        );
+        early.inference(|| ());
+        assert_eq!(early.stalled(), None);
     }
 }

@@ -257,7 +257,7 @@ impl Server {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
-            self.pulse.serving();
+            self.pulse.serving(self.queue.rows());
             let event = tokio::select! {
                 event = roads.receive.receive() => Event::Router(event),
                 done = roads.done.recv() => Event::Done(done),
@@ -304,7 +304,7 @@ impl Server {
         let large = self.queue.close();
         self.done(large.iter().map(|job| inference::closed(job.target)).collect());
         while let Some(done) = roads.done.recv().await {
-            self.pulse.serving();
+            self.pulse.serving(self.queue.rows());
             self.done(done);
             self.carry_out();
         }
