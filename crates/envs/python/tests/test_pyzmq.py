@@ -1,21 +1,14 @@
 """pyzmq and the programs of this release understand each other: a pyzmq ROUTER and `env-worker`, pyzmq clients and `rollout-engine`."""
 
-import json
-import pathlib
-import socket
 import struct
-import subprocess
-import tempfile
-import time
 import unittest
 
 import msgpack
 import zmq
 
 from pirl_env_worker.wire import WIRE_VERSION
+from programs import ProgramTest
 
-ROOT = pathlib.Path(__file__).resolve().parents[4]
-PROGRAMS = ROOT / "target/release"
 TIMEOUT_MS = 20_000
 #: Shorter than the silence below: the other side must answer PINGs to stay connected.
 HEARTBEAT_MS = 100
@@ -32,21 +25,11 @@ def unframe(body):
     return msgpack.unpackb(body[12:])
 
 
-@unittest.skipUnless((PROGRAMS / "rollout-engine").is_file(), "the programs are not built: scripts/setup")
-class PyzmqTest(unittest.TestCase):
+class PyzmqTest(ProgramTest):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
+        super().setUp()
         self.context = zmq.Context()
         self.addCleanup(self.context.destroy, 0)
-
-    def start(self, name, *arguments):
-        log = open(self.folder / f"{name}.log", "wb")
-        self.addCleanup(log.close)
-        process = subprocess.Popen([PROGRAMS / name, *arguments], stderr=log, cwd=ROOT)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
 
     def socket(self, kind):
         made = self.context.socket(kind)
@@ -79,21 +62,6 @@ class PyzmqTest(unittest.TestCase):
         self.assertGreater(len(body), 64 * 32 * 32 * 3, "an image of each slot")
         self.assertEqual([report["slot"] for report in unframe(body)["reports"]], list(range(64)))
 
-    def engine(self):
-        endpoints = self.folder / "endpoints.json"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            absent = free.getsockname()[1]
-        self.start(
-            "rollout-engine", "serve", "--config", "configs/quickstart.toml", "--learner", f"tcp://127.0.0.1:{absent}",
-            "--state-dir", str(self.folder / "engine"), "--endpoints-file", str(endpoints),
-        )
-        end = time.monotonic() + TIMEOUT_MS / 1000
-        while not endpoints.exists():
-            self.assertLess(time.monotonic(), end, "the engine opened no endpoint")
-            time.sleep(0.02)
-        return json.loads(endpoints.read_text())["listen"]
-
     def act(self, request, pixels):
         image = {"dtype": "u8", "shape": [pixels], "data": bytes(pixels)}
         key = {"seed": 0, "env": 0, "episode": 0, "chunk": 0}
@@ -102,10 +70,10 @@ class PyzmqTest(unittest.TestCase):
         return frame({"act": {"request": request, "rows": [row]}})
 
     def test_pyzmq_clients_are_answered_by_an_engine(self):
-        endpoint = self.engine()
+        _, endpoints = self.engine()
         for kind in (zmq.DEALER, zmq.REQ):
             client = self.socket(kind)
-            client.connect(endpoint)
+            client.connect(endpoints["listen"])
             # small, larger than what is read ahead, larger than a socket's buffers
             for request, pixels in enumerate((3, 100_000, 8 << 20)):
                 client.send(self.act(request, pixels))
