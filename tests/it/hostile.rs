@@ -33,7 +33,7 @@ fn withstands(server: &mut Server, target: Target, question: &Question) {
         seconds: Duration::from_secs(1),
         // latency is measured by the soak, on a machine that does nothing else
         idle: Duration::ZERO,
-        nice: 10.0,
+        nice: 10,
     };
     for attack in ATTACKS.iter().filter(|attack| attack.target == target) {
         let measured = measure(server, attack, &bounds, question);

@@ -39,7 +39,7 @@ const BETWEEN: Duration = Duration::from_millis(2);
 const LOG_KEPT: u64 = 50_000_000;
 
 /// Starts a process of the soak with its own descriptors.
-pub fn own_process(nice: Option<f64>, args: &[&str]) -> Child {
+pub fn own_process(nice: Option<u8>, args: &[&str]) -> Child {
     let own = program("soak");
     let mut command = if let Some(nice) = nice {
         let mut command = many_descriptors(Path::new("nice"));
@@ -64,7 +64,7 @@ pub struct Bounds {
     /// How long the idle round trips are measured before; zero: latency is not judged.
     pub idle: Duration,
     /// Niceness of the attacker's process.
-    pub nice: f64,
+    pub nice: u8,
 }
 
 /// What an attack did.

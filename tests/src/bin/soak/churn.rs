@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use clap::{Args, ValueEnum};
 use integration_tests::{
     attacks::PATIENCE,
     hostile::{Churn, Tally, act_frame, churn, pause},
@@ -18,23 +19,65 @@ use integration_tests::{
     standalone::{Limits, Server},
 };
 
-use crate::{Options, Scratch, end_with_parent, finish, plan, say};
+use crate::{Attacked, Scratch, end_with_parent, finish, plan, say};
 
 /// Time without one served connection that counts as a hang.
 const HANG: Duration = Duration::from_secs(20);
 
+/// What a connection says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Frame {
+    /// A valid request, which is answered.
+    Act,
+    /// Bytes that are no message, which are refused.
+    Junk,
+}
+
+impl Frame {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Act => "act",
+            Self::Junk => "junk",
+        }
+    }
+}
+
+/// What `soak churn` is told.
+#[derive(Debug, Args)]
+pub(crate) struct ChurnArgs {
+    /// Connections of each phase.
+    #[arg(default_value_t = 200_000)]
+    connections: u64,
+    /// What each connection says.
+    #[arg(long, value_enum, default_value_t = Frame::Act)]
+    frame: Frame,
+    #[command(flatten)]
+    attacked: Attacked,
+}
+
+/// What a client is told.
+#[derive(Debug, Args)]
+pub(crate) struct ServedArgs {
+    #[arg(long)]
+    endpoint: String,
+    #[arg(long)]
+    connections: u64,
+    #[arg(long, value_enum)]
+    frame: Frame,
+}
+
 /// `soak served`: one well-behaved churning client; prints served and failed connections twice a second.
-pub(crate) fn run_served(options: &Options) {
+pub(crate) fn served(args: &ServedArgs) -> bool {
     end_with_parent();
     let plan = plan(&std::env::temp_dir());
-    let junk = options.text("frame") == Some("junk");
+    let junk = args.frame == Frame::Junk;
     let body = if junk {
         b"junk".to_vec()
     } else {
         act_frame(&plan, 1, 1, false)
     };
     let bounds = Churn {
-        connections: options.number("connections", 1.0) as u64,
+        connections: args.connections,
         duration: Duration::from_hours(24),
         patience: HANG + PATIENCE,
     };
@@ -45,36 +88,30 @@ pub(crate) fn run_served(options: &Options) {
         let served = tally.answered + if junk { refused } else { 0 };
         format!("{served} {}", tally.opened + tally.unopened - served)
     };
-    let tally = churn(options.required("endpoint"), &body, bounds, |tally| {
+    let tally = churn(&args.endpoint, &body, bounds, |tally| {
         if said.elapsed() >= Duration::from_millis(500) {
             said = Instant::now();
             say(&line(tally));
         }
     });
     say(&line(&tally));
+    true
 }
 
-pub(crate) fn run_churn(options: &Options) -> bool {
+/// Runs the phases and prints their table.
+pub(crate) fn run(args: &ChurnArgs) -> bool {
     let scratch = Scratch::new();
-    let connections = options.words.first().map_or_else(
-        || options.number("connections", 200_000.0),
-        |word| word.parse().expect("a number of connections"),
-    ) as u64;
+    let connections = args.connections;
     let limits = Limits {
-        address_space: options.address_space(),
+        address_space: args.attacked.address_space(),
         ..Limits::default()
     };
-    let mut server = Server::engine(&options.programs(), &plan(&scratch.0), &scratch.0, limits);
+    let mut server = Server::engine(&args.attacked.programs(), &plan(&scratch.0), &scratch.0, limits);
     let mut good = true;
     say("processes connections served failed seconds connections/s rss MB peak MB log kB");
     for processes in [1, 2, 4, 8] {
         let log = server.log_bytes();
-        let phase = churn_phase(
-            &mut server,
-            connections,
-            processes,
-            options.text("frame").unwrap_or("act"),
-        );
+        let phase = churn_phase(&mut server, connections, processes, args.frame.name());
         let now = readings(server.pid()).unwrap_or_default();
         say(&format!(
             "{processes:9} {:11} {:6} {:6} {:7.1} {:13.0} {:6.1} {:7.1} {:6.1}{}",

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use clap::Args;
 use integration_tests::{
     hostile::pause,
     ring::{fixed_endpoint, plan},
@@ -19,7 +20,7 @@ use policy::{
     params::Part,
 };
 
-use crate::{Options, Scratch, say};
+use crate::{Attacked, Scratch, say};
 
 /// A run of seconds whose results do not depend on how its rows are batched.
 const TINY: [&str; 9] = [
@@ -147,17 +148,31 @@ fn checkpoint(dir: &Path, iteration: usize) -> PathBuf {
     dir.join(format!("checkpoints/iteration_{iteration:06}"))
 }
 
-pub(crate) fn run(options: &Options) -> bool {
+/// What `soak kills` is told.
+#[derive(Debug, Args)]
+pub(crate) struct KillsArgs {
+    /// Processes to kill.
+    #[arg(long, default_value_t = 18)]
+    kills: u32,
+    /// Iterations of the run.
+    #[arg(long, default_value_t = 24)]
+    iterations: usize,
+    /// Seed of the moments and the victims; default: drawn.
+    #[arg(long)]
+    seed: Option<u64>,
+    #[command(flatten)]
+    attacked: Attacked,
+}
+
+/// Runs twice and compares.
+pub(crate) fn run(args: &KillsArgs) -> bool {
     let scratch = Scratch::new();
-    let programs = options.programs();
-    let (kills, iterations) = (
-        options.number("kills", 18.0) as u32,
-        options.number("iterations", 24.0) as usize,
-    );
-    let seed = SystemTime::now()
+    let programs = args.attacked.programs();
+    let (kills, iterations) = (args.kills, args.iterations);
+    let drawn = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
-    let seed = options.number("seed", seed.as_secs() as f64) as u64;
+    let seed = args.seed.unwrap_or(drawn.as_secs());
     let mut random = stream(Purpose::Reset, seed, 0, 0, 0);
 
     let mut whole = Run::new(&programs, &scratch.0.join("whole"), iterations);

@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use clap::Args;
 use integration_tests::{hostile::pause, ring::fixed_endpoint};
 
-use crate::{Options, Scratch, plan, say};
+use crate::{Attacked, Scratch, plan, say};
 
 /// Longest time from the return of the other side to a connection.
 const ALLOWED: Duration = Duration::from_secs(2);
@@ -50,17 +51,22 @@ impl Drop for Running {
     }
 }
 
-pub(crate) fn run(options: &Options) -> bool {
+/// What `soak reconnect` is told.
+#[derive(Debug, Args)]
+pub(crate) struct ReconnectArgs {
+    /// Seconds of each absence.
+    #[arg(long, value_name = "SECONDS", value_delimiter = ',', default_values_t = [1, 5, 60])]
+    absences: Vec<u64>,
+    #[command(flatten)]
+    attacked: Attacked,
+}
+
+/// Measures a worker and an engine and prints a line for each absence.
+pub(crate) fn run(args: &ReconnectArgs) -> bool {
     let scratch = Scratch::new();
-    let (programs, plan) = (options.programs(), plan(&scratch.0));
+    let (programs, plan) = (args.attacked.programs(), plan(&scratch.0));
     let config = scratch.0.join("config.toml");
     std::fs::write(&config, plan.config.to_toml().expect("toml")).expect("writing the configuration");
-    let absences: Vec<f64> = options
-        .text("absences")
-        .unwrap_or("1,5,60")
-        .split(',')
-        .map(|text| text.parse().expect("a number of seconds"))
-        .collect();
     let mut good = true;
     for name in ["env-worker", "rollout-engine"] {
         let endpoint = fixed_endpoint();
@@ -75,15 +81,15 @@ pub(crate) fn run(options: &Options) -> bool {
         }
         let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn();
         let _running = Running(child.expect("starting the program"));
-        for absence in std::iter::once(&0.0).chain(&absences) {
-            pause(Duration::from_secs_f64(*absence));
+        for absence in std::iter::once(&0).chain(&args.absences) {
+            pause(Duration::from_secs(*absence));
             let time = greeted(address);
             let (verdict, text) = match time {
                 Some(time) => (time <= ALLOWED, format!("{:.2} s", time.as_secs_f64())),
                 None => (false, "never".to_owned()),
             };
             // the first time is that of the program's start
-            let counts = *absence > 0.0;
+            let counts = *absence > 0;
             good &= verdict || !counts;
             let mark = if verdict || !counts { "" } else { "  FAILED" };
             say(&format!("{name:14} absent {absence:5} s: connected after {text}{mark}"));

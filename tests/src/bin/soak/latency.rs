@@ -1,0 +1,59 @@
+//! `soak latency`: round trips of well-behaved clients of an engine that runs already.
+
+use std::time::Duration;
+
+use clap::Args;
+use integration_tests::{
+    probe::{Pace, Question, steady_clients},
+    siege::millis,
+};
+
+use crate::{plan, say};
+
+/// What `soak latency` is told.
+#[derive(Debug, Args)]
+pub(crate) struct LatencyArgs {
+    /// Endpoint of the engine.
+    #[arg(long)]
+    engine: String,
+    /// Clients that ask at the same time.
+    #[arg(long, default_value_t = 1)]
+    clients: usize,
+    /// Seconds of the measurement.
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// Pause of a client after each answer.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
+    between_micros: u64,
+}
+
+/// Measures and prints one line.
+pub(crate) fn run(args: &LatencyArgs) -> bool {
+    let pace = Pace {
+        duration: Duration::from_secs(args.seconds),
+        between: Duration::from_micros(args.between_micros),
+    };
+    let question = Question::act(&plan(&std::env::temp_dir()));
+    let warm = Pace {
+        duration: Duration::from_secs(1),
+        ..pace
+    };
+    steady_clients(&args.engine, &question, args.clients, warm);
+    let trips = steady_clients(&args.engine, &question, args.clients, pace);
+    say(&format!(
+        "clients {}: p50 {:.3} ms, p99 {:.3} ms, max {:.2} ms, {} answers, {:.0}/s, refused {}, lost {}, wrong {}",
+        args.clients,
+        millis(trips.quantile(0.5)),
+        millis(trips.quantile(0.99)),
+        millis(trips.quantile(1.0)),
+        trips.answered,
+        trips.answered as f64 / pace.duration.as_secs_f64(),
+        trips.refused,
+        trips.lost,
+        trips.wrong
+    ));
+    if trips.answered == 0 {
+        say(&format!("FAILED: `{}` answered no request", args.engine));
+    }
+    trips.answered > 0
+}
