@@ -7,6 +7,23 @@ pub fn one_line(text: impl Display) -> String {
     text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// Returns a stranger's text as it may be shown: on one line, control characters escaped, cut after `most` characters.
+pub fn shown(text: &str, most: usize) -> String {
+    let mut out = String::with_capacity(text.len().min(most));
+    for (index, c) in text.chars().enumerate() {
+        if index == most {
+            out.push('…');
+            break;
+        }
+        if c.is_control() {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// An error and its causes on one line. Most texts name their cause themselves; it is not told twice.
 pub fn told(error: &(dyn Error + 'static)) -> String {
     let mut text = one_line(error);
@@ -37,6 +54,13 @@ mod tests {
     struct Layer {
         text: &'static str,
         source: Option<Box<Self>>,
+    }
+
+    #[test]
+    fn a_stranger_s_text_is_escaped_and_cut() {
+        assert_eq!(shown("a\n\u{1b}é", 9), "a\\n\\u{1b}é");
+        assert_eq!(shown("abcd", 3), "abc…");
+        assert_eq!(shown("abc", 3), "abc");
     }
 
     #[test]

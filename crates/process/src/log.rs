@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use policy::message::shown;
 use tracing::{Event, Level, Subscriber, callsite::Identifier};
 use tracing_subscriber::{
     EnvFilter,
@@ -119,23 +120,6 @@ impl Limit {
     }
 }
 
-/// Returns a text on one line: control characters escaped, cut after [`LINE_CHARS`].
-fn one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len().min(LINE_CHARS));
-    for (index, c) in text.chars().enumerate() {
-        if index == LINE_CHARS {
-            line.push('…');
-            break;
-        }
-        if c.is_control() {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
-}
-
 struct Lines {
     limit: Arc<Limit>,
 }
@@ -159,7 +143,7 @@ where
         };
         let mut text = String::new();
         ctx.field_format().format_fields(Writer::new(&mut text), event)?;
-        let mut line = one_line(&text);
+        let mut line = shown(&text, LINE_CHARS);
         if limited {
             self.limit.written(place, &line);
         }

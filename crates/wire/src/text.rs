@@ -1,5 +1,6 @@
 //! Texts and lists of a peer: cut and escaped where they are shown, bounded where they are read.
 
+use policy::message;
 use serde::{Deserialize, Deserializer, de};
 
 /// Most characters of a peer's text that an error or a log line shows.
@@ -11,19 +12,7 @@ const PROMPT_BYTES: usize = 8192;
 
 /// Returns a peer's text as it may be shown: control characters escaped, at most 200 characters.
 pub fn shown(text: &str) -> String {
-    let mut out = String::with_capacity(text.len().min(SHOWN_CHARS));
-    for (index, c) in text.chars().enumerate() {
-        if index == SHOWN_CHARS {
-            out.push('…');
-            break;
-        }
-        if c.is_control() {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
+    message::shown(text, SHOWN_CHARS)
 }
 
 /// Reads a name: at most 128 bytes, no control characters.
