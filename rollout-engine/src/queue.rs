@@ -223,7 +223,7 @@ impl<P> Waiting<P> {
         Some(job)
     }
 
-    /// Takes a job that one batch can hold beside `rows` others from the line that comes next, and sends that line to the end.
+    /// Takes a job of at most `room` rows from the line that comes next, and sends that line to the end.
     fn next_whole(&mut self, room: usize) -> Option<Job<P>> {
         let fits = |job: &Job<P>| job.rows.len() <= room && job.progress.is_none();
         let fits = |line: &u64| {
