@@ -13,12 +13,13 @@ use tch::{Device, Kind, Tensor};
 use wire::messages::Trajectory;
 
 use crate::{
+    batch::{RolloutBatch, observation::ObservationBatch},
     error::{LearnerError, Result, io},
     model::{ParamStore, Pi0},
-    observation::ObservationBatch,
-    records::{act, episode},
-    rollout::RolloutBatch,
-    update::Updater,
+    update::{
+        Updater,
+        reference_records::{act, episode},
+    },
 };
 
 /// The places that are compared; the first is what the others are measured by.

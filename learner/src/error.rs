@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use policy::{bundle::BundleError, config::ConfigError, prompt::PromptError, weights::WeightsError};
-use wire::socket::SocketError;
+use wire::{array::ArrayError, socket::SocketError};
 
-use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError, rollout::RecordError};
+use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError};
 
 /// An error of the learner.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +141,18 @@ pub enum LearnerError {
         /// Why.
         detail: String,
     },
+}
+
+/// A chunk record that does not fit the plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    /// An array.
+    #[error(transparent)]
+    Array(#[from] ArrayError),
+    /// Another field.
+    #[error("`{0}` does not fit the policy: {1}")]
+    Field(&'static str, String),
 }
 
 /// Result of the learner.

@@ -1,48 +1,36 @@
 //! The learner: supervised stages, then online RL on what the rollout engine records, a new policy bundle per iteration.
 //!
-//! Modules stand in the data's order: data sets, network and supervised stages, the hub that talks to engines, episodes become a batch,
-//! advantages, minibatches, log-probability, loss, update, and what is written down.
+//! Modules stand in the data's order: what is used stands above what uses it.
 
-pub mod error;
 mod digits;
-pub mod native;
-pub mod launch;
-mod prepare;
-pub mod dataset;
+mod progress;
+// The network: pi0 and pi0.5 with their heads, and its weights.
 pub mod model;
-pub mod observation;
+// The optimizer and its learning-rate schedules.
 pub mod optim;
-mod stage;
-pub mod pretrain;
-pub mod sft;
-pub mod supervised;
-pub mod method;
-pub mod hub;
-mod ring;
-pub mod filter;
-pub mod rollout;
-pub mod sampling;
-pub mod ahead;
-pub mod records;
+// Advantage estimators.
 pub mod advantage;
-pub mod labels;
-pub mod minibatch;
-pub mod prefix_store;
-pub mod reference;
-pub mod logprob;
+// Losses on probability ratios.
 pub mod loss;
+// Losses on the velocity.
 pub mod velocity;
-mod update_likelihood;
-mod update_velocity;
-pub mod update;
-pub mod publish;
-pub mod checkpoint;
-pub mod resume;
+pub mod error;
+pub mod method;
 pub mod metrics;
-mod iteration;
-pub mod film;
-pub mod evaluate;
-pub mod train;
+// Engines and env workers around the learner.
+pub mod ring;
+// Episodes: which are ordered, and their arrival.
+pub mod collect;
+// Episodes become tensors.
+pub mod batch;
+// The updates of an iteration.
+pub mod update;
+// Pre-training and SFT on data sets.
+pub mod supervised;
+// The HTML page about finished runs.
 pub mod report;
+// Online RL and evaluation, and what they write down.
+pub mod run;
+// What a configuration amounts to.
 pub mod inspect;
 pub mod bench;

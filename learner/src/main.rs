@@ -3,7 +3,12 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use learner::{bench, evaluate, inspect, method, native, report, resume::Resume, supervised, train};
+use learner::{
+    bench, inspect, method, report,
+    ring::native,
+    run::{evaluate, resume::Resume, train},
+    supervised,
+};
 use policy::{bundle::write_atomic, config::RunConfig, message::failed, plan::RunPlan};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.

@@ -1,4 +1,4 @@
-//! What a run writes down: `metrics.jsonl`, TensorBoard event files, progress bars.
+//! What a run writes down: `metrics.jsonl` and TensorBoard event files.
 
 use std::{
     fs::{File, OpenOptions},
@@ -7,16 +7,9 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use indicatif::ProgressStyle;
 use prost::Message;
 
 use crate::error::{Result, io};
-
-/// The style of all progress bars.
-pub fn progress_style() -> ProgressStyle {
-    ProgressStyle::with_template("{msg:44} {wide_bar} {pos}/{len} [{elapsed_precise} < {eta_precise}]")
-        .unwrap_or_else(|_e| ProgressStyle::default_bar())
-}
 
 /// Metrics of a run, appended line by line.
 #[derive(Debug)]

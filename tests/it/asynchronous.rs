@@ -4,16 +4,20 @@ use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use integration_tests::ring::{Engine, Worker, fixed_endpoint, plan};
 use learner::{
-    ahead::Ahead,
-    checkpoint::{self, MODEL},
-    hub::{Hub, HubEvent},
-    launch::Children,
+    batch::RolloutBatch,
+    collect::ahead::Ahead,
     model::ParamStore,
-    publish::Publisher,
-    resume::Resume,
-    rollout::RolloutBatch,
+    ring::{
+        hub::{Hub, HubEvent},
+        launch::Children,
+    },
+    run::{
+        checkpoint::{self, MODEL},
+        publish::Publisher,
+        resume::Resume,
+        train::train,
+    },
     supervised::sft_checkpoint,
-    train::train,
 };
 use policy::{
     noise::NoiseKey,

@@ -1,7 +1,7 @@
 //! What a client beside the ring gets of the engine: chunks that go on from the one before, and pi0.5's prompt with the state.
 
 use integration_tests::ring::{Client, Worker, row};
-use learner::{launch::Children, rollout::RolloutBatch, sampling::sample, update::Updater};
+use learner::{batch::RolloutBatch, collect::sampling::sample, ring::launch::Children, update::Updater};
 use policy::prompt::Tokenizer;
 use wire::{
     array::Array,

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use learner::{
-    logprob::Executed,
+    batch::observation::ObservationBatch,
     model::{ParamStore, Pi0},
-    observation::ObservationBatch,
-    records::{act, episode},
+    update::{
+        logprob::Executed,
+        reference_records::{act, episode},
+    },
 };
 use policy::{
     config::RunConfig,

@@ -1,8 +1,8 @@
 //! What is learnt from environments does not depend on their order, and what was not executed has no part in a loss on the velocity.
 
 use learner::{
+    batch::RolloutBatch,
     model::Pi0,
-    rollout::RolloutBatch,
     update::Updater,
     velocity::{Episodes, Velocities, VelocityLoss, velocity_loss},
 };

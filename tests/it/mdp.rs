@@ -1,12 +1,13 @@
 //! The three formulations of a chunk's decision (hybrid, joint, two-layer) on bandits whose optimal policy is known.
 
 use learner::{
+    batch::{RolloutBatch, observation::ObservationBatch},
     model::Pi0,
-    observation::ObservationBatch,
     optim::{AdamW, AdamWSettings, ParamGroup},
-    records::{act, episode},
-    rollout::RolloutBatch,
-    update::Updater,
+    update::{
+        Updater,
+        reference_records::{act, episode},
+    },
 };
 use policy::{
     flow::{DenoiseStep, Schedule, training_time},

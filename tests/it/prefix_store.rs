@@ -1,9 +1,8 @@
 //! Where the frozen prefixes are kept changes no bit of an update, and never takes more than its bound.
 
 use learner::{
+    batch::{RolloutBatch, prefix_store::PrefixStore},
     model::Pi0,
-    prefix_store::PrefixStore,
-    rollout::RolloutBatch,
     update::{UpdateReport, Updater},
 };
 use policy::plan::RunPlan;

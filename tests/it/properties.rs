@@ -5,12 +5,12 @@ use learner::{
         Advantages, ESTIMATORS, Episode, EstimatorSettings, EstimatorSpec, LayeredEpisode, estimator, gae_episode,
         normalize,
     },
-    filter::keep_members,
+    batch::minibatch::{ShuffleSeed, permutation},
+    collect::filter::keep_members,
     loss::{
         ActorInput, ActorSettings, CriticInput, CriticSettings, POLICY_LOSSES, PolicyInput, PolicyLossFn,
         PolicyLossSpec, PolicySettings, Share, aggregate_logprob, policy_loss,
     },
-    minibatch::{ShuffleSeed, permutation},
 };
 use policy::config::LogprobType;
 use proptest::{collection::vec, prelude::*};

@@ -2,8 +2,8 @@
 //! choice of the last step. The records are made by the learner's own sampler: no engine has a part in it.
 
 use learner::{
+    batch::RolloutBatch,
     model::Pi0,
-    rollout::RolloutBatch,
     update::{UpdateReport, Updater},
 };
 use policy::plan::RunPlan;

@@ -8,7 +8,7 @@ use std::{
 use integration_tests::ring::{plan, program};
 use learner::{
     model::{ParamStore, Pi0},
-    publish::Publisher,
+    run::publish::Publisher,
 };
 use policy::{
     bundle::{BUNDLE_VERSION, Bundle, EXPERT_WEIGHTS, MANIFEST},

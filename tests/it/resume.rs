@@ -12,10 +12,12 @@ use std::{
 
 use integration_tests::ring::{Client, Engine, plan, program, row};
 use learner::{
-    checkpoint::{self, MODEL, OPTIMIZER, STATE},
-    hub::{Hub, HubEvent},
     model::ParamStore,
-    publish::Publisher,
+    ring::hub::{Hub, HubEvent},
+    run::{
+        checkpoint::{self, MODEL, OPTIMIZER, STATE},
+        publish::Publisher,
+    },
 };
 use policy::{
     bundle::describe_file,

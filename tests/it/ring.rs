@@ -7,13 +7,14 @@ use std::{
 
 use integration_tests::ring::{Client, Engine, Worker, fixed_endpoint, plan, row};
 use learner::{
-    hub::{Hub, HubEvent},
-    launch::Children,
+    batch::{RolloutBatch, observation::ObservationBatch},
+    collect::{collecting::collect, sampling::sample},
     model::Pi0,
-    observation::ObservationBatch,
-    publish::Publisher,
-    rollout::{RolloutBatch, collect},
-    sampling::sample,
+    ring::{
+        hub::{Hub, HubEvent},
+        launch::Children,
+    },
+    run::publish::Publisher,
     update::Updater,
 };
 use policy::{
@@ -655,7 +656,7 @@ fn sigterm_answers_and_flushes() {
         // the first answer proves that the engine has read the socket
         let first = client.receive().await;
         assert!(matches!(first, FromEngine::Acted(_)), "{first:?}");
-        learner::native::terminate(ring.engine.pid());
+        learner::ring::native::terminate(ring.engine.pid());
     });
     assert!(ring.engine.wait(), "{}", Engine::log(ring.dir.path()));
     let log = Engine::log(ring.dir.path());

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 
 use learner::{
-    logprob::{StepTable, TransitionBatch, transition},
+    batch::RolloutBatch,
     model::Pi0,
-    rollout::RolloutBatch,
-    update::{UpdateReport, Updater},
+    update::{
+        UpdateReport, Updater,
+        logprob::{StepTable, TransitionBatch, transition},
+    },
 };
 use policy::{
     noise::{Purpose, fill_normal, stream},

@@ -6,12 +6,12 @@
 //! by the collector) is bootstrapped with the value of its last observation (Pardo et al. 2018, "Time Limits in
 //! Reinforcement Learning", eq. 3).
 
-mod gae;
-mod grpo;
 mod normalize;
 mod raw;
+mod grpo;
 mod reinforce_pp;
 mod two_layer;
+mod gae;
 
 use std::collections::BTreeMap;
 

@@ -12,7 +12,11 @@ use policy::{
     plan::RunPlan,
 };
 
-use crate::{error::Result, minibatch::minibatch_count, prefix_store::prefix_bytes, sampling::group_count};
+use crate::{
+    batch::{minibatch::minibatch_count, prefix_store::prefix_bytes},
+    collect::sampling::group_count,
+    error::Result,
+};
 
 /// Bytes of an f32.
 const F32: usize = 4;

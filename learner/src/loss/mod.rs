@@ -6,14 +6,14 @@
 //! every mean is taken over the elements it was spread to. Nothing is ever spread over leading dimensions, so that a
 //! `[N]` tensor never meets an `[N, 1]` one as `[N, N]`.
 
+mod reduce;
+mod kl;
+mod entropy;
+mod surrogate;
+mod critic;
 mod actor;
 mod actor_critic;
-mod critic;
 mod decoupled;
-mod entropy;
-mod kl;
-mod reduce;
-mod surrogate;
 
 use tch::Tensor;
 use thiserror::Error;

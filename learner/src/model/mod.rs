@@ -4,8 +4,8 @@
 //! program only when memory runs out.
 
 mod store;
-mod siglip;
 mod gemma;
+mod siglip;
 mod expert;
 mod heads;
 mod sampler;

@@ -5,10 +5,10 @@ mod bounded;
 mod curves;
 mod run;
 mod series;
+mod html;
 mod chart;
 mod panels;
 mod plot;
-mod html;
 mod page;
 
 use std::path::{Path, PathBuf};

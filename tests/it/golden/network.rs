@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 
 use integration_tests::{Array, Golden, assert_close, assert_close_relative, golden_dims, golden_dir};
 use learner::{
-    logprob::Executed,
     model::{ParamStore, Pi0, Prefix, PrefixCache},
+    update::logprob::Executed,
 };
 use policy::{
     dims::{PolicyDims, StackDims, Variant, VisionDims},

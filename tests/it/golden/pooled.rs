@@ -3,8 +3,8 @@
 
 use integration_tests::{Golden, golden_dir};
 use learner::{
-    logprob::Executed,
     model::{ParamStore, Pi0},
+    update::logprob::Executed,
 };
 use policy::{
     flow::{Sampling, Schedule},

@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 
 use integration_tests::{Array, Golden, assert_close, max_abs_diff};
 use learner::{
-    logprob::{Executed, StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
     model::{ModelError, PrefixCache, Sample},
+    update::logprob::{Executed, StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
 };
 use policy::{
     flow::{DenoiseStep, Mdp, NoiseMethod, Sampling, Schedule, flow_times, step_table},

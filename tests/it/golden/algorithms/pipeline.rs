@@ -3,7 +3,7 @@
 use integration_tests::Array;
 use learner::{
     advantage::{EstimatorSettings, normalize},
-    filter::keep_members,
+    collect::filter::keep_members,
 };
 
 use super::{

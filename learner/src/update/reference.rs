@@ -122,3 +122,59 @@ impl Reference {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use policy::{config::RunConfig, plan::RunPlan};
+    use tch::Device;
+
+    use super::*;
+    use crate::model::ParamStore;
+
+    fn close(got: f64, want: f64) -> bool {
+        (got - want).abs() < 1e-6
+    }
+
+    #[test]
+    fn the_reference_shares_what_is_frozen_and_keeps_its_own_expert() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tabletop_grpo.toml");
+        let plan = RunPlan::new(RunConfig::load(&path, &[]).expect("configuration")).expect("plan");
+        let store = ParamStore::random(&plan.dims, &plan.heads, 3, Device::Cpu).expect("weights");
+        let policy = Pi0::new(plan.dims.clone(), &plan.heads, store).expect("policy");
+        let first = |policy: &Pi0, part: Part| policy.store().part(part).next().expect("a tensor").1.shallow_clone();
+        let value = |t: &Tensor| t.flatten(0, -1).double_value(&[0]);
+
+        let mut reference = Reference::new(ReferenceConfig::Ema { decay: 0.75 }, &policy).expect("reference");
+        assert_eq!(
+            first(&policy, Part::Vlm).data_ptr(),
+            first(reference.policy(), Part::Vlm).data_ptr()
+        );
+        assert!(reference.state().is_empty(), "nothing to keep before the first update");
+        reference.begin(&policy);
+        let start = value(&first(&policy, Part::Expert));
+        let _moved = no_grad(|| first(&policy, Part::Expert).g_add_scalar_(1.0));
+        assert!(
+            close(value(&first(reference.policy(), Part::Expert)), start),
+            "it does not move along"
+        );
+        reference.end(&policy);
+        assert!(close(value(&first(reference.policy(), Part::Expert)), start + 0.25));
+
+        let state: BTreeMap<_, _> = reference.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
+        let mut again = Reference::new(ReferenceConfig::Ema { decay: 0.75 }, &policy).expect("reference");
+        again.restore(&state).expect("fits");
+        again.begin(&policy);
+        assert!(
+            close(value(&first(again.policy(), Part::Expert)), start + 0.25),
+            "a restored one is not begun anew"
+        );
+
+        let mut acting = Reference::new(ReferenceConfig::Acting {}, &policy).expect("reference");
+        acting.begin(&policy);
+        acting.end(&policy);
+        assert!(close(value(&first(acting.policy(), Part::Expert)), start + 1.0));
+        assert!(acting.state().is_empty());
+    }
+}

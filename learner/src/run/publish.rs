@@ -15,7 +15,7 @@ use policy::{
 };
 use tch::{Kind, Tensor};
 
-use crate::{error::Result, model::Pi0, observation::ObservationBatch};
+use crate::{batch::observation::ObservationBatch, error::Result, model::Pi0};
 
 /// Largest difference between the two runtimes on the self-test, f32 on CPU; measured about 1e-6 on small policies.
 const SELF_TEST_TOLERANCE: f32 = 1e-3;

@@ -9,14 +9,12 @@ use policy::{
 };
 use tch::{Kind, Tensor, no_grad};
 
+use super::reference::Reference;
 use crate::{
+    batch::{RolloutBatch, prefix_store::PrefixStore},
     error::{LearnerError, Result},
     loss::episode_weighted_mean,
     model::{Pi0, path},
-    prefix_store::PrefixStore,
-    reference::Reference,
-    rollout::RolloutBatch,
-    update::CreditReport,
     velocity::{Episodes, Velocities, VelocityLoss},
 };
 
@@ -26,6 +24,15 @@ pub(crate) struct VelocityObjective {
     method: Box<dyn VelocityLoss>,
     pub(crate) reference: Reference,
     by_episode: bool,
+}
+
+/// What the chunks of an iteration were worth to a loss on the velocity.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CreditReport {
+    /// Mean credit.
+    pub mean: f64,
+    /// Mean distance of the executed actions from the reference's, model units; 0 where the method does not read it.
+    pub displacement: f64,
 }
 
 /// What an iteration's chunks are worth to the method.

@@ -12,10 +12,8 @@ use policy::{
     plan::RunPlan,
 };
 
-use crate::{
-    checkpoint::{self, Checkpoint},
-    error::{LearnerError, Result},
-};
+use super::checkpoint::{self, Checkpoint};
+use crate::error::{LearnerError, Result};
 
 /// Keys that a refusal lists with both values; of more it gives the number.
 const SHOWN: usize = 8;

@@ -12,13 +12,14 @@ use std::{
 use policy::plan::RunPlan;
 use wire::messages::{Batch, Mode, Reset, Trajectory};
 
+use super::{
+    collecting::{Collected, Waited, success_rate, wait},
+    evaluation,
+    sampling::{Sampled, group_count, label, sample_from, training_resets},
+};
 use crate::{
     error::{LearnerError, Result},
-    evaluate,
-    hub::Hub,
-    launch::Children,
-    rollout::{Collected, Waited, success_rate, wait},
-    sampling::{Sampled, group_count, label, sample_from, training_resets},
+    ring::{hub::Hub, launch::Children},
 };
 
 /// An iteration whose episodes are ordered.
@@ -148,7 +149,7 @@ impl Ahead {
             oldest: version,
             newest: version,
             mode: Mode::Eval,
-            resets: evaluate::resets(episodes, 0),
+            resets: evaluation::resets(episodes, 0),
         })?;
         let mut seen = Vec::with_capacity(episodes);
         let label = format!("evaluating version {version}");

@@ -6,8 +6,8 @@ use tch::Tensor;
 
 use crate::{
     error::Result,
-    metrics::progress_style,
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule, StepReport},
+    progress::progress_style,
 };
 
 /// Decay rates of `AdamW`'s moments in the supervised stages: the second is short, the stages have a few thousand steps.

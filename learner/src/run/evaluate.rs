@@ -3,37 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use policy::{bundle::Bundle, plan::RunPlan};
-use wire::messages::{Mode, Reset, Trajectory};
+use wire::messages::{Mode, Trajectory};
 
+use super::film;
 use crate::{
-    error::{LearnerError, Result},
-    film,
-    hub::Hub,
-    launch::Children,
-    prepare::prepare,
-    ring::Ring,
-    rollout::{collect, failure_rate, success_rate},
+    collect::{
+        collecting::{collect, failure_rate, success_rate},
+        evaluation::{check_seed, resets},
+    },
+    error::Result,
+    ring::{Ring, hub::Hub, launch::Children},
+    supervised::prepare::prepare,
 };
 
-/// Seed of all evaluation episodes: training uses `runner.seed`, which the plan keeps different from it.
-pub const EVAL_SEED: u64 = 0x0e7a_15ee_d000;
 /// Episodes of an evaluation that send frames.
 const VIDEOS: usize = 12;
-
-/// The resets of an evaluation: episode `i` is always the same start, the first `videos` send frames.
-pub fn resets(episodes: usize, videos: usize) -> Vec<Reset> {
-    (0..episodes)
-        .map(|i| Reset {
-            seed: EVAL_SEED,
-            env: i as u32,
-            episode: 0,
-            reset_state: None,
-            task: None,
-            group: None,
-            video: i < videos,
-        })
-        .collect()
-}
 
 /// Success of a version and its episodes.
 ///
@@ -49,19 +33,6 @@ pub fn evaluate(
     let label = format!("evaluating version {version}");
     let got = collect(hub, children, version, Mode::Eval, resets(episodes, videos), &label)?;
     Ok((success_rate(&got.trajectories), got.trajectories))
-}
-
-/// Refuses a run whose training seed is the evaluation's.
-///
-/// # Errors
-/// The seeds are the same.
-pub fn check_seed(plan: &RunPlan) -> Result<()> {
-    if plan.config.runner.seed == EVAL_SEED {
-        return Err(LearnerError::Missing(format!(
-            "`runner.seed` {EVAL_SEED} is the evaluation's, choose another"
-        )));
-    }
-    Ok(())
 }
 
 /// Evaluates bundles on the same unseen episodes through a local ring; writes a GIF of one episode under each and returns

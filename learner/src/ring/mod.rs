@@ -1,10 +1,15 @@
 //! The ring of processes around the learner.
 
+pub mod native;
+pub mod launch;
+pub mod hub;
+
 use std::path::Path;
 
 use policy::{config::Launch, plan::RunPlan};
 
-use crate::{error::Result, hub::Hub, launch::Children};
+use self::{hub::Hub, launch::Children};
+use crate::error::Result;
 
 /// The processes around the learner, for as long as it lives.
 pub(crate) struct Ring {

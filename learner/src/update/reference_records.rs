@@ -12,11 +12,11 @@ use wire::{
     messages::{ChunkRecord, Mode, Reset, Trajectory, TrajectoryChunk},
 };
 
+use super::logprob::{Executed, StepTable, TransitionBatch, transition};
 use crate::{
+    batch::observation::ObservationBatch,
     error::{LearnerError, Result},
-    logprob::{Executed, StepTable, TransitionBatch, transition},
     model::Pi0,
-    observation::ObservationBatch,
 };
 
 /// The records of one chunk for each observation, with the noise that `keys` names, by policy version `version` in training mode.

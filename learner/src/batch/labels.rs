@@ -8,8 +8,8 @@ use wire::messages::{Reset, Trajectory};
 
 use crate::{
     advantage::{Advantages, Episode, EstimatorSettings, LayeredEpisode, normalize},
+    collect::filter::group_ids,
     error::{LearnerError, Result},
-    filter::group_ids,
     method,
 };
 

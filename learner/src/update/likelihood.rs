@@ -8,18 +8,18 @@ use policy::{
 };
 use tch::{Kind, Tensor, no_grad};
 
-use crate::{
-    error::Result,
+use super::{
     logprob::{Executed, StepTable, TransitionBatch, gaussian, path_value, standard_normal_entropy, transition},
+    reference::Reference,
+};
+use crate::{
+    batch::{RolloutBatch, minibatch::MicroBatch, prefix_store::PrefixStore},
+    error::Result,
     loss::{
         self, ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput,
         PolicyLossSpec, PolicySettings, Share, aggregate_logprob, interpolated_proximal,
     },
-    minibatch::MicroBatch,
     model::{Pi0, PrefixCache},
-    prefix_store::PrefixStore,
-    reference::Reference,
-    rollout::RolloutBatch,
 };
 
 /// A loss on probability ratios with its settings, and the reference of its KL penalty.

@@ -12,8 +12,8 @@ use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
 use crate::{
+    batch::observation::ObservationBatch,
     error::{LearnerError, Result},
-    observation::ObservationBatch,
 };
 
 /// A data set in memory.

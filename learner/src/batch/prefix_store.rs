@@ -9,10 +9,10 @@ use std::{
 use policy::{config::PrefixCachePlace, dims::PolicyDims, plan::RunPlan};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::observation::ObservationBatch;
 use crate::{
     error::{LearnerError, Result, io},
     model::{Pi0, PrefixCache},
-    observation::ObservationBatch,
 };
 
 /// Most rows of one prefix pass, whatever the micro-batch.

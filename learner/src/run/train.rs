@@ -5,23 +5,26 @@ use std::time::Instant;
 use policy::{params::Part, plan::RunPlan};
 use tch::Device;
 
-use crate::{
-    ahead::Ahead,
+use super::{
     checkpoint::Keeper,
-    error::{LearnerError, Result, io},
-    evaluate::{check_seed, evaluate},
+    evaluate::evaluate,
     iteration::Iteration,
+    publish::Publisher,
+    resume::{self, Resume},
+};
+use crate::{
+    batch::RolloutBatch,
+    collect::{ahead::Ahead, evaluation::check_seed, sampling::sample},
+    error::{LearnerError, Result, io},
     method,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
-    prepare::{libtorch, load, norm_stats, prepare},
-    publish::Publisher,
     report,
-    resume::{self, Resume},
     ring::Ring,
-    rollout::RolloutBatch,
-    sampling::sample,
-    supervised::sft_checkpoint,
+    supervised::{
+        prepare::{libtorch, load, norm_stats, prepare},
+        sft_checkpoint,
+    },
     update::Updater,
 };
 

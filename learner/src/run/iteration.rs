@@ -1,6 +1,6 @@
 //! What an iteration of RL came to, as metrics and as a line of the log.
 
-use crate::{rollout::RolloutBatch, sampling::Sampled, update::UpdateReport};
+use crate::{batch::RolloutBatch, collect::sampling::Sampled, update::UpdateReport};
 
 /// One iteration, done.
 pub(crate) struct Iteration<'a> {

@@ -11,12 +11,11 @@ use policy::{
 };
 use tch::{Device, Kind, Reduction, Tensor};
 
+use super::{dataset::Dataset, stage::Stage};
 use crate::{
-    dataset::Dataset,
     error::{LearnerError, Result},
     metrics::MetricsLog,
     model::{Pi0, Prefix},
-    stage::Stage,
 };
 
 /// Weight of the pooled read-out in the loss.

@@ -1,5 +1,11 @@
 //! `learner sft`: the supervised stages, from data sets to a checkpoint.
 
+pub(crate) mod prepare;
+pub mod dataset;
+mod stage;
+pub mod pretrain;
+pub mod sft;
+
 use std::path::{Path, PathBuf};
 
 use policy::{
@@ -9,16 +15,17 @@ use policy::{
 };
 use tch::Device;
 
-use crate::{
-    dataset,
-    error::{LearnerError, Result},
-    evaluate::check_seed,
-    launch::Children,
-    metrics::MetricsLog,
-    model::{ParamStore, Pi0},
+use self::{
     prepare::{load, norm_stats, prepare},
     pretrain::pretrain,
     sft::sft,
+};
+use crate::{
+    collect::evaluation::check_seed,
+    error::{LearnerError, Result},
+    metrics::MetricsLog,
+    model::{ParamStore, Pi0},
+    ring::launch::Children,
 };
 
 /// Seeds of the data sets, apart from the run's own.

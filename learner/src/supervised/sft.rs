@@ -8,7 +8,8 @@ use policy::{
 };
 use tch::{Kind, Tensor};
 
-use crate::{dataset::Dataset, error::Result, metrics::MetricsLog, model::Pi0, stage::Stage};
+use super::{dataset::Dataset, stage::Stage};
+use crate::{error::Result, metrics::MetricsLog, model::Pi0};
 
 /// Trains the expert on demonstrations; returns the mean loss of the last steps.
 ///

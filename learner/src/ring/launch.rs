@@ -10,10 +10,8 @@ use std::{
 use policy::config::{EnvConfig, WorkerKind};
 use policy::plan::RunPlan;
 
-use crate::{
-    error::{LearnerError, Result, io},
-    native,
-};
+use super::native;
+use crate::error::{LearnerError, Result, io};
 
 /// How long a child may take to finish after it was asked to.
 const GRACE: Duration = Duration::from_secs(8);

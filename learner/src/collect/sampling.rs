@@ -6,12 +6,13 @@ use policy::{
 };
 use wire::messages::{Mode, Reset};
 
+use super::{
+    collecting::{Collected, collect, failure_rate, success_rate},
+    filter::{Kept, keep},
+};
 use crate::{
     error::Result,
-    filter::{Kept, keep},
-    hub::Hub,
-    launch::Children,
-    rollout::{Collected, collect, failure_rate, success_rate},
+    ring::{hub::Hub, launch::Children},
 };
 
 /// An iteration's episodes and what they say of the policy.

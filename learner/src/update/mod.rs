@@ -1,20 +1,31 @@
 //! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
 
+pub mod logprob;
+pub mod reference_records;
+pub mod reference;
+mod likelihood;
+mod velocity;
+
 use policy::{config::PrefixCachePlace, params::Part, plan::RunPlan};
 
-use crate::{
-    error::Result,
+pub use self::velocity::CreditReport;
+use self::{
+    likelihood::{Gaps, LikelihoodObjective},
     logprob::StepTable,
+    reference::Reference,
+    velocity::{Credit, VelocityObjective},
+};
+use crate::{
+    batch::{
+        RolloutBatch,
+        minibatch::{ShuffleSeed, micro_batches, minibatches, permutation},
+        prefix_store::PrefixStore,
+    },
+    error::Result,
     loss::{ActorMetrics, ExplainedVariance},
     method::{Method, method},
-    minibatch::{ShuffleSeed, micro_batches, minibatches, permutation},
     model::Pi0,
     optim::{AdamW, AdamWSettings, Decay, ParamGroup, Schedule},
-    prefix_store::PrefixStore,
-    reference::Reference,
-    rollout::RolloutBatch,
-    update_likelihood::{Gaps, LikelihoodObjective},
-    update_velocity::{Credit, VelocityObjective},
 };
 
 /// Trains a policy on rollouts.
@@ -88,15 +99,6 @@ pub struct UpdateReport {
     pub prefix_seconds: f64,
     /// Seconds of the updates.
     pub update_seconds: f64,
-}
-
-/// What the chunks of an iteration were worth to a loss on the velocity.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CreditReport {
-    /// Mean credit.
-    pub mean: f64,
-    /// Mean distance of the executed actions from the reference's, model units; 0 where the method does not read it.
-    pub displacement: f64,
 }
 
 fn group(policy: &Pi0, part: Part, name: &str, lr: f64, weight_decay: f64) -> ParamGroup {

@@ -1,0 +1,9 @@
+//! Episodes as tensors: what was seen, what an update learns from it, and which rows an optimizer step sees.
+
+pub mod observation;
+pub mod minibatch;
+pub mod prefix_store;
+mod labels;
+mod rollout;
+
+pub use self::rollout::{EpisodeLengths, RolloutBatch};
