@@ -19,3 +19,4 @@ pub mod guidance;
 pub mod logprob;
 pub mod selftest;
 pub mod bundle;
+pub mod transform;

@@ -1,0 +1,423 @@
+//! Between the robot's units and the model's: a raw observation becomes model input, model actions become environment actions.
+//!
+//! One transform serves the engine and the learner's data sets, so that both read an observation and an action the same way.
+
+use std::{collections::BTreeMap, path::Path};
+
+use crate::{
+    bundle::Manifest,
+    guidance::Guidance,
+    image::{CHANNELS, ImageError, RgbImage, resize_with_pad},
+    norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, bool_mask, delta_from_absolute},
+    prompt::{PromptError, Tokenizer},
+};
+
+/// An observation that the policy cannot read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ObservationError {
+    /// A camera that the policy does not have.
+    #[error("observation has an image of camera `{found}`, the policy has the cameras {expected}")]
+    Camera {
+        /// Cameras of the policy.
+        expected: String,
+        /// Name in the observation.
+        found: String,
+    },
+    /// No image at all.
+    #[error("observation has no image: at least one camera must be there")]
+    Blind,
+    /// An image that cannot be resized.
+    #[error("image of camera `{camera}` cannot be resized")]
+    Image {
+        /// Which camera.
+        camera: String,
+        /// Why.
+        source: ImageError,
+    },
+    /// A state that is too wide.
+    #[error("state has {found} numbers, the policy takes at most {expected}")]
+    State {
+        /// Width of the model's state.
+        expected: usize,
+        /// Numbers in the observation.
+        found: usize,
+    },
+    /// NaN or infinity.
+    #[error("{field} holds {value} at element {index}, expected finite numbers")]
+    NotFinite {
+        /// `state` or `guidance.previous`.
+        field: &'static str,
+        /// Which element.
+        index: usize,
+        /// NaN or infinity.
+        value: f32,
+    },
+    /// A chunk to continue from that does not fit.
+    #[error("guidance.previous has {rows} rows of {columns} numbers, expected 1 to {horizon} rows of {width}")]
+    Previous {
+        /// Rows.
+        rows: usize,
+        /// Numbers of a row.
+        columns: usize,
+        /// Width of an action.
+        width: usize,
+        /// Rows of a chunk.
+        horizon: usize,
+    },
+    /// A weight out of range.
+    #[error("guidance.max_weight is {0}, expected a finite number above 0")]
+    MaxWeight(f32),
+    /// The prompt cannot be tokenized.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// The statistics do not fit.
+    #[error(transparent)]
+    Norm(#[from] NormError),
+}
+
+/// What a robot or simulator sees, in the environment's units.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawObservation {
+    /// Images by camera name; a camera that is not there is absent.
+    pub images: BTreeMap<String, RgbImage>,
+    /// Proprioceptive state.
+    pub state: Vec<f32>,
+    /// The instruction.
+    pub prompt: String,
+}
+
+/// One observation in model units.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInput {
+    /// Pixels as the network sees them, `[cameras, size, size, 3]`, 0 to 255; zero for an absent camera.
+    pub images: Vec<u8>,
+    /// Which cameras are there, `[cameras]`.
+    pub image_mask: Vec<bool>,
+    /// Prompt ids, padded, `[prompt_len]`.
+    pub prompt: Vec<i64>,
+    /// Which of them are valid, `[prompt_len]`.
+    pub prompt_mask: Vec<bool>,
+    /// Normalized state padded with zeros, `[action_dim]`.
+    pub state: Vec<f32>,
+}
+
+/// The chunk that a client executes while it waits, in the environment's units; see [`Guidance`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawGuidance {
+    /// Actions still to come, row-major.
+    pub previous: Vec<f32>,
+    /// Numbers of a row.
+    pub columns: usize,
+    /// Rows that will have been executed when the new chunk arrives.
+    pub delay: usize,
+    /// Largest weight of the correction, above 0.
+    pub max_weight: f32,
+}
+
+/// The transform of a policy.
+#[derive(Debug)]
+pub struct Transform {
+    cameras: Vec<String>,
+    /// Side of an image.
+    image_size: usize,
+    prompt_len: usize,
+    action_dim: usize,
+    action_horizon: usize,
+    env_action_dim: usize,
+    discrete_state_input: bool,
+    normalization: Normalization,
+    norm_stats: Option<NormStats>,
+    /// Which action dimensions are differences from the state.
+    delta_mask: Option<Vec<bool>>,
+    tokenizer: Tokenizer,
+}
+
+impl Transform {
+    /// Returns the transform of the bundle in `dir`.
+    ///
+    /// # Errors
+    /// The tokenizer cannot be read.
+    pub fn of_bundle(manifest: &Manifest, dir: &Path) -> Result<Self, PromptError> {
+        let dims = &manifest.dims;
+        Ok(Self {
+            cameras: manifest.cameras.clone(),
+            image_size: dims.vision.image_size,
+            prompt_len: dims.prompt_len,
+            action_dim: dims.action_dim,
+            action_horizon: dims.action_horizon,
+            env_action_dim: manifest.env_action_dim,
+            discrete_state_input: manifest.discrete_state_input,
+            normalization: manifest.normalization,
+            norm_stats: manifest.norm_stats.clone(),
+            delta_mask: manifest.delta_actions.as_deref().map(bool_mask),
+            tokenizer: Tokenizer::from_config(&manifest.tokenizer, Some(dir))?,
+        })
+    }
+
+    /// Names of the policy's cameras, in its order.
+    pub fn cameras(&self) -> &[String] {
+        &self.cameras
+    }
+
+    /// Returns an observation in model units.
+    ///
+    /// # Errors
+    /// An unknown camera, no image, a state that is too wide or not finite, a prompt that cannot be tokenized, or statistics
+    /// that do not fit.
+    pub fn input(&self, raw: &RawObservation) -> Result<ModelInput, ObservationError> {
+        if let Some(found) = raw.images.keys().find(|name| !self.cameras.contains(name)) {
+            return Err(ObservationError::Camera {
+                expected: self.cameras.join(", "),
+                found: found.clone(),
+            });
+        }
+        if raw.images.is_empty() {
+            return Err(ObservationError::Blind);
+        }
+        let size = self.image_size;
+        let mut images = Vec::with_capacity(self.cameras.len() * size * size * CHANNELS);
+        for camera in &self.cameras {
+            match raw.images.get(camera) {
+                None => images.resize(images.len() + size * size * CHANNELS, 0),
+                Some(image) if (image.height(), image.width()) == (size, size) => {
+                    images.extend_from_slice(image.data());
+                }
+                Some(image) => {
+                    let fitted = resize_with_pad(image, size, size).map_err(|source| ObservationError::Image {
+                        camera: camera.clone(),
+                        source,
+                    })?;
+                    images.extend_from_slice(fitted.data());
+                }
+            }
+        }
+        let mut state = self.state(&raw.state)?;
+        let tokens = if self.discrete_state_input {
+            self.tokenizer
+                .tokenize_with_state(&raw.prompt, &state, self.prompt_len)?
+        } else {
+            self.tokenizer.tokenize(&raw.prompt, self.prompt_len)?
+        };
+        state.resize(self.action_dim, 0.0);
+        Ok(ModelInput {
+            images,
+            image_mask: self.cameras.iter().map(|name| raw.images.contains_key(name)).collect(),
+            prompt: tokens.ids,
+            prompt_mask: tokens.mask,
+            state,
+        })
+    }
+
+    /// Returns a state in model units, not padded.
+    fn state(&self, state: &[f32]) -> Result<Vec<f32>, ObservationError> {
+        if state.len() > self.action_dim {
+            return Err(ObservationError::State {
+                expected: self.action_dim,
+                found: state.len(),
+            });
+        }
+        check_finite("state", state)?;
+        Ok(self.normalized(|stats| &stats.state, state)?)
+    }
+
+    fn normalized(&self, which: fn(&NormStats) -> &DimStats, row: &[f32]) -> Result<Vec<f32>, NormError> {
+        match &self.norm_stats {
+            Some(stats) => self.normalization.normalize(which(stats), row),
+            None => Ok(row.to_vec()),
+        }
+    }
+
+    /// Returns actions in model units, not padded: `actions` are rows of `width` in the environment's units, `state` is the raw
+    /// state of their observation, from which a policy with delta actions takes the difference.
+    ///
+    /// # Errors
+    /// The statistics or the delta mask do not fit.
+    pub fn model_actions(&self, actions: &[f32], width: usize, state: &[f32]) -> Result<Vec<f32>, NormError> {
+        let mut model = Vec::with_capacity(actions.len());
+        for row in actions.chunks_exact(width.max(1)) {
+            let row = match &self.delta_mask {
+                Some(mask) => delta_from_absolute(row, state, mask)?,
+                None => row.to_vec(),
+            };
+            model.extend(self.normalized(|stats| &stats.actions, &row)?);
+        }
+        Ok(model)
+    }
+
+    /// Returns a chunk in the environment's units, `[action_horizon, env_action_dim]`: `actions` is `[action_horizon,
+    /// action_dim]` in model units, `state` the raw state of the observation, which a policy with delta actions adds.
+    ///
+    /// # Errors
+    /// The statistics or the delta mask do not fit.
+    pub fn env_actions(&self, actions: &[f32], state: &[f32]) -> Result<Vec<f32>, NormError> {
+        let mut env = Vec::with_capacity(self.action_horizon * self.env_action_dim);
+        for row in actions.chunks_exact(self.action_dim) {
+            let row = row.get(..self.env_action_dim).unwrap_or(row);
+            let row = match &self.norm_stats {
+                Some(stats) => self.normalization.unnormalize(&stats.actions, row)?,
+                None => row.to_vec(),
+            };
+            env.extend(match &self.delta_mask {
+                Some(mask) => absolute_from_delta(&row, state, mask)?,
+                None => row,
+            });
+        }
+        Ok(env)
+    }
+
+    /// Returns guidance in model units; `state` is the raw state of the observation.
+    ///
+    /// # Errors
+    /// Another number of rows or columns, a number that is not finite, or a weight out of range.
+    pub fn guidance(&self, raw: &RawGuidance, state: &[f32]) -> Result<Guidance, ObservationError> {
+        let (width, horizon) = (self.env_action_dim, self.action_horizon);
+        let rows = raw.previous.len() / raw.columns.max(1);
+        if raw.columns != width || !(1..=horizon).contains(&rows) || raw.previous.len() != rows * width {
+            return Err(ObservationError::Previous {
+                rows,
+                columns: raw.columns,
+                width,
+                horizon,
+            });
+        }
+        if !(raw.max_weight.is_finite() && raw.max_weight > 0.0) {
+            return Err(ObservationError::MaxWeight(raw.max_weight));
+        }
+        check_finite("guidance.previous", &raw.previous)?;
+        let previous = self.model_actions(&raw.previous, width, state)?;
+        Ok(Guidance::new(
+            previous,
+            width,
+            horizon,
+            raw.delay,
+            f64::from(raw.max_weight),
+        ))
+    }
+}
+
+fn check_finite(field: &'static str, values: &[f32]) -> Result<(), ObservationError> {
+    match values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        Some((index, value)) => Err(ObservationError::NotFinite {
+            field,
+            index,
+            value: *value,
+        }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two cameras of 2 x 2, actions of width 3 of 4 and horizon 2, the first action dimension a difference.
+    fn transform() -> Transform {
+        let stats = |mean: &[f64], std: &[f64]| DimStats {
+            mean: mean.to_vec(),
+            std: std.to_vec(),
+            q01: None,
+            q99: None,
+        };
+        Transform {
+            cameras: ["top", "wrist"].map(str::to_owned).to_vec(),
+            image_size: 2,
+            prompt_len: 3,
+            action_dim: 4,
+            action_horizon: 2,
+            env_action_dim: 3,
+            discrete_state_input: false,
+            normalization: Normalization::ZScore,
+            norm_stats: Some(NormStats {
+                state: stats(&[1.0, 2.0], &[2.0, 4.0]),
+                actions: stats(&[0.5, 0.0, -1.0], &[0.5, 2.0, 1.0]),
+            }),
+            delta_mask: Some(bool_mask(&[1, -2])),
+            tokenizer: Tokenizer::from_words(&["pick".to_owned()]).expect("words"),
+        }
+    }
+
+    fn raw(cameras: &[&str]) -> RawObservation {
+        let image = |value| RgbImage::new(2, 2, vec![value; 12]).expect("12 bytes");
+        RawObservation {
+            images: cameras
+                .iter()
+                .zip(7..)
+                .map(|(name, value)| ((*name).to_owned(), image(value)))
+                .collect(),
+            state: vec![5.0, 2.0],
+            prompt: "pick".to_owned(),
+        }
+    }
+
+    #[test]
+    fn images_are_placed_by_the_name_of_their_camera() {
+        let input = transform().input(&raw(&["wrist"])).expect("fits");
+        assert_eq!(input.images, [[0; 12], [7; 12]].concat(), "the first camera is absent");
+        assert_eq!(input.image_mask, [false, true]);
+        assert_eq!(input.state.len(), 4);
+        assert!(
+            (input.state[0] - 2.0).abs() < 1e-5 && input.state[1..] == [0.0; 3],
+            "{:?}",
+            input.state
+        );
+        assert_eq!(input.prompt_mask, [true, true, true], "begin, the word, newline");
+        for (cameras, expected) in [(&["top", "side"][..], "`side`"), (&[], "no image")] {
+            let error = transform().input(&raw(cameras)).expect_err("not the policy's cameras");
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn environment_actions_are_the_inverse_of_model_actions() {
+        let transform = transform();
+        let (state, actions) = ([5.0, 2.0, 0.0], [6.0f32, 1.0, -3.0, 4.5, -2.0, 0.25]);
+        let model = transform.model_actions(&actions, 3, &state).expect("fits");
+        let padded: Vec<f32> = model.chunks(3).flat_map(|row| [row, &[9.0]].concat()).collect();
+        let back = transform.env_actions(&padded, &state).expect("fits");
+        assert_eq!(back.len(), 2 * 3, "the whole horizon, without padding");
+        for (back, action) in back.iter().zip(&actions) {
+            // rounding of f32 on the way there and back, numbers up to 6
+            assert!((back - action).abs() < 2e-6, "{back} {action}");
+        }
+        assert!((model[0] - 1.0).abs() < 1e-5, "(6 - 5 - 0.5) / 0.5");
+        let narrow = transform
+            .env_actions(&padded, &[5.0])
+            .expect_err("the mask covers three dimensions");
+        assert!(
+            matches!(narrow, NormError::DeltaMask { mask: 3, state: 1, .. }),
+            "{narrow}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let transform = transform();
+        let with_state = |state: Vec<f32>| RawObservation { state, ..raw(&["top"]) };
+        let guidance = |previous: Vec<f32>, columns, max_weight| RawGuidance {
+            previous,
+            columns,
+            delay: 1,
+            max_weight,
+        };
+        let observed = |raw| transform.input(&raw).expect_err("refused").to_string();
+        let guided = |raw| transform.guidance(&raw, &[0.0; 3]).expect_err("refused").to_string();
+        for (text, expected) in [
+            (observed(with_state(vec![0.0; 5])), "5 numbers"),
+            (
+                observed(with_state(vec![0.0, f32::NAN])),
+                "state holds NaN at element 1",
+            ),
+            (guided(guidance(vec![0.0; 9], 3, 5.0)), "3 rows of 3"),
+            (guided(guidance(vec![0.0; 4], 2, 5.0)), "2 rows of 2"),
+            (guided(guidance(vec![], 3, 5.0)), "0 rows"),
+            (guided(guidance(vec![0.0; 3], 3, 0.0)), "max_weight is 0"),
+            (
+                guided(guidance(vec![0.0, f32::INFINITY, 0.0], 3, 5.0)),
+                "guidance.previous holds inf",
+            ),
+        ] {
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+}
