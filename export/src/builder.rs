@@ -2,7 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use policy::{params::ParamSpec, weights::Location};
+use policy::{
+    graph::{ElementType, TensorSpec},
+    params::ParamSpec,
+    weights::Location,
+};
 use prost::Message;
 
 use crate::{
@@ -11,15 +15,13 @@ use crate::{
         TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataLocation,
         tensor_shape_proto, type_proto,
     },
-    shape::{Dim, Elem, Port, text},
+    shape::{Dim, fixed, text},
 };
 
 /// IR version of the written models.
 pub(crate) const IR_VERSION: i64 = 10;
 /// Operator set of the written models: the first with `Gelu`.
 pub(crate) const OPSET: i64 = 20;
-/// Name of the symbolic batch.
-pub(crate) const BATCH: &str = "batch";
 
 /// A graph that cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -78,18 +80,13 @@ pub enum WeightsAs<'a> {
 pub struct Value {
     pub(crate) name: String,
     pub(crate) shape: Vec<Dim>,
-    pub(crate) elem: Elem,
+    pub(crate) elem: ElementType,
 }
 
 impl Value {
     /// Its shape.
     pub fn shape(&self) -> &[Dim] {
         &self.shape
-    }
-
-    /// Type of its elements.
-    pub fn elem(&self) -> Elem {
-        self.elem
     }
 
     /// The axis, counted from the front; size 1 when there is none.
@@ -109,7 +106,7 @@ pub struct GraphBuilder<'a> {
     used: BTreeSet<String>,
     scope: String,
     count: usize,
-    inputs: Vec<Port>,
+    inputs: Vec<Value>,
     outputs: Vec<(String, Value)>,
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
@@ -152,28 +149,34 @@ impl<'a> GraphBuilder<'a> {
     }
 
     /// A graph input.
-    pub fn input(&mut self, port: &Port) -> Value {
-        self.inputs.push(port.clone());
-        Value {
-            name: port.name.clone(),
-            shape: port.shape.clone(),
-            elem: port.elem,
-        }
+    pub fn input(&mut self, spec: &TensorSpec) -> Value {
+        let value = Value {
+            name: spec.name.clone(),
+            shape: axes(spec),
+            elem: spec.element,
+        };
+        self.inputs.push(value.clone());
+        value
     }
 
     /// Makes a value a graph output under this name.
     ///
     /// # Errors
-    /// Its type or shape is not what `port` says.
-    pub fn output(&mut self, port: &Port, value: &Value) -> Result<(), GraphError> {
-        if value.elem != port.elem || value.shape != port.shape {
+    /// Its type or shape is not what `spec` says.
+    pub fn output(&mut self, spec: &TensorSpec, value: &Value) -> Result<(), GraphError> {
+        if value.elem != spec.element || value.shape != axes(spec) {
             return Err(GraphError::Node {
-                node: port.name.clone(),
-                detail: format!("output is {:?} {}, expected {port}", value.elem, text(&value.shape)),
+                node: spec.name.clone(),
+                detail: format!("output is {:?} {}, expected {spec}", value.elem, text(&value.shape)),
             });
         }
-        self.outputs.push((port.name.clone(), value.clone()));
+        self.debug_output(&spec.name, value);
         Ok(())
+    }
+
+    /// Makes a value a graph output that no contract names, with the type and shape that it has.
+    pub(crate) fn debug_output(&mut self, name: &str, value: &Value) {
+        self.outputs.push((name.to_owned(), value.clone()));
     }
 
     /// A weight by its checkpoint name.
@@ -187,8 +190,8 @@ impl<'a> GraphBuilder<'a> {
             .ok_or_else(|| GraphError::UnknownWeight(name.to_owned()))?;
         let value = Value {
             name: spec.name.clone(),
-            shape: crate::shape::fixed(&spec.shape),
-            elem: Elem::F32,
+            shape: fixed(&spec.shape),
+            elem: ElementType::F32,
         };
         if self.used.insert(spec.name.clone())
             && let WeightsAs::External { file, locations } = self.weights
@@ -211,7 +214,7 @@ impl<'a> GraphBuilder<'a> {
             });
         }
         let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
-        Ok(self.store(name, shape, Elem::F32, raw))
+        Ok(self.store(name, shape, ElementType::F32, raw))
     }
 
     /// A scalar constant.
@@ -229,22 +232,22 @@ impl<'a> GraphBuilder<'a> {
         }
         let name = self.next_name("ints");
         let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let value = self.store(name, &[data.len()], Elem::I64, raw);
+        let value = self.store(name, &[data.len()], ElementType::I64, raw);
         self.integers.insert(data.to_vec(), value.clone());
         value
     }
 
-    fn store(&mut self, name: String, shape: &[usize], elem: Elem, raw: Vec<u8>) -> Value {
+    fn store(&mut self, name: String, shape: &[usize], elem: ElementType, raw: Vec<u8>) -> Value {
         self.initializers.push(TensorProto {
             name: Some(name.clone()),
             dims: shape.iter().map(|n| *n as i64).collect(),
-            data_type: Some(elem.code()),
+            data_type: Some(data_type(elem)),
             raw_data: Some(raw),
             ..TensorProto::default()
         });
         Value {
             name,
-            shape: crate::shape::fixed(shape),
+            shape: fixed(shape),
             elem,
         }
     }
@@ -269,7 +272,7 @@ impl<'a> GraphBuilder<'a> {
         inputs: &[&Value],
         attributes: Vec<AttributeProto>,
         shape: Vec<Dim>,
-        elem: Elem,
+        elem: ElementType,
     ) -> Value {
         let name = self.next_name(op);
         self.nodes.push(NodeProto {
@@ -290,7 +293,7 @@ impl<'a> GraphBuilder<'a> {
         inputs: &[&Value],
         attributes: Vec<AttributeProto>,
         shapes: Vec<Vec<Dim>>,
-        elem: Elem,
+        elem: ElementType,
     ) -> Vec<Value> {
         let name = self.next_name(op);
         let values: Vec<Value> = shapes
@@ -329,29 +332,18 @@ impl<'a> GraphBuilder<'a> {
             .flatten()
             .filter_map(|name| {
                 let spec = self.params.get(name)?;
-                Some(Port {
-                    name: name.clone(),
-                    elem: Elem::F32,
-                    shape: crate::shape::fixed(&spec.shape),
-                })
+                Some(value_info(name, ElementType::F32, &fixed(&spec.shape)))
             });
         let input = self
             .inputs
             .iter()
-            .cloned()
+            .map(|v| value_info(&v.name, v.elem, &v.shape))
             .chain(weight_inputs)
-            .map(|port| value_info(&port))
             .collect();
         let output = self
             .outputs
             .iter()
-            .map(|(name, v)| {
-                value_info(&Port {
-                    name: name.clone(),
-                    elem: v.elem,
-                    shape: v.shape.clone(),
-                })
-            })
+            .map(|(name, v)| value_info(name, v.elem, &v.shape))
             .collect();
         let graph = GraphProto {
             name: Some(self.name),
@@ -402,6 +394,19 @@ impl<'a> GraphBuilder<'a> {
     }
 }
 
+fn axes(spec: &TensorSpec) -> Vec<Dim> {
+    spec.axes.iter().copied().map(Dim::from).collect()
+}
+
+/// Returns the type's number in ONNX's `TensorProto.DataType`.
+pub(crate) const fn data_type(element: ElementType) -> i32 {
+    match element {
+        ElementType::F32 => 1,
+        ElementType::I64 => 7,
+        ElementType::Bool => 9,
+    }
+}
+
 fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>) -> Result<TensorProto, GraphError> {
     let location = locations.get(&spec.name).ok_or_else(|| GraphError::NoLocation {
         file: file.to_owned(),
@@ -422,7 +427,7 @@ fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>
     Ok(TensorProto {
         name: Some(spec.name.clone()),
         dims: spec.shape.iter().map(|n| *n as i64).collect(),
-        data_type: Some(Elem::F32.code()),
+        data_type: Some(data_type(ElementType::F32)),
         data_location: Some(DataLocation::External as i32),
         external_data: vec![
             entry("location", file.to_owned()),
@@ -433,15 +438,11 @@ fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>
     })
 }
 
-fn value_info(port: &Port) -> ValueInfoProto {
+fn value_info(name: &str, elem: ElementType, shape: &[Dim]) -> ValueInfoProto {
     use tensor_shape_proto::{Dimension, dimension};
     let axis = |dim: &Dim| {
         let value = if dim.is_batched() {
-            dimension::Value::DimParam(if dim.count() == 1 {
-                BATCH.to_owned()
-            } else {
-                dim.to_string()
-            })
+            dimension::Value::DimParam(dim.to_string())
         } else {
             dimension::Value::DimValue(dim.count() as i64)
         };
@@ -451,13 +452,13 @@ fn value_info(port: &Port) -> ValueInfoProto {
         }
     };
     let tensor = type_proto::Tensor {
-        elem_type: Some(port.elem.code()),
+        elem_type: Some(data_type(elem)),
         shape: Some(TensorShapeProto {
-            dim: port.shape.iter().map(axis).collect(),
+            dim: shape.iter().map(axis).collect(),
         }),
     };
     ValueInfoProto {
-        name: Some(port.name.clone()),
+        name: Some(name.to_owned()),
         r#type: Some(TypeProto {
             value: Some(type_proto::Value::TensorType(tensor)),
             ..TypeProto::default()
@@ -508,10 +509,9 @@ pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
 
 #[cfg(test)]
 mod tests {
-    use policy::params::Part;
+    use policy::{graph::Axis, params::Part};
 
     use super::*;
-    use crate::shape::fixed;
 
     fn spec(name: &str, shape: &[usize]) -> ParamSpec {
         ParamSpec {
@@ -521,11 +521,12 @@ mod tests {
         }
     }
 
-    fn port(name: &str, shape: Vec<Dim>) -> Port {
-        Port {
+    /// `[batch, width]`
+    fn rows(name: &str, width: usize) -> TensorSpec {
+        TensorSpec {
             name: name.to_owned(),
-            elem: Elem::F32,
-            shape,
+            element: ElementType::F32,
+            axes: vec![Axis::Batch, Axis::Fixed(width)],
         }
     }
 
@@ -533,7 +534,7 @@ mod tests {
     fn shapes_that_do_not_fit_are_refused_with_both() {
         let mut g = GraphBuilder::new("g", None, vec![spec("w.weight", &[5, 4])], WeightsAs::Inputs);
         g.scope("layer");
-        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(3)]));
+        let x = g.input(&rows("x", 3));
         let error = g
             .linear_named(&x, "w", false)
             .expect_err("3 columns do not fit 4")
@@ -542,7 +543,7 @@ mod tests {
             error,
             "graph node `layer/Gemm_1`: input [batch, 3], weight [5, 4], bias none: expected [rows, in], [out, in], [out]"
         );
-        let wide = g.input(&port("wide", vec![g.rows(1), Dim::fixed(4)]));
+        let wide = g.input(&rows("wide", 4));
         assert!(g.add(&x, &wide).is_err(), "3 and 4 do not broadcast");
         assert!(g.matmul(&x, &wide).is_err(), "inner axes differ");
         assert!(g.reshape(&x, &fixed(&[3])).is_err(), "the batch is lost");
@@ -565,7 +566,7 @@ mod tests {
     #[test]
     fn a_symbolic_batch_follows_reshapes() {
         let mut g = GraphBuilder::new("g", None, vec![], WeightsAs::Inputs);
-        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(6), Dim::fixed(2)]));
+        let x = g.input(&rows("x", 12));
         let flat = g.reshape(&x, &[g.rows(6), Dim::fixed(2)]).expect("same elements");
         assert_eq!(text(flat.shape()), "[6*batch, 2]");
         let mut g = GraphBuilder::new("g", Some(4), vec![], WeightsAs::Inputs);
@@ -587,10 +588,9 @@ mod tests {
             locations: &locations,
         };
         let mut g = GraphBuilder::new("g", None, vec![spec("a.weight", &[2, 3])], external);
-        let x = g.input(&port("x", vec![g.rows(1), Dim::fixed(3)]));
+        let x = g.input(&rows("x", 3));
         let y = g.linear_named(&x, "a", false).expect("fits");
-        g.output(&port("y", vec![g.rows(1), Dim::fixed(2)]), &y)
-            .expect("as declared");
+        g.output(&rows("y", 2), &y).expect("as declared");
         let model = ModelProto::decode(g.finish().expect("graph").as_slice()).expect("ONNX");
         let graph = model.graph.expect("graph");
         let tensor = graph

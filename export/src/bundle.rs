@@ -14,7 +14,7 @@ use policy::{
     dims::DimsError,
     flow::Sampling,
     norm::NormStats,
-    params::ParamSpec,
+    params::{ParamSpec, expert_params, vlm_params},
     plan::RunPlan,
     prompt::{PromptError, Tokenizer, read_model},
     weights::{Location, Weight, WeightFile, WeightsError, locations, to_safetensors},
@@ -23,7 +23,6 @@ use policy::{
 use crate::{
     builder::GraphError,
     graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph},
-    signature::{expert_params, vlm_params},
 };
 
 /// A bundle that cannot be written.

@@ -10,18 +10,17 @@ use std::{
 use policy::{
     bundle::{Bundle, BundleError, DENOISE_GRAPH, EXPERT_WEIGHTS, PREFIX_GRAPH, VLM_WEIGHTS},
     config::WeightMode,
-    params::ParamSpec,
+    graph::{Axis, BATCH, ElementType, GraphContract, TensorSpec},
+    params::{ParamSpec, expert_params, vlm_params},
     weights::{Location, WeightFile},
 };
 use prost::Message;
 
 use crate::{
-    builder::{BATCH, IR_VERSION, OPSET},
+    builder::{IR_VERSION, OPSET, data_type},
     proto::{
         GraphProto, ModelProto, TensorProto, ValueInfoProto, tensor_proto::DataLocation, tensor_shape_proto, type_proto,
     },
-    shape::{Dim, Elem, Port},
-    signature::{Signature, denoise_signature, expert_params, prefix_signature, vlm_params},
 };
 
 const MAX_GRAPH_BYTES: u64 = 256 << 20;
@@ -67,14 +66,14 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     let (dims, head) = (&manifest.dims, &manifest.heads);
     let prefix = Expected {
         file: PREFIX_GRAPH,
-        signature: prefix_signature(dims, manifest.batch),
+        contract: GraphContract::prefix(dims, manifest.batch),
         weight_file: VLM_WEIGHTS,
         params: vlm_params(dims),
         mode: WeightMode::Constants,
     };
     let denoise = Expected {
         file: DENOISE_GRAPH,
-        signature: denoise_signature(dims, head, manifest.weights, manifest.batch),
+        contract: GraphContract::denoise(dims, head, manifest.weights, manifest.batch),
         weight_file: EXPERT_WEIGHTS,
         params: expert_params(dims, head),
         mode: manifest.weights,
@@ -91,7 +90,7 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
 /// What a graph of a bundle has to be.
 struct Expected {
     file: &'static str,
-    signature: Signature,
+    contract: GraphContract,
     weight_file: &'static str,
     params: Vec<ParamSpec>,
     mode: WeightMode,
@@ -146,8 +145,13 @@ impl Expected {
             }
         }
         let graph = model.graph.as_ref().ok_or("the model has no graph")?;
-        ports("input", &graph.input, &self.signature.inputs)?;
-        ports("output", &graph.output, &self.signature.outputs)?;
+        let inputs: Vec<&TensorSpec> = self.contract.inputs.iter().chain(&self.contract.weights).collect();
+        ports("input", &graph.input, &inputs)?;
+        ports(
+            "output",
+            &graph.output,
+            &self.contract.outputs.iter().collect::<Vec<_>>(),
+        )?;
         self.initializers(graph, locations)?;
         defined(graph)?;
         Ok(graph.node.len())
@@ -191,7 +195,7 @@ impl Expected {
             .get(name)
             .ok_or_else(|| format!("weight `{name}` is not in `{}`", self.weight_file))?;
         let shape: Vec<i64> = location.shape.iter().map(|n| *n as i64).collect();
-        if tensor.data_type() != Elem::F32.code() || tensor.dims != shape {
+        if tensor.data_type() != data_type(ElementType::F32) || tensor.dims != shape {
             return Err(format!(
                 "weight `{name}` has type {} and shape {:?}, expected F32 {shape:?}",
                 tensor.data_type(),
@@ -254,10 +258,10 @@ fn defined(graph: &GraphProto) -> Result<(), String> {
     }
 }
 
-fn ports(kind: &str, found: &[ValueInfoProto], expected: &[Port]) -> Result<(), String> {
+fn ports(kind: &str, found: &[ValueInfoProto], expected: &[&TensorSpec]) -> Result<(), String> {
     for (found, expected) in found.iter().zip(expected) {
-        let is = port_of(found).ok_or_else(|| format!("{kind} `{}` is no tensor with a shape", found.name()))?;
-        if is != *expected {
+        let is = spec_of(found).ok_or_else(|| format!("{kind} `{}` is no tensor with a shape", found.name()))?;
+        if is != **expected {
             return Err(format!("{kind} {is}, expected {expected}"));
         }
     }
@@ -267,21 +271,21 @@ fn ports(kind: &str, found: &[ValueInfoProto], expected: &[Port]) -> Result<(), 
     Ok(())
 }
 
-fn port_of(info: &ValueInfoProto) -> Option<Port> {
+fn spec_of(info: &ValueInfoProto) -> Option<TensorSpec> {
     let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref()?.value.as_ref() else {
         return None;
     };
-    let elem = [Elem::F32, Elem::I64, Elem::Bool]
+    let element = [ElementType::F32, ElementType::I64, ElementType::Bool]
         .into_iter()
-        .find(|e| e.code() == tensor.elem_type())?;
+        .find(|e| data_type(*e) == tensor.elem_type())?;
     let axis = |dim: &tensor_shape_proto::Dimension| match dim.value.as_ref()? {
-        tensor_shape_proto::dimension::Value::DimValue(n) => usize::try_from(*n).ok().map(Dim::fixed),
-        tensor_shape_proto::dimension::Value::DimParam(name) => (name == BATCH).then_some(Dim::batch(1)),
+        tensor_shape_proto::dimension::Value::DimValue(n) => usize::try_from(*n).ok().map(Axis::Fixed),
+        tensor_shape_proto::dimension::Value::DimParam(name) => (name == BATCH).then_some(Axis::Batch),
     };
-    let shape = tensor.shape.as_ref()?.dim.iter().map(axis).collect::<Option<_>>()?;
-    Some(Port {
+    let axes = tensor.shape.as_ref()?.dim.iter().map(axis).collect::<Option<_>>()?;
+    Some(TensorSpec {
         name: info.name().to_owned(),
-        elem,
-        shape,
+        element,
+        axes,
     })
 }

@@ -13,7 +13,6 @@ mod proto;
 pub mod shape;
 pub mod builder;
 mod ops;
-pub mod signature;
 mod graph;
 pub mod bundle;
 pub mod check;

@@ -7,15 +7,13 @@ use std::{io::Write, path::Path, process::ExitCode};
 use anyhow::{Context, bail};
 use clap::Parser;
 use export::{
-    BundleSpec, GraphSource, WeightSource, check_bundle, manifest_of,
-    signature::{expert_params, vlm_params},
-    tokenizer_of, weight_bytes, write_bundle,
+    BundleSpec, GraphSource, WeightSource, check_bundle, manifest_of, tokenizer_of, weight_bytes, write_bundle,
 };
 use policy::{
     config::RunConfig,
     message::failed,
     norm::NormStats,
-    params::{ParamSpec, params},
+    params::{ParamSpec, expert_params, params, vlm_params},
     plan::RunPlan,
     weights::WeightFile,
 };

@@ -1,8 +1,10 @@
 //! The operations of the builder: each says which shapes it takes and refuses others.
 
+use policy::graph::ElementType;
+
 use crate::{
-    builder::{GraphBuilder, GraphError, Value, float, int, ints, string},
-    shape::{Dim, Elem, broadcast, elements, text},
+    builder::{GraphBuilder, GraphError, Value, data_type, float, int, ints, string},
+    shape::{Dim, broadcast, elements, text},
 };
 
 type Built = Result<Value, GraphError>;
@@ -13,7 +15,7 @@ impl GraphBuilder<'_> {
     }
 
     fn need_float(&self, op: &str, value: &Value) -> Result<(), GraphError> {
-        self.need(op, value.elem == Elem::F32, || {
+        self.need(op, value.elem == ElementType::F32, || {
             format!("takes F32, found {:?}", value.elem)
         })
     }
@@ -76,7 +78,7 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// No booleans, or shapes that do not go together.
     pub fn and(&mut self, a: &Value, b: &Value) -> Built {
-        self.need("And", a.elem == Elem::Bool, || {
+        self.need("And", a.elem == ElementType::Bool, || {
             format!("takes Bool, found {:?}", a.elem)
         })?;
         self.binary("And", a, b)
@@ -84,7 +86,7 @@ impl GraphBuilder<'_> {
 
     fn unary(&mut self, op: &str, x: &Value) -> Built {
         self.need_float(op, x)?;
-        Ok(self.node(op, &[x], vec![], x.shape.clone(), Elem::F32))
+        Ok(self.node(op, &[x], vec![], x.shape.clone(), ElementType::F32))
     }
 
     /// Elementwise cosine.
@@ -155,7 +157,7 @@ impl GraphBuilder<'_> {
             &[x],
             vec![string("approximate", "tanh")],
             x.shape.clone(),
-            Elem::F32,
+            ElementType::F32,
         ))
     }
 
@@ -165,7 +167,13 @@ impl GraphBuilder<'_> {
     /// No floats.
     pub fn softmax(&mut self, x: &Value) -> Built {
         self.need_float("Softmax", x)?;
-        Ok(self.node("Softmax", &[x], vec![int("axis", -1)], x.shape.clone(), Elem::F32))
+        Ok(self.node(
+            "Softmax",
+            &[x],
+            vec![int("axis", -1)],
+            x.shape.clone(),
+            ElementType::F32,
+        ))
     }
 
     /// `x * rsqrt(mean(x^2) + eps) * scale` over the last axis, `scale` of its width.
@@ -179,7 +187,7 @@ impl GraphBuilder<'_> {
         })?;
         // this very chain is what runtimes recognise and fuse into one kernel
         let two = self.scalar(2.0)?;
-        let square = self.node("Pow", &[x, &two], vec![], x.shape.clone(), Elem::F32);
+        let square = self.node("Pow", &[x, &two], vec![], x.shape.clone(), ElementType::F32);
         let mean = self.reduce("ReduceMean", &square, x.shape.len().saturating_sub(1))?;
         let eps = self.scalar(eps)?;
         let guarded = self.add(&mean, &eps)?;
@@ -212,7 +220,7 @@ impl GraphBuilder<'_> {
             &[x, weight, bias],
             attributes,
             x.shape.clone(),
-            Elem::F32,
+            ElementType::F32,
         ))
     }
 
@@ -225,7 +233,7 @@ impl GraphBuilder<'_> {
             .ok_or_else(|| self.refuse(op, format!("no axis {axis} in {}", text(&x.shape))))?;
         *slot = Dim::fixed(1);
         let axes = self.integers(&[axis as i64]);
-        Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, Elem::F32))
+        Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, ElementType::F32))
     }
 
     /// Mean over one axis, which stays with size 1.
@@ -254,7 +262,7 @@ impl GraphBuilder<'_> {
             format!("no axis {axis} in {}", text(&x.shape))
         })?;
         let axis = self.integers(&[axis as i64]);
-        Ok(self.node("CumSum", &[x, &axis], vec![], x.shape.clone(), Elem::F32))
+        Ok(self.node("CumSum", &[x, &axis], vec![], x.shape.clone(), ElementType::F32))
     }
 
     /// `x W^T + b`: `x` `[rows, in]`, `weight` `[out, in]` as checkpoints hold it, `bias` `[out]`.
@@ -274,7 +282,7 @@ impl GraphBuilder<'_> {
         })?;
         let shape = vec![x.axis(0), out];
         let inputs: Vec<&Value> = [x, weight].into_iter().chain(bias).collect();
-        Ok(self.node("Gemm", &inputs, vec![int("transB", 1)], shape, Elem::F32))
+        Ok(self.node("Gemm", &inputs, vec![int("transB", 1)], shape, ElementType::F32))
     }
 
     /// A linear layer by name: `NAME.weight` and, where the policy has one, `NAME.bias`.
@@ -307,7 +315,7 @@ impl GraphBuilder<'_> {
         let mut shape = a.shape.clone();
         shape.pop();
         shape.push(b.axis(rank - 1));
-        Ok(self.node("MatMul", &[a, b], vec![], shape, Elem::F32))
+        Ok(self.node("MatMul", &[a, b], vec![], shape, ElementType::F32))
     }
 
     /// The same elements in another shape.
@@ -482,15 +490,21 @@ impl GraphBuilder<'_> {
             *end = count as i64;
         }
         let pads = self.integers(&pads);
-        Ok(self.node("Pad", &[x, &pads], vec![string("mode", "constant")], shape, Elem::F32))
+        Ok(self.node(
+            "Pad",
+            &[x, &pads],
+            vec![string("mode", "constant")],
+            shape,
+            ElementType::F32,
+        ))
     }
 
     /// Another element type.
     ///
     /// # Errors
     /// None in practice.
-    pub fn cast(&mut self, x: &Value, elem: Elem) -> Built {
-        let to = int("to", i64::from(elem.code()));
+    pub fn cast(&mut self, x: &Value, elem: ElementType) -> Built {
+        let to = int("to", i64::from(data_type(elem)));
         Ok(self.node("Cast", &[x], vec![to], x.shape.clone(), elem))
     }
 
@@ -499,12 +513,16 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Types or shapes that do not go together.
     pub fn choose(&mut self, condition: &Value, yes: &Value, no: &Value) -> Built {
-        self.need("Where", condition.elem == Elem::Bool && yes.elem == no.elem, || {
-            format!(
-                "takes Bool and one type, found {:?}, {:?}, {:?}",
-                condition.elem, yes.elem, no.elem
-            )
-        })?;
+        self.need(
+            "Where",
+            condition.elem == ElementType::Bool && yes.elem == no.elem,
+            || {
+                format!(
+                    "takes Bool and one type, found {:?}, {:?}, {:?}",
+                    condition.elem, yes.elem, no.elem
+                )
+            },
+        )?;
         let shape = broadcast(&yes.shape, &no.shape)
             .and_then(|s| broadcast(&condition.shape, &s))
             .ok_or_else(|| self.refuse("Where", "shapes do not broadcast".to_owned()))?;
@@ -516,7 +534,7 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// No table or no integers.
     pub fn gather_rows(&mut self, table: &Value, ids: &Value) -> Built {
-        self.need("Gather", table.shape.len() == 2 && ids.elem == Elem::I64, || {
+        self.need("Gather", table.shape.len() == 2 && ids.elem == ElementType::I64, || {
             format!("table {}, ids {:?}", text(&table.shape), ids.elem)
         })?;
         let shape = ids.shape.iter().copied().chain([table.axis(1)]).collect();
@@ -552,6 +570,6 @@ impl GraphBuilder<'_> {
             ints("kernel_shape", &[stride, stride]),
             ints("strides", &[stride, stride]),
         ];
-        Ok(self.node("Conv", &[x, weight, bias], attributes, shape, Elem::F32))
+        Ok(self.node("Conv", &[x, weight, bias], attributes, shape, ElementType::F32))
     }
 }

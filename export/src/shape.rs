@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use policy::graph::{Axis, BATCH};
+
 /// One axis of a graph value: `count`, or `count * batch` where the batch is symbolic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dim {
@@ -44,11 +46,20 @@ impl Dim {
     }
 }
 
+impl From<Axis> for Dim {
+    fn from(axis: Axis) -> Self {
+        match axis {
+            Axis::Batch => Self::batch(1),
+            Axis::Fixed(size) => Self::fixed(size),
+        }
+    }
+}
+
 impl fmt::Display for Dim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.batched, self.count) {
-            (true, 1) => f.write_str("batch"),
-            (true, count) => write!(f, "{count}*batch"),
+            (true, 1) => f.write_str(BATCH),
+            (true, count) => write!(f, "{count}*{BATCH}"),
             (false, count) => write!(f, "{count}"),
         }
     }
@@ -91,45 +102,6 @@ pub(crate) fn broadcast(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
             _ => None,
         })
         .collect()
-}
-
-/// Type of the elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Elem {
-    /// 32-bit float.
-    F32,
-    /// 64-bit integer.
-    I64,
-    /// Boolean.
-    Bool,
-}
-
-impl Elem {
-    /// Its number in ONNX's `TensorProto.DataType`.
-    pub(crate) const fn code(self) -> i32 {
-        match self {
-            Self::F32 => 1,
-            Self::I64 => 7,
-            Self::Bool => 9,
-        }
-    }
-}
-
-/// Name, type and shape of a graph input or output.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
-    /// Name.
-    pub name: String,
-    /// Type of the elements.
-    pub elem: Elem,
-    /// Axes.
-    pub shape: Vec<Dim>,
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` {:?} {}", self.name, self.elem, text(&self.shape))
-    }
 }
 
 #[cfg(test)]

@@ -7,15 +7,15 @@ use policy::{
     config::{TokenizerConfig, WeightMode},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{Mdp, NoiseMethod, Sampling},
+    graph::GraphContract,
     norm::{NormStats, Normalization, bool_mask, delta_from_absolute},
-    params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps, params},
+    params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps, expert_params, params, vlm_params},
     weights::{Weight, WeightsError},
 };
 
 use crate::{
-    BundleSpec, ExportError, GraphSource, NextVersion, WeightSource, check_bundle, next_version,
-    signature::{denoise_signature, expert_params, vlm_params},
-    weight_bytes, write_bundle,
+    BundleSpec, ExportError, GraphOptions, GraphSource, NextVersion, WeightSource, check_bundle, denoise_graph,
+    next_version, weight_bytes, write_bundle,
 };
 
 fn dims(variant: Variant) -> PolicyDims {
@@ -385,11 +385,19 @@ fn wrong_graphs_are_refused_with_the_reason() {
 
 #[test]
 fn weights_as_inputs_come_last_in_table_order() {
-    let dims = dims(Variant::Pi05);
-    let plain = denoise_signature(&dims, &Heads::default(), WeightMode::Constants, None).inputs;
-    let with = denoise_signature(&dims, &Heads::default(), WeightMode::Inputs, None).inputs;
-    assert_eq!(with[..plain.len()], plain[..]);
-    let names: Vec<&str> = with[plain.len()..].iter().map(|p| p.name.as_str()).collect();
-    let specs = expert_params(&dims, &Heads::default());
-    assert_eq!(names, specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>());
+    let (dims, heads) = (dims(Variant::Pi05), Heads::default());
+    let mode = WeightMode::Inputs;
+    let bytes = denoise_graph(&dims, &heads, &BTreeMap::new(), mode, GraphOptions::default()).expect("graph");
+    let model = <crate::proto::ModelProto as prost::Message>::decode(bytes.as_slice()).expect("model");
+    let found: Vec<String> = model
+        .graph
+        .expect("graph")
+        .input
+        .iter()
+        .map(|input| input.name().to_owned())
+        .collect();
+    let contract = GraphContract::denoise(&dims, &heads, mode, None);
+    let inputs = contract.inputs.into_iter().map(|spec| spec.name);
+    let weights = expert_params(&dims, &heads).into_iter().map(|spec| spec.name);
+    assert_eq!(found, inputs.chain(weights).collect::<Vec<_>>());
 }

@@ -1,5 +1,5 @@
-//! What a policy is: sizes, tensor names, flow time, step table, log-probability, pre- and post-processing, run
-//! configuration, and the bundle on disk. No device, no socket.
+//! What a policy is: sizes, tensor names, contract of the graphs, flow time, step table, log-probability, pre- and
+//! post-processing, run configuration, and the bundle on disk. No device, no socket.
 
 pub mod message;
 pub mod config;
@@ -8,6 +8,7 @@ pub mod plan;
 mod recipes;
 pub mod dims;
 pub mod params;
+pub mod graph;
 pub mod weights;
 pub mod flops;
 pub mod image;

@@ -269,3 +269,19 @@ pub fn params(dims: &PolicyDims, heads: &Heads) -> Vec<ParamSpec> {
     }
     table.0
 }
+
+/// Returns the weights of the prefix graph, in the order of the parameter table.
+pub fn vlm_params(dims: &PolicyDims) -> Vec<ParamSpec> {
+    params(dims, &Heads::default())
+        .into_iter()
+        .filter(|p| p.part == Part::Vlm)
+        .collect()
+}
+
+/// Returns the weights of the denoise graph, in the order of the parameter table.
+pub fn expert_params(dims: &PolicyDims, heads: &Heads) -> Vec<ParamSpec> {
+    params(dims, heads)
+        .into_iter()
+        .filter(|p| p.part != Part::Vlm)
+        .collect()
+}

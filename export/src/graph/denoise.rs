@@ -6,7 +6,8 @@ use policy::{
     bundle::EXPERT_WEIGHTS,
     config::WeightMode,
     dims::PolicyDims,
-    params::{CriticInput, Heads, NoiseHeadDims, ValueHeadDims, noise_layer},
+    graph::{C_V, C_X, GraphContract, K, POOLED, PREFIX_MASK, STATE, STD, TIME_EMB, V, X_T, Z},
+    params::{CriticInput, Heads, NoiseHeadDims, ValueHeadDims, expert_params, noise_layer},
     weights::Location,
 };
 
@@ -16,16 +17,14 @@ use crate::{
         GraphOptions,
         expert::{expert, suffix},
         gemma::position_ids,
-        prefix::debug_output,
     },
     shape::Dim,
-    signature::{denoise_signature, expert_params},
 };
 
 /// The denoise graph as the bytes of an `.onnx` file. In mode `constants` its weights lie at `locations` of
 /// `expert.safetensors` beside it; in mode `inputs` they are graph inputs and `locations` is not read.
 ///
-/// Inputs and outputs are those of [`denoise_signature`]; debug outputs are `suffix_embs`, `suffix_out`, `adarms_cond`
+/// Inputs and outputs are those of [`GraphContract::denoise`]; debug outputs are `suffix_embs`, `suffix_out`, `adarms_cond`
 /// (pi0.5), `suffix_position_ids`.
 ///
 /// # Errors
@@ -46,25 +45,28 @@ pub fn denoise_graph(
     };
     let mut builder = GraphBuilder::new("denoise", options.batch, expert_params(dims, heads), weights);
     let g = &mut builder;
-    let signature = denoise_signature(dims, heads, mode, options.batch);
-    // the weights' ports are added by the builder
-    let plain = denoise_signature(dims, heads, WeightMode::Constants, options.batch).inputs;
-    let inputs: BTreeMap<String, Value> = plain.iter().map(|port| (port.name.clone(), g.input(port))).collect();
+    let contract = GraphContract::denoise(dims, heads, mode, options.batch);
+    // the builder itself adds the weights
+    let inputs: BTreeMap<&str, Value> = contract
+        .inputs
+        .iter()
+        .map(|spec| (spec.name.as_str(), g.input(spec)))
+        .collect();
     let input = |g: &GraphBuilder<'_>, name: &str| {
         inputs
             .get(name)
             .cloned()
             .ok_or_else(|| g.refuse("inputs", format!("no input `{name}`")))
     };
-    let (x_t, time_emb) = (input(g, "x_t")?, input(g, "time_emb")?);
-    let prefix_mask = input(g, "prefix_mask")?;
+    let (x_t, time_emb) = (input(g, X_T)?, input(g, TIME_EMB)?);
+    let prefix_mask = input(g, PREFIX_MASK)?;
 
     let (batch, width) = (g.rows(1), Dim::fixed(dims.expert.width));
     let (horizon, tokens) = (Dim::fixed(dims.action_horizon), Dim::fixed(dims.suffix_len()));
-    let suffix = suffix(g, dims, &x_t, &time_emb, inputs.get("state"))?;
+    let suffix = suffix(g, dims, &x_t, &time_emb, inputs.get(STATE))?;
     let embs = suffix.tokens.clone();
     let condition = suffix.condition.clone();
-    let (k, v) = (input(g, "k")?, input(g, "v")?);
+    let (k, v) = (input(g, K)?, input(g, V)?);
     let expert = expert(g, dims, suffix, &prefix_mask, &k, &v)?;
 
     let out = g.reshape(&expert.tokens, &[batch, tokens, width])?;
@@ -75,21 +77,21 @@ pub fn denoise_graph(
     let velocity = g.reshape(&velocity, &[batch, horizon, Dim::fixed(dims.action_dim)])?;
 
     g.scope("step");
-    let z = input(g, "z")?;
+    let z = input(g, Z)?;
     let scaled = |g: &mut GraphBuilder<'_>, coefficient: &str, x: &Value| {
         let c = input(g, coefficient)?;
         let c = g.reshape(&c, &[batch, Dim::fixed(1), Dim::fixed(1)])?;
         g.mul(x, &c)
     };
-    let from_x = scaled(g, "c_x", &x_t)?;
-    let from_v = scaled(g, "c_v", &velocity)?;
+    let from_x = scaled(g, C_X, &x_t)?;
+    let from_v = scaled(g, C_V, &velocity)?;
     let (noise, step_std) = match &heads.noise {
         Some(head) => {
             let learnt = noise_std(g, dims, head, &flat)?;
-            let std = scaled(g, "std", &learnt)?;
+            let std = scaled(g, STD, &learnt)?;
             (g.mul(&z, &std)?, Some(std))
         }
-        None => (scaled(g, "std", &z)?, None),
+        None => (scaled(g, STD, &z)?, None),
     };
     let mean = g.add(&from_x, &from_v)?;
     let next = g.add(&mean, &noise)?;
@@ -106,18 +108,18 @@ pub fn denoise_graph(
                 let mean = g.mean(&read, 1)?;
                 g.reshape(&mean, &[batch, width])?
             }
-            CriticInput::Vlm => input(g, "pooled")?,
+            CriticInput::Vlm => input(g, POOLED)?,
         };
         let features = if head.state {
-            let state = input(g, "state")?;
+            let state = input(g, STATE)?;
             g.concat(&[&features, &state], 1)?
         } else {
             features
         };
         results.push(value(g, head, &features)?);
     }
-    for (port, value) in signature.outputs.iter().zip(&results) {
-        g.output(port, value)?;
+    for (spec, value) in contract.outputs.iter().zip(&results) {
+        g.output(spec, value)?;
     }
     if options.debug {
         g.scope("debug");
@@ -128,10 +130,10 @@ pub fn denoise_graph(
             ("suffix_out", &out),
             ("suffix_position_ids", &ids),
         ] {
-            debug_output(g, name, value)?;
+            g.debug_output(name, value);
         }
         if let Some(condition) = condition {
-            debug_output(g, "adarms_cond", &condition)?;
+            g.debug_output("adarms_cond", &condition);
         }
     }
     builder.finish()

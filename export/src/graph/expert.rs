@@ -2,13 +2,14 @@
 
 use policy::{
     dims::{PolicyDims, Variant},
+    graph::ElementType,
     params::EXPERT,
 };
 
 use crate::{
     builder::{GraphBuilder, GraphError, Value},
     graph::gemma::{Cache, FORBIDDEN, Norm, Stack, bias_of, cache_shape, grouped_bias, rotary},
-    shape::{Dim, Elem},
+    shape::Dim,
 };
 
 /// The expert's input tokens and, for pi0.5, the condition of its norms.
@@ -92,7 +93,7 @@ pub(crate) fn expert(
 ) -> Result<ExpertOutput, GraphError> {
     g.scope("expert.positions");
     let tokens = dims.suffix_len();
-    let valid = g.cast(prefix_mask, Elem::F32)?;
+    let valid = g.cast(prefix_mask, ElementType::F32)?;
     let count = g.sum(&valid, 1)?;
     let own: Vec<f32> = (0..tokens).map(|i| i as f32).collect();
     let own = g.constant(&[1, tokens], &own)?;

@@ -1,10 +1,10 @@
 //! One Gemma layer as both stacks use it: RMSNorm or adaRMS, rotary positions, grouped-query attention, gated MLP.
 
-use policy::dims::PolicyDims;
+use policy::{dims::PolicyDims, graph::ElementType};
 
 use crate::{
     builder::{GraphBuilder, GraphError, Value},
-    shape::{Dim, Elem},
+    shape::Dim,
 };
 
 const EPS: f32 = 1e-6;
@@ -307,5 +307,5 @@ impl Stack<'_> {
 
 /// Positions as integers, for debug outputs.
 pub(crate) fn position_ids(g: &mut GraphBuilder<'_>, positions: &Value) -> Result<Value, GraphError> {
-    g.cast(positions, Elem::I64)
+    g.cast(positions, ElementType::I64)
 }

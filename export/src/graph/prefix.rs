@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use policy::{
     bundle::VLM_WEIGHTS,
     dims::PolicyDims,
-    params::{EMBEDDING, Pooling, VLM},
+    graph::{ElementType, GraphContract},
+    params::{EMBEDDING, Pooling, VLM, vlm_params},
     weights::Location,
 };
 
@@ -16,13 +17,12 @@ use crate::{
         gemma::{Norm, Stack, bias_of, grouped_bias, position_ids, rotary},
         siglip::{ImageTokens, image_tokens},
     },
-    shape::{Dim, Elem, Port},
-    signature::{prefix_signature, vlm_params},
+    shape::Dim,
 };
 
 /// The prefix graph as the bytes of an `.onnx` file; its weights lie at `locations` of `vlm.safetensors` beside it.
 ///
-/// `pooling` says what `pooled` is. Inputs and outputs are those of [`prefix_signature`]; debug outputs are `patch_pos_emb.N`, `vision_hidden.N` and
+/// `pooling` says what `pooled` is. Inputs and outputs are those of [`GraphContract::prefix`]; debug outputs are `patch_pos_emb.N`, `vision_hidden.N` and
 /// `vision_projected.N` per camera `N`, `prefix_embs`, `prefix_out`, `position_ids`.
 ///
 /// # Errors
@@ -39,8 +39,8 @@ pub fn prefix_graph(
     };
     let mut builder = GraphBuilder::new("prefix", options.batch, vlm_params(dims), weights);
     let g = &mut builder;
-    let signature = prefix_signature(dims, options.batch);
-    let inputs: Vec<Value> = signature.inputs.iter().map(|port| g.input(port)).collect();
+    let contract = GraphContract::prefix(dims, options.batch);
+    let inputs: Vec<Value> = contract.inputs.iter().map(|spec| g.input(spec)).collect();
     let [images, image_mask, prompt, prompt_mask] = <[Value; 4]>::try_from(inputs)
         .map_err(|found| g.refuse("inputs", format!("{} inputs, expected 4", found.len())))?;
 
@@ -67,7 +67,7 @@ pub fn prefix_graph(
     )?;
     let per_token = g.reshape(&per_token, &[batch, Dim::fixed(image_len)])?;
     let mask = g.concat(&[&per_token, &prompt_mask], 1)?;
-    let valid = g.cast(&mask, Elem::F32)?;
+    let valid = g.cast(&mask, ElementType::F32)?;
     let ordinal = g.cumsum(&valid, 1)?;
     let one = g.scalar(1.0)?;
     let positions = g.sub(&ordinal, &one)?;
@@ -129,29 +129,17 @@ pub fn prefix_graph(
         }
     };
 
-    for (port, value) in signature.outputs.iter().zip([&k, &v, &mask, &pooled]) {
-        g.output(port, value)?;
+    for (spec, value) in contract.outputs.iter().zip([&k, &v, &mask, &pooled]) {
+        g.output(spec, value)?;
     }
     if options.debug {
         per_camera_outputs(g, dims, &image)?;
         let ids = position_ids(g, &positions)?;
         for (name, value) in [("prefix_embs", &embs), ("prefix_out", &out), ("position_ids", &ids)] {
-            debug_output(g, name, value)?;
+            g.debug_output(name, value);
         }
     }
     builder.finish()
-}
-
-/// A further output with whatever type and shape it has.
-pub(crate) fn debug_output(g: &mut GraphBuilder<'_>, name: &str, value: &Value) -> Result<(), GraphError> {
-    g.output(
-        &Port {
-            name: name.to_owned(),
-            elem: value.elem(),
-            shape: value.shape().to_vec(),
-        },
-        value,
-    )
 }
 
 fn per_camera_outputs(g: &mut GraphBuilder<'_>, dims: &PolicyDims, image: &ImageTokens) -> Result<(), GraphError> {
@@ -167,7 +155,7 @@ fn per_camera_outputs(g: &mut GraphBuilder<'_>, dims: &PolicyDims, image: &Image
         for camera in 0..dims.cameras {
             let one = g.slice(&all, 1, camera, 1)?;
             let one = g.reshape(&one, &[batch, tokens, width])?;
-            debug_output(g, &format!("{name}.{camera}"), &one)?;
+            g.debug_output(&format!("{name}.{camera}"), &one);
         }
     }
     Ok(())

@@ -7,11 +7,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::OnceLock};
 
-use export::{
-    GraphOptions, denoise_graph, prefix_graph,
-    signature::{expert_params, vlm_params},
-    weight_bytes,
-};
+use export::{GraphOptions, denoise_graph, prefix_graph, weight_bytes};
 use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff};
 use ort::{
     environment::Environment,
@@ -23,7 +19,7 @@ use policy::{
     config::WeightMode,
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{DenoiseStep, NoiseMethod, step_table, time_embedding},
-    params::{CriticInput, Heads, ParamSpec, Pooling, ValueHeadDims, ValueSteps, params},
+    params::{CriticInput, Heads, ParamSpec, Pooling, ValueHeadDims, ValueSteps, expert_params, params, vlm_params},
     weights::{Weight, WeightFile, locations},
 };
 
