@@ -6,10 +6,10 @@ use policy::noise::NoiseKey;
 use serde::Serialize;
 use wire::messages::Mode;
 
-use crate::{
-    infer::{InferError, draw, sample},
-    policy_slot::{LoadedPolicy, drawn_input},
-    preprocess::ModelInput,
+use crate::device::{
+    Device,
+    sampler::{ChunkInput, SampleError, drawn_input},
+    versions::Policy,
 };
 
 /// Latency of action chunks at one batch size.
@@ -36,10 +36,17 @@ pub struct Latency {
 /// Times `batches` batches of `rows` rows in training mode after three for warm-up.
 ///
 /// # Errors
-/// ONNX Runtime fails.
-pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Result<Latency, InferError> {
-    let dims = &policy.manifest.dims;
-    let inputs: Vec<ModelInput> = (0..rows as u64).map(|seed| drawn_input(dims, seed).0).collect();
+/// The device fails.
+pub fn chunk_latency<D: Device>(
+    device: &mut D,
+    policy: &Policy,
+    rows: usize,
+    batches: usize,
+) -> Result<Latency, SampleError> {
+    let sampler = policy.sampler();
+    let inputs: Vec<_> = (0..rows as u64)
+        .map(|seed| drawn_input(policy.manifest(), seed).0)
+        .collect();
     let warm_up = 3;
     let (mut whole, mut prefix, mut denoise) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..batches + warm_up {
@@ -53,11 +60,16 @@ pub fn chunk_latency(policy: &LoadedPolicy, rows: usize, batches: usize) -> Resu
                     episode: 0,
                     chunk: round as u32,
                 };
-                (input.clone(), draw(policy, key, Mode::Train), key)
+                ChunkInput {
+                    input: input.clone(),
+                    noise: sampler.draw(key, Mode::Train),
+                    key,
+                    guidance: None,
+                }
             })
             .collect();
         let begun = Instant::now();
-        let sampled = sample(policy, batch)?;
+        let sampled = sampler.sample(device, policy.slot(), batch, None)?;
         if round >= warm_up {
             whole.push(begun.elapsed().as_secs_f64() * 1e3);
             prefix.push(sampled.prefix.as_secs_f64() * 1e3);

@@ -1,302 +1,365 @@
-//! The inference thread: the one place where the live policy runs.
+//! The threads between the queue and the device: preparing threads make rows ready, the inference thread owns the device and runs them.
 
-use std::{collections::VecDeque, sync::Arc, thread, time::Duration};
-
-use policy::config::RolloutConfig;
-use tokio::sync::mpsc;
-use wire::messages::{ActRow, ActedRow, Mode};
-
-use crate::{
-    infer::{Sample, Wanted, draw, sample_fixed},
-    metrics::Metrics,
-    policy_slot::{LoadedPolicy, PolicySlot},
-    pulse::Pulse,
-    queue::{Batch, Job, Queue, Target},
-    record,
+use std::{
+    error::Error,
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
 };
 
-/// The answer to a job.
+use policy::config::RolloutConfig;
+use tokio::sync::mpsc::Sender;
+use wire::messages::Mode;
+
+use crate::{
+    device::{
+        Device, DeviceError, SelfTestRun, Slot, StepOutput,
+        record::chunk_record,
+        sampler::{ChunkInput, SampledChunk},
+        versions::{Free, Policy, Versions},
+    },
+    job::{Answer, Chunk, Job, JobError, JobResult, Row, Ticket},
+    metrics::Metrics,
+    pulse::Pulse,
+    queue::{Cut, Prepared, Queue, Taken},
+};
+
+/// A row that is ready for the device, and what its answer needs.
 #[derive(Debug)]
-pub struct Answer {
-    /// Version of all rows.
-    pub version: u64,
-    /// In the order of the job.
-    pub rows: Vec<ActedRow>,
-    /// Value of each row.
-    pub values: Vec<Option<f32>>,
+pub struct ReadyRow {
+    chunk: ChunkInput,
+    asked: Asked,
 }
 
-/// Why a job has no answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// Whether the same request may succeed later.
-    pub retry: bool,
-    /// What was expected and found.
-    pub reason: String,
-}
-
-impl Failure {
-    /// The request itself cannot be answered.
-    fn invalid(reason: impl ToString) -> Self {
-        Self {
-            retry: false,
-            reason: reason.to_string(),
-        }
-    }
-}
-
-/// A job that is done.
+/// What the answer to a row needs beside the sampled chunk.
 #[derive(Debug)]
-pub struct Done {
-    /// Who waits.
-    pub target: Target,
-    /// The answer, or why there is none.
-    pub result: Result<Answer, Failure>,
+struct Asked {
+    /// The state in the environment's units, `[state width]`.
+    state: Vec<f32>,
+    mode: Mode,
+    record: bool,
 }
 
 /// What a job that is answered in parts carries: the version that began it also ends it.
 #[derive(Debug)]
 pub struct Progress {
-    policy: Arc<LoadedPolicy>,
+    policy: Arc<Policy>,
     answer: Answer,
 }
 
-/// Batches that wait for delivery: inference goes on while one is delivered, and no further.
-pub const DONE_CAPACITY: usize = 2;
+/// The queue of an engine.
+pub type EngineQueue = Queue<ReadyRow, Progress>;
 
-/// Starts the thread. It ends when the queue is closed and empty, or when nobody takes results any more.
+/// The answer to a slot's question.
+pub type Answered = (Ticket, JobResult);
+
+/// Batches of answers to slots that wait for delivery: inference goes on while one is delivered, and no further.
+pub const ANSWERED_CAPACITY: usize = 2;
+
+/// What the threads share.
+#[derive(Clone)]
+pub struct Shared {
+    /// What waits.
+    pub queue: Arc<EngineQueue>,
+    /// The live version.
+    pub versions: Arc<Versions>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Where the inference thread shows that it moves.
+    pub pulse: Arc<Pulse>,
+    /// Where answers to slots go.
+    pub answered: Sender<Vec<Answered>>,
+}
+
+/// What the inference thread does between batches.
+enum Work<D: Device> {
+    Install(Box<Install<D>>),
+    Free(Slot),
+}
+
+struct Install<D: Device> {
+    staged: D::Staged,
+    test: SelfTestRun,
+    reply: mpsc::SyncSender<Result<(Slot, Vec<StepOutput>), DeviceError>>,
+}
+
+/// The inference thread, as a loader sees it.
+pub struct InferenceThread<D: Device> {
+    work: mpsc::Sender<Work<D>>,
+    queue: Arc<EngineQueue>,
+}
+
+impl<D: Device> InferenceThread<D> {
+    /// Puts a version into a slot, between two batches. Blocks until that is done.
+    ///
+    /// # Errors
+    /// The device rejects it, or the thread has ended.
+    pub fn install(&self, staged: D::Staged, test: SelfTestRun) -> Result<(Slot, Vec<StepOutput>), DeviceError> {
+        let (reply, installed) = mpsc::sync_channel(1);
+        let work = Work::Install(Box::new(Install { staged, test, reply }));
+        self.work.send(work).map_err(|_ended| DeviceError::Closed)?;
+        self.queue.wake();
+        installed.recv().map_err(|_ended| DeviceError::Closed)?
+    }
+
+    /// Returns what frees a slot, between two batches and without waiting.
+    pub fn free(&self) -> Free {
+        let (work, queue) = (self.work.clone(), Arc::clone(&self.queue));
+        Arc::new(move |slot| {
+            // a device whose thread has ended is freed as a whole
+            if work.send(Work::Free(slot)).is_ok() {
+                queue.wake();
+            }
+        })
+    }
+}
+
+/// Threads that prepare rows: one per four cores, at most 4.
+fn preparing_threads() -> usize {
+    thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 4))
+}
+
+/// Starts the threads. They end when the queue is closed and empty, or when nobody takes answers any more.
 ///
 /// # Errors
 /// The system gives no thread.
-pub fn start(
-    queue: Arc<Queue<Progress>>,
-    slot: Arc<PolicySlot>,
-    metrics: Arc<Metrics>,
-    pulse: Arc<Pulse>,
-    config: &RolloutConfig,
-    done: mpsc::Sender<Vec<Done>>,
-) -> std::io::Result<thread::JoinHandle<()>> {
+pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> std::io::Result<InferenceThread<D>> {
     let fixed_batch = config.fixed_batch;
+    for number in 0..preparing_threads() {
+        let shared = shared.clone();
+        thread::Builder::new()
+            .name(format!("prepare-{number}"))
+            .spawn(move || {
+                while let Some(cut) = shared.queue.cut(fixed_batch.unwrap_or(1)) {
+                    prepare(&shared, cut);
+                }
+            })?;
+    }
+    let (sender, work) = mpsc::channel();
+    let queue = Arc::clone(&shared.queue);
     let deadline = Duration::from_micros(config.batch_deadline_micros);
-    thread::Builder::new().name("inference".to_owned()).spawn(move || {
-        while let Some(batch) = queue.take(deadline, fixed_batch.unwrap_or(1)) {
-            let results = pulse.inference(|| match (batch, slot.live()) {
-                (Batch::Whole(jobs), Some(policy)) => answer(&policy, jobs, fixed_batch, &metrics),
-                (Batch::Whole(jobs), None) => jobs.into_iter().map(|job| not_ready(job.target)).collect(),
-                (Batch::Part { job, rows }, _) => part(&queue, job, rows, &slot, fixed_batch, &metrics),
-            });
-            if !results.is_empty() && done.blocking_send(results).is_err() {
+    let mut inference = Inference {
+        device,
+        shared,
+        fixed_batch,
+    };
+    thread::Builder::new()
+        .name("inference".to_owned())
+        .spawn(move || inference.run(&work, deadline))?;
+    Ok(InferenceThread { work: sender, queue })
+}
+
+/// Makes the rows of a job ready. A job with a row that the policy cannot read fails alone.
+fn prepare(shared: &Shared, cut: Cut<Progress>) {
+    let Cut { mut job, rows, number } = cut;
+    let begun = Instant::now();
+    let ready = match shared.versions.live() {
+        Some(policy) => job.rows.drain(..rows).map(|row| ready_row(&policy, row)).collect(),
+        None => Err(JobError::NotReady),
+    };
+    shared.metrics.observe_stage("preprocess", begun.elapsed());
+    match ready {
+        Ok(rows) => shared.queue.stage(number, Prepared { job, rows }),
+        Err(error) => {
+            shared.queue.give_up(number);
+            shared.deliver(vec![(job, Err(error))]);
+        }
+    }
+}
+
+fn ready_row(policy: &Policy, row: Row) -> Result<ReadyRow, JobError> {
+    if row.guidance.is_some() && (row.mode == Mode::Train || row.record) {
+        return Err(JobError::Guided);
+    }
+    let transform = &policy.transform;
+    let input = transform.input(&row.observation)?;
+    let guidance = match &row.guidance {
+        Some(guidance) => Some(transform.guidance(guidance, &row.observation.state)?),
+        None => None,
+    };
+    Ok(ReadyRow {
+        chunk: ChunkInput {
+            input,
+            noise: policy.sampler().draw(row.key, row.mode),
+            key: row.key,
+            guidance,
+        },
+        asked: Asked {
+            state: row.observation.state,
+            mode: row.mode,
+            record: row.record,
+        },
+    })
+}
+
+impl Shared {
+    /// Delivers results. Returns whether somebody still takes those of slots.
+    fn deliver(&self, results: Vec<(Job<Progress>, JobResult)>) -> bool {
+        let answered: Vec<Answered> = results
+            .into_iter()
+            .filter_map(|(job, result)| job.reply.send(result))
+            .collect();
+        answered.is_empty() || self.answered.blocking_send(answered).is_ok()
+    }
+}
+
+struct Inference<D: Device> {
+    device: D,
+    shared: Shared,
+    fixed_batch: Option<usize>,
+}
+
+impl<D: Device> Inference<D> {
+    fn run(&mut self, work: &mpsc::Receiver<Work<D>>, deadline: Duration) {
+        loop {
+            let shared = self.shared.clone();
+            let results = match shared.queue.take(deadline) {
+                Taken::Closed => return,
+                Taken::Woken => {
+                    for work in work.try_iter() {
+                        self.work(work);
+                    }
+                    continue;
+                }
+                Taken::Whole(jobs) => shared.pulse.inference(|| self.whole(jobs)),
+                Taken::Part(part) => shared.pulse.inference(|| self.part(part)),
+            };
+            if !shared.deliver(results) {
                 return;
             }
         }
-    })
-}
-
-fn not_ready(target: Target) -> Done {
-    Done {
-        target,
-        result: Err(Failure {
-            retry: true,
-            reason: "no policy is live yet".to_owned(),
-        }),
-    }
-}
-
-/// Answers the first rows of a large job; it goes back to the queue until all are answered.
-fn part(
-    queue: &Queue<Progress>,
-    mut job: Job<Progress>,
-    count: usize,
-    slot: &PolicySlot,
-    fixed_batch: Option<usize>,
-    metrics: &Metrics,
-) -> Vec<Done> {
-    let target = job.target;
-    let begun = job.progress.take().or_else(|| {
-        let policy = slot.live()?;
-        let answer = Answer {
-            version: policy.version(),
-            rows: Vec::new(),
-            values: Vec::new(),
-        };
-        Some(Progress { policy, answer })
-    });
-    let Some(mut progress) = begun else {
-        return vec![not_ready(target)];
-    };
-    if !slot.is_recent(&progress.policy) {
-        return vec![Done {
-            target,
-            result: Err(Failure {
-                retry: true,
-                reason: format!(
-                    "version {} was replaced twice while the request was answered in parts: ask again, or for fewer rows",
-                    progress.answer.version
-                ),
-            }),
-        }];
-    }
-    let rows: Vec<ActRow> = job.rows.drain(..count).collect();
-    let Some(done) = answer(&progress.policy, vec![Job::new(target, rows)], fixed_batch, metrics).pop() else {
-        return Vec::new();
-    };
-    match done.result {
-        Err(failure) => vec![Done {
-            target,
-            result: Err(failure),
-        }],
-        Ok(part) => {
-            progress.answer.rows.extend(part.rows);
-            progress.answer.values.extend(part.values);
-            if job.rows.is_empty() {
-                return vec![Done {
-                    target,
-                    result: Ok(progress.answer),
-                }];
-            }
-            job.progress = Some(progress);
-            match queue.put_back(job) {
-                Ok(()) => Vec::new(),
-                Err(job) => vec![closed(job.target)],
-            }
-        }
-    }
-}
-
-/// The end of a job that the engine leaves behind.
-pub fn closed(target: Target) -> Done {
-    Done {
-        target,
-        result: Err(Failure {
-            retry: true,
-            reason: "the engine is shutting down".to_owned(),
-        }),
-    }
-}
-
-/// Answers jobs with one policy version, in one batch, padded to `fixed_batch` rows where that is set. A job with a row that cannot
-/// be used fails alone.
-pub fn answer(
-    policy: &LoadedPolicy,
-    jobs: Vec<Job<Progress>>,
-    fixed_batch: Option<usize>,
-    metrics: &Metrics,
-) -> Vec<Done> {
-    let observe = |stage: &str, time: Duration| {
-        metrics
-            .stage_seconds
-            .with_label_values(&[stage])
-            .observe(time.as_secs_f64());
-    };
-    if let Some(oldest) = jobs.iter().map(|job| job.queued).min() {
-        observe("queue", oldest.elapsed());
-    }
-    let begun = std::time::Instant::now();
-    let mut prepared = Vec::new();
-    let mut waiting = Vec::with_capacity(jobs.len());
-    for job in jobs {
-        let rows: Result<Vec<_>, _> = job.rows.iter().map(|row| wanted(policy, row)).collect();
-        match rows {
-            Ok(rows) => {
-                prepared.extend(rows);
-                waiting.push((job, None));
-            }
-            Err(reason) => waiting.push((job, Some(reason))),
-        }
-    }
-    observe("preprocess", begun.elapsed());
-
-    let mut samples = Vec::new();
-    let mut failure = None;
-    if !prepared.is_empty() {
-        metrics.batch_rows.observe(prepared.len() as f64);
-        match sample_fixed(policy, prepared, fixed_batch) {
-            Ok(sampled) => {
-                observe("prefix", sampled.prefix);
-                observe("denoise", sampled.denoise);
-                samples = sampled.samples;
-            }
-            Err(error) => failure = Some(error.to_string()),
-        }
     }
 
-    let begun = std::time::Instant::now();
-    let mut samples = samples.into_iter();
-    let results = waiting
-        .into_iter()
-        .map(|(job, unusable)| {
-            let Job { rows, target, .. } = job;
-            let result = match (unusable, &failure) {
-                (Some(reason), _) => Err(Failure::invalid(reason)),
-                // the request was sound: another batch, or another version, may succeed
-                (None, Some(reason)) => Err(Failure {
-                    retry: true,
-                    reason: format!("inference failed: {reason}"),
-                }),
-                (None, None) => {
-                    finish(policy, &rows, samples.by_ref().take(rows.len()), metrics).map_err(Failure::invalid)
+    fn work(&mut self, work: Work<D>) {
+        match work {
+            Work::Install(install) => {
+                let Install { staged, test, reply } = *install;
+                // a loader that has gone takes no slot
+                if let Err(mpsc::SendError(Ok((slot, _)))) = reply.send(self.device.install(staged, &test)) {
+                    self.device.free(slot);
                 }
-            };
-            Done { target, result }
-        })
-        .collect();
-    observe("record", begun.elapsed());
-    results
-}
+            }
+            Work::Free(slot) => self.device.free(slot),
+        }
+    }
 
-fn wanted(policy: &LoadedPolicy, row: &ActRow) -> Result<Wanted, String> {
-    let input = policy
-        .preprocessor
-        .prepare(&row.observation)
-        .map_err(|e| e.to_string())?;
-    let guidance = match &row.guidance {
-        None => None,
-        Some(_) if row.mode == Mode::Train || row.record => {
-            return Err(
-                "a guided chunk is no sample of the policy: ask for it in mode `eval` and without a record".to_owned(),
+    /// Answers whole jobs with the live version.
+    fn whole(&mut self, jobs: Vec<Prepared<ReadyRow, Progress>>) -> Vec<(Job<Progress>, JobResult)> {
+        let (jobs, rows): (Vec<_>, Vec<_>) = jobs.into_iter().map(|ready| (ready.job, ready.rows)).unzip();
+        let Some(policy) = self.shared.versions.live() else {
+            return jobs.into_iter().map(|job| (job, Err(JobError::NotReady))).collect();
+        };
+        if let Some(oldest) = jobs.iter().map(|job| job.queued).min() {
+            self.shared.metrics.observe_stage("queue", oldest.elapsed());
+        }
+        let version = policy.version();
+        let answers = self.answer(&policy, rows);
+        let answers = answers
+            .into_iter()
+            .map(|rows| rows.map(|rows| Answer { version, rows }));
+        jobs.into_iter().zip(answers).collect()
+    }
+
+    /// Answers the prepared rows of a large job; it goes back to the queue until all are answered.
+    fn part(&mut self, part: Prepared<ReadyRow, Progress>) -> Vec<(Job<Progress>, JobResult)> {
+        let Prepared { mut job, rows } = part;
+        let line = job.line;
+        let result = match self.continued(job.progress.take(), rows) {
+            Ok(progress) if !job.rows.is_empty() => {
+                job.progress = Some(progress);
+                return match self.shared.queue.put_back(job) {
+                    Ok(()) => Vec::new(),
+                    Err(job) => vec![(job, Err(JobError::Closed))],
+                };
+            }
+            result => result.map(|progress| progress.answer),
+        };
+        self.shared.queue.finished(line);
+        vec![(job, result)]
+    }
+
+    /// Answers more rows of a large job by the version that began it.
+    fn continued(&mut self, progress: Option<Progress>, rows: Vec<ReadyRow>) -> Result<Progress, JobError> {
+        let mut progress = if let Some(progress) = progress {
+            progress
+        } else {
+            let policy = self.shared.versions.live().ok_or(JobError::NotReady)?;
+            let (version, rows) = (policy.version(), Vec::new());
+            Progress {
+                policy,
+                answer: Answer { version, rows },
+            }
+        };
+        let version = progress.answer.version;
+        if !self.shared.versions.is_recent(&progress.policy) {
+            return Err(JobError::Replaced { version });
+        }
+        for answered in self.answer(&progress.policy, vec![rows]) {
+            progress.answer.rows.extend(answered?);
+        }
+        Ok(progress)
+    }
+
+    /// Answers the rows of each job with one policy version, in one batch.
+    fn answer(&mut self, policy: &Policy, jobs: Vec<Vec<ReadyRow>>) -> Vec<Result<Vec<Chunk>, JobError>> {
+        let metrics = Arc::clone(&self.shared.metrics);
+        let mut asked: Vec<Vec<Asked>> = Vec::with_capacity(jobs.len());
+        let mut inputs = Vec::new();
+        for rows in jobs {
+            asked.push(
+                rows.into_iter()
+                    .map(|row| {
+                        inputs.push(row.chunk);
+                        row.asked
+                    })
+                    .collect(),
             );
         }
-        Some(guidance) => Some(
-            policy
-                .preprocessor
-                .guidance(guidance, &row.observation.state)
-                .map_err(|e| e.to_string())?,
-        ),
-    };
-    Ok(Wanted {
-        input,
-        noise: draw(policy, row.key, row.mode),
-        key: row.key,
-        guidance,
-    })
+        metrics.batch_rows.observe(inputs.len() as f64);
+        let sampled = policy
+            .sampler()
+            .sample(&mut self.device, policy.slot(), inputs, self.fixed_batch);
+        let sampled = match sampled {
+            Ok(sampled) => sampled,
+            Err(error) => {
+                let error: Arc<dyn Error + Send + Sync> = Arc::new(error);
+                let failed = |_rows| Err(JobError::Inference(Arc::clone(&error)));
+                return asked.into_iter().map(failed).collect();
+            }
+        };
+        metrics.observe_stage("prefix", sampled.prefix);
+        metrics.observe_stage("denoise", sampled.denoise);
+        let begun = Instant::now();
+        let mut chunks = sampled.chunks.into_iter();
+        let answers = asked
+            .into_iter()
+            .map(|rows| {
+                // all chunks of a job are taken, whatever becomes of the first
+                let own: Vec<_> = rows.into_iter().zip(chunks.by_ref()).collect();
+                own.into_iter()
+                    .map(|(asked, chunk)| finish(policy, asked, chunk, &metrics))
+                    .collect()
+            })
+            .collect();
+        metrics.observe_stage("record", begun.elapsed());
+        answers
+    }
 }
 
-fn finish(
-    policy: &LoadedPolicy,
-    rows: &VecDeque<ActRow>,
-    samples: impl Iterator<Item = Sample>,
-    metrics: &Metrics,
-) -> Result<Answer, String> {
-    let mut answer = Answer {
-        version: policy.version(),
-        rows: Vec::with_capacity(rows.len()),
-        values: Vec::new(),
+/// Turns a sampled chunk into the answer to its row.
+fn finish(policy: &Policy, asked: Asked, chunk: SampledChunk, metrics: &Metrics) -> Result<Chunk, JobError> {
+    let mode = match asked.mode {
+        Mode::Train => "train",
+        Mode::Eval => "eval",
     };
-    for (row, sample) in rows.iter().zip(samples) {
-        let mode = match row.mode {
-            Mode::Train => "train",
-            Mode::Eval => "eval",
-        };
-        metrics.chunks.with_label_values(&[mode]).inc();
-        if let Some((index, value)) = sample.chain.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(format!(
-                "the policy gave {value} at element {index} of the denoise chain"
-            ));
-        }
-        answer.values.push(sample.value(policy.manifest.sampling.mdp));
-        answer
-            .rows
-            .push(record::acted(policy, sample, row.record).map_err(|e| e.to_string())?);
+    metrics.chunks.with_label_values(&[mode]).inc();
+    if let Some((index, value)) = chunk.chain.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+        return Err(JobError::NotFinite { index, value: *value });
     }
-    Ok(answer)
+    let manifest = policy.manifest();
+    Ok(Chunk {
+        actions: policy.transform.env_actions(chunk.actions(), &asked.state)?,
+        value: chunk.value(manifest.sampling.mdp),
+        record: asked.record.then(|| Box::new(chunk_record(manifest, chunk))),
+    })
 }

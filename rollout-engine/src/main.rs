@@ -4,6 +4,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,11 +13,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use policy::{
     config::{BootstrapType, Provider, RunConfig},
     message::failed,
+    plan::RunPlan,
 };
 use rollout_engine::{
-    backend::{Backend, provider_name},
     bench::chunk_latency,
-    policy_slot::LoadedPolicy,
+    device::{
+        Device,
+        onnx::{OnnxDevice, OnnxLoader, OnnxRuntime, provider_name},
+        versions::Policy,
+    },
     serve::{Options, serve},
 };
 use tokio::sync::watch;
@@ -138,7 +143,7 @@ fn main() -> ExitCode {
 const LOAD_PATIENCE: Duration = Duration::from_secs(5);
 
 fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
-    let config = RunConfig::load(&args.config, &args.set)?;
+    let config = RunPlan::new(RunConfig::load(&args.config, &args.set)?)?.config;
     let mut rollout = config.rollout;
     if let Some(listen) = args.listen {
         rollout.listen = listen;
@@ -183,14 +188,19 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     result
 }
 
-fn load(dir: &Path, args: &BackendArgs) -> anyhow::Result<LoadedPolicy> {
-    let backend = Backend::new(args.provider.into(), args.threads)?;
-    LoadedPolicy::load(&backend, dir, None).with_context(|| format!("bundle `{}`", dir.display()))
+/// Loads a bundle onto a device of this thread.
+fn load(dir: &Path, args: &BackendArgs) -> anyhow::Result<(OnnxDevice, Policy)> {
+    let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads)?);
+    let mut device = OnnxDevice::default();
+    let install = |staged, test| device.install(staged, &test);
+    let policy = Policy::load(&loader, dir, None, install, Arc::new(|_slot| {}))
+        .with_context(|| format!("failed to load bundle `{}`", dir.display()))?;
+    Ok((device, policy))
 }
 
 fn check(dir: &Path, args: &BackendArgs) -> anyhow::Result<()> {
-    let policy = load(dir, args)?;
-    let manifest = &policy.manifest;
+    let (_device, policy) = load(dir, args)?;
+    let manifest = policy.manifest();
     let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
     let test = policy.self_test_difference.map_or_else(
         || "finite (no reference in the manifest)".to_owned(),
@@ -209,7 +219,7 @@ fn check(dir: &Path, args: &BackendArgs) -> anyhow::Result<()> {
 }
 
 fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let policy = load(&args.bundle, &args.backend)?;
+    let (mut device, policy) = load(&args.bundle, &args.backend)?;
     let mut out = std::io::stdout();
     let mut rows = Vec::new();
     writeln!(
@@ -222,7 +232,7 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
             *batch > 0 && args.batches > 0,
             "`--batch` and `--batches` must be at least 1"
         );
-        let row = chunk_latency(&policy, *batch, args.batches)?;
+        let row = chunk_latency(&mut device, &policy, *batch, args.batches)?;
         writeln!(
             out,
             "{:>6} {:>10.3} {:>10.3} {:>12.3} {:>12.3} {:>12.1}",

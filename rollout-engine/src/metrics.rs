@@ -1,5 +1,7 @@
 //! What an operator sees: counters, gauges and histograms in Prometheus' text format.
 
+use std::time::Duration;
+
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
@@ -17,8 +19,8 @@ pub struct Metrics {
     pub chunks: IntCounterVec,
     /// Rows of a batch.
     pub batch_rows: Histogram,
-    /// Seconds per batch, by `stage` (`queue`, `preprocess`, `prefix`, `denoise`, `record`).
-    pub stage_seconds: HistogramVec,
+    /// Seconds by `stage`: `preprocess` per job, `queue`, `prefix`, `denoise` and `record` per batch.
+    stage_seconds: HistogramVec,
     /// Rows that wait for inference.
     pub queue_rows: IntGauge,
     /// Live policy version; -1 before the first.
@@ -68,7 +70,11 @@ impl Metrics {
         // 0.1 ms to 26 s
         let latency = prometheus::exponential_buckets(1e-4, 2.0, 19)?;
         let stage_seconds = HistogramVec::new(
-            HistogramOpts::new("engine_stage_seconds", "seconds per batch and stage").buckets(latency.clone()),
+            HistogramOpts::new(
+                "engine_stage_seconds",
+                "seconds per stage, of a job for preprocess and of a batch for the others",
+            )
+            .buckets(latency.clone()),
             &["stage"],
         )?;
         registry.register(Box::new(stage_seconds.clone()))?;
@@ -102,6 +108,13 @@ impl Metrics {
         };
         metrics.version.set(-1);
         Ok(metrics)
+    }
+
+    /// Takes note of how long a stage of a batch took.
+    pub fn observe_stage(&self, stage: &str, time: Duration) {
+        self.stage_seconds
+            .with_label_values(&[stage])
+            .observe(time.as_secs_f64());
     }
 
     /// Returns the text of `/metrics`, with the connections of clients and workers.

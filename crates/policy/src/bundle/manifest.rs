@@ -7,7 +7,7 @@ use crate::{
     config::{TokenizerConfig, WeightMode},
     dims::PolicyDims,
     flow::Sampling,
-    norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, bool_mask},
+    norm::{NormStats, Normalization},
     params::{Heads, ParamSpec, params},
 };
 
@@ -90,23 +90,6 @@ impl Manifest {
     /// The weights that the bundle's two files must hold, by part.
     pub fn params(&self) -> Vec<ParamSpec> {
         params(&self.dims, &self.heads)
-    }
-
-    /// One executed action, `[env_action_dim]`, from model units to the environment's; `state` is the model's input,
-    /// `[action_dim]`, which a policy with delta actions adds in the environment's units.
-    ///
-    /// # Errors
-    /// The statistics do not fit.
-    pub fn env_action(&self, action: &[f32], state: &[f32]) -> Result<Vec<f32>, NormError> {
-        let in_env_units = |of: fn(&NormStats) -> &DimStats, row: &[f32]| match &self.norm_stats {
-            Some(stats) => self.normalization.unnormalize(of(stats), row),
-            None => Ok(row.to_vec()),
-        };
-        let action = in_env_units(|stats| &stats.actions, action)?;
-        let Some(runs) = &self.delta_actions else {
-            return Ok(action);
-        };
-        absolute_from_delta(&action, &in_env_units(|stats| &stats.state, state)?, &bool_mask(runs))
     }
 
     /// The entry of a file.

@@ -23,15 +23,82 @@ const SHA256_DIGITS: usize = 64;
 /// Times that a part is asked for before the version is refused.
 const MAX_ASKED: u32 = 6;
 
+/// Why an announced version does not arrive.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IncomingError {
+    /// Too few or too many files.
+    #[error("it has {found} files, expected 1 to {MAX_FILES}")]
+    Files {
+        /// Announced files.
+        found: usize,
+    },
+    /// No manifest.
+    #[error("its files lack `{MANIFEST}`")]
+    NoManifest,
+    /// A file is named twice.
+    #[error("it names the file `{}` twice", shown(.0))]
+    Twice(String),
+    /// Not a SHA-256.
+    #[error(
+        "the digest of its file `{}` is `{}`, expected {SHA256_DIGITS} digits 0-9 and a-f", shown(.name), shown(.found)
+    )]
+    Digest {
+        /// Which file.
+        name: String,
+        /// The announced digest.
+        found: String,
+    },
+    /// A name that is a path, or hidden.
+    #[error("it names the file `{}`, expected a plain file name", shown(.0))]
+    Name(String),
+    /// A file that is too large.
+    #[error("its file `{name}` has {found} bytes, expected at most {MAX_FILE_BYTES}")]
+    Bytes {
+        /// Which file.
+        name: String,
+        /// The announced size.
+        found: u64,
+    },
+    /// The learner does not send a part.
+    #[error("a part of `{0}` was asked for {MAX_ASKED} times")]
+    Silent(String),
+    /// A part of another length.
+    #[error("the learner sent {found} bytes of `{name}` at {offset}, expected 1 to {expected}")]
+    Part {
+        /// Which file.
+        name: String,
+        /// Where the part begins.
+        offset: u64,
+        /// Bytes that are missing from there.
+        expected: u64,
+        /// Bytes that were sent.
+        found: usize,
+    },
+    /// A later version was announced.
+    #[error("replaced by a later announce")]
+    Replaced,
+    /// A file operation failed.
+    #[error("failed to {action} `{path}`")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
 /// A version that did not arrive.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Failed {
     /// Which one.
     pub version: u64,
     /// When it was announced.
     pub begun: Instant,
     /// Why.
-    pub reason: String,
+    pub error: IncomingError,
 }
 
 /// What an announced version has come to.
@@ -98,15 +165,16 @@ pub fn digests(announce: &Announce) -> BTreeMap<String, String> {
         .collect()
 }
 
-fn io(action: &str, path: &Path, error: &std::io::Error) -> String {
-    format!("{action} `{}`: {error}", path.display())
+fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> IncomingError {
+    let path = path.to_owned();
+    move |source| IncomingError::Io { action, path, source }
 }
 
 fn remove(path: &Path) {
     if path.exists()
         && let Err(error) = fs::remove_dir_all(path)
     {
-        tracing::warn!("{}", io("removing", path, &error));
+        tracing::warn!("failed to remove `{}`: {error}", path.display());
     }
 }
 
@@ -164,7 +232,7 @@ impl Incoming {
         fetching.or(waiting).map(|(version, begun)| Failed {
             version,
             begun,
-            reason: String::new(),
+            error: IncomingError::Replaced,
         })
     }
 
@@ -188,7 +256,7 @@ impl Incoming {
             let version = announce.version;
             match self.begin(announce, begun) {
                 Ok(fetching) => self.fetching = Some(fetching),
-                Err(reason) => return Progress::Failed(Failed { version, begun, reason }),
+                Err(error) => return Progress::Failed(Failed { version, begun, error }),
             }
         }
         match self.fetching.take() {
@@ -200,11 +268,11 @@ impl Incoming {
         }
     }
 
-    fn begin(&self, announce: Announce, begun: Instant) -> Result<Fetching, String> {
+    fn begin(&self, announce: Announce, begun: Instant) -> Result<Fetching, IncomingError> {
         check(&announce)?;
         let beside = self.dir.join(format!(".v{}.fetching", announce.version));
         remove(&beside);
-        fs::create_dir_all(&beside).map_err(|e| io("creating", &beside, &e))?;
+        fs::create_dir_all(&beside).map_err(io("create", &beside))?;
         let mut waiting = VecDeque::new();
         for entry in &announce.files {
             let here = self.known.get(&entry.sha256).filter(|path| path.is_file());
@@ -242,12 +310,12 @@ impl Incoming {
                 dir,
                 digests: digests(&fetching.announce),
             },
-            Err(error) => {
+            Err(source) => {
                 remove(&fetching.beside);
                 Progress::Failed(Failed {
                     version,
                     begun,
-                    reason: io("renaming to", &dir, &error),
+                    error: io("rename a fetched bundle to", &dir)(source),
                 })
             }
         }
@@ -290,11 +358,11 @@ impl Incoming {
         let Some(fetching) = &mut self.fetching else {
             return Ok(());
         };
-        if let Err(reason) = fetching.take(part) {
+        if let Err(error) = fetching.write(part) {
             let failed = Failed {
                 version: fetching.announce.version,
                 begun: fetching.begun,
-                reason,
+                error,
             };
             remove(&fetching.beside);
             self.fetching = None;
@@ -326,9 +394,10 @@ impl Incoming {
 }
 
 impl Fetching {
-    fn take(&mut self, part: &FilePart) -> Result<(), String> {
+    /// Writes a part. One that was not asked for is passed over.
+    fn write(&mut self, part: &FilePart) -> Result<(), IncomingError> {
         if self.times > MAX_ASKED {
-            return Err(format!("a part of `{}` was asked for {MAX_ASKED} times", part.file));
+            return Err(IncomingError::Silent(part.file.clone()));
         }
         let (name, offset) = match (&self.current, self.waiting.front()) {
             (Some(current), _) => (current.entry.name.as_str(), current.received),
@@ -345,7 +414,7 @@ impl Fetching {
                 return Ok(());
             };
             let path = self.beside.join(&entry.name);
-            let file = File::create(&path).map_err(|e| io("creating", &path, &e))?;
+            let file = File::create(&path).map_err(io("create", &path))?;
             Part {
                 file,
                 entry,
@@ -354,18 +423,17 @@ impl Fetching {
         };
         let end = current.received + part.data.len() as u64;
         if (part.data.is_empty() && current.entry.bytes > 0) || end > current.entry.bytes {
-            return Err(format!(
-                "the learner sent {} bytes of `{}` at {}, expected 1 to {}",
-                part.data.len(),
-                part.file,
-                part.offset,
-                current.entry.bytes - current.received
-            ));
+            return Err(IncomingError::Part {
+                name: part.file.clone(),
+                offset: part.offset,
+                expected: current.entry.bytes - current.received,
+                found: part.data.len(),
+            });
         }
         current
             .file
             .write_all(&part.data)
-            .map_err(|e| io("writing", &self.beside.join(&current.entry.name), &e))?;
+            .map_err(io("write", &self.beside.join(&current.entry.name)))?;
         current.received = end;
         self.asked = None;
         self.times = 0;
@@ -375,7 +443,7 @@ impl Fetching {
             current
                 .file
                 .sync_all()
-                .map_err(|e| io("syncing", &self.beside.join(&current.entry.name), &e))?;
+                .map_err(io("sync", &self.beside.join(&current.entry.name)))?;
         }
         Ok(())
     }
@@ -386,41 +454,35 @@ fn is_hidden(path: &Path) -> bool {
         .is_none_or(|name| name.to_string_lossy().starts_with('.'))
 }
 
-fn check(announce: &Announce) -> Result<(), String> {
-    if announce.files.is_empty() || announce.files.len() > MAX_FILES {
-        return Err(format!(
-            "it has {} files, expected 1 to {MAX_FILES}",
-            announce.files.len()
-        ));
+fn check(announce: &Announce) -> Result<(), IncomingError> {
+    let found = announce.files.len();
+    if found == 0 || found > MAX_FILES {
+        return Err(IncomingError::Files { found });
     }
     if !announce.files.iter().any(|f| f.name == MANIFEST) {
-        return Err(format!("its files lack `{MANIFEST}`"));
+        return Err(IncomingError::NoManifest);
     }
     let mut names = BTreeSet::new();
     for file in &announce.files {
         if !names.insert(&file.name) {
-            return Err(format!("it names the file `{}` twice", shown(&file.name)));
+            return Err(IncomingError::Twice(file.name.clone()));
         }
         // it becomes part of a path, and is what the content is compared with
         let hexadecimal = |c: char| matches!(c, '0'..='9' | 'a'..='f');
         if file.sha256.len() != SHA256_DIGITS || !file.sha256.chars().all(hexadecimal) {
-            return Err(format!(
-                "the digest of its file `{}` is `{}`, expected {SHA256_DIGITS} digits 0-9 and a-f",
-                shown(&file.name),
-                shown(&file.sha256)
-            ));
+            return Err(IncomingError::Digest {
+                name: file.name.clone(),
+                found: file.sha256.clone(),
+            });
         }
         if !plain_name(&file.name) {
-            return Err(format!(
-                "it names the file `{}`, expected a plain file name",
-                shown(&file.name)
-            ));
+            return Err(IncomingError::Name(file.name.clone()));
         }
         if file.bytes > MAX_FILE_BYTES {
-            return Err(format!(
-                "its file `{}` has {} bytes, expected at most {MAX_FILE_BYTES}",
-                file.name, file.bytes
-            ));
+            return Err(IncomingError::Bytes {
+                name: file.name.clone(),
+                found: file.bytes,
+            });
         }
     }
     Ok(())
@@ -542,7 +604,7 @@ mod tests {
             let Progress::Failed(failed) = incoming.advance(None) else {
                 panic!("refused")
             };
-            assert!(failed.reason.contains(reason), "{}", failed.reason);
+            assert!(failed.error.to_string().contains(reason), "{}", failed.error);
         }
         for data in [vec![], vec![0; 5]] {
             incoming.announce(announce(1, vec![named("manifest.json")]));
@@ -558,7 +620,8 @@ mod tests {
                 incoming
                     .part(&part)
                     .expect_err("refused")
-                    .reason
+                    .error
+                    .to_string()
                     .contains("expected 1 to 4")
             );
         }

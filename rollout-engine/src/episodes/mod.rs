@@ -13,7 +13,7 @@ use wire::messages::{
     SlotCommand, SlotReport, Trajectory, TrajectoryChunk,
 };
 
-use crate::queue::{Job, Target};
+use crate::job::Ticket;
 
 /// Most slots of all workers together.
 const MAX_ALL_SLOTS: u32 = 65_536;
@@ -31,13 +31,86 @@ pub struct Shape {
     pub bootstrap_terminated: bool,
 }
 
+/// A message of a worker that breaks the protocol or does not fit the policy.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// Another width of actions.
+    #[error(
+        "environment `{env}` has actions of width {found}, the policy gives {expected} (`env_action_dim` of its bundle)"
+    )]
+    ActionDim {
+        /// Which environment.
+        env: String,
+        /// The policy's.
+        expected: usize,
+        /// The environment's.
+        found: u32,
+    },
+    /// Too few or too many slots.
+    #[error("worker `{client}` has {found} slots, expected 1 to {MAX_SLOTS}")]
+    Slots {
+        /// Which worker.
+        client: String,
+        /// Its slots.
+        found: u32,
+    },
+    /// Too many slots of all workers.
+    #[error("worker `{client}` has {found} slots, expected at most {MAX_ALL_SLOTS} of all workers, {present} are here")]
+    AllSlots {
+        /// Which worker.
+        client: String,
+        /// Its slots.
+        found: u32,
+        /// Slots of the others.
+        present: u32,
+    },
+    /// A slot that the worker does not have.
+    #[error("expected slot 0 to {}", .count.saturating_sub(1))]
+    Slot {
+        /// Slots of the worker.
+        count: usize,
+    },
+    /// A report that does not fit what the slot does.
+    #[error("reports {found}, but it {state}")]
+    Report {
+        /// The report.
+        found: &'static str,
+        /// What the slot does.
+        state: &'static str,
+    },
+    /// Another number of rewards.
+    #[error("{found} rewards, expected {expected}, or 1 to {expected} at the end of the episode")]
+    Rewards {
+        /// Rows of an action chunk.
+        expected: usize,
+        /// Rewards of the report.
+        found: usize,
+    },
+    /// A reward that is not finite.
+    #[error("reward {0}, expected a finite number")]
+    Reward(f32),
+    /// No observation though there is one.
+    #[error("no observation though the episode did not terminate")]
+    NoObservation,
+}
+
+/// An observation of a slot, and what is asked about it.
+#[derive(Debug)]
+pub struct Question {
+    /// Its number.
+    pub ticket: Ticket,
+    /// The observation.
+    pub row: ActRow,
+}
+
 /// What is to be sent after an event.
 #[derive(Debug)]
 pub struct Effects<P> {
     /// Commands by worker.
     pub commands: BTreeMap<P, Vec<SlotCommand>>,
     /// Questions for the policy.
-    pub jobs: Vec<Job>,
+    pub questions: Vec<Question>,
     /// Finished episodes.
     pub trajectories: Vec<Trajectory>,
     /// Workers that are turned away.
@@ -48,7 +121,7 @@ impl<P> Default for Effects<P> {
     fn default() -> Self {
         Self {
             commands: BTreeMap::new(),
-            jobs: Vec::new(),
+            questions: Vec::new(),
             trajectories: Vec::new(),
             refusals: Vec::new(),
         }
@@ -283,32 +356,32 @@ impl<P: Ord + Clone> Assign<P> {
     ///
     /// # Errors
     /// It does not fit the policy; what was expected and found.
-    pub fn hello(&mut self, peer: P, hello: &Hello) -> Result<(), String> {
+    pub fn hello(&mut self, peer: P, hello: &Hello) -> Result<(), WorkerError> {
         if let Some(shape) = self.shape
             && hello.action_dim as usize != shape.env_action_dim
         {
-            return Err(format!(
-                "environment `{}` has actions of width {}, the policy gives {} (`env_action_dim` of its bundle)",
-                hello.env, hello.action_dim, shape.env_action_dim
-            ));
+            return Err(WorkerError::ActionDim {
+                env: hello.env.clone(),
+                expected: shape.env_action_dim,
+                found: hello.action_dim,
+            });
         }
         if hello.slots == 0 || hello.slots > MAX_SLOTS as u32 {
-            return Err(format!(
-                "worker `{}` has {} slots, expected 1 to {MAX_SLOTS}",
-                hello.client, hello.slots
-            ));
+            return Err(WorkerError::Slots {
+                client: hello.client.clone(),
+                found: hello.slots,
+            });
         }
         if let Some(earlier) = self.names.get(&hello.client).cloned() {
             self.gone(&earlier);
         }
         self.gone(&peer);
         if self.slots() + hello.slots > MAX_ALL_SLOTS {
-            return Err(format!(
-                "worker `{}` has {} slots, expected at most {MAX_ALL_SLOTS} of all workers, {} are here",
-                hello.client,
-                hello.slots,
-                self.slots()
-            ));
+            return Err(WorkerError::AllSlots {
+                client: hello.client.clone(),
+                found: hello.slots,
+                present: self.slots(),
+            });
         }
         let slots = (0..hello.slots).map(|_| Slot::Unseen).collect();
         self.slots += hello.slots;
@@ -364,8 +437,8 @@ impl<P: Ord + Clone> Assign<P> {
         }
         for report in reports {
             let slot = report.slot;
-            if let Err(reason) = self.report(peer, report) {
-                self.turn_away(peer, format!("slot {slot}: {reason}"));
+            if let Err(error) = self.report(peer, report) {
+                self.turn_away(peer, format!("slot {slot}: {error}"));
                 return;
             }
         }
@@ -385,7 +458,7 @@ impl<P: Ord + Clone> Assign<P> {
         self.gone(peer);
     }
 
-    fn report(&mut self, peer: &P, report: SlotReport) -> Result<(), String> {
+    fn report(&mut self, peer: &P, report: SlotReport) -> Result<(), WorkerError> {
         let (Some(shape), Some(client)) = (self.shape, self.clients.get_mut(peer)) else {
             return Ok(());
         };
@@ -394,7 +467,7 @@ impl<P: Ord + Clone> Assign<P> {
         let slot = client
             .slots
             .get_mut(index as usize)
-            .ok_or_else(|| format!("expected 0 to {}", count - 1))?;
+            .ok_or(WorkerError::Slot { count })?;
         match (std::mem::replace(slot, Slot::Idle), report.outcome, report.observation) {
             (old, None, None) => {
                 if let Some(episode) = old.episode() {
@@ -425,7 +498,7 @@ impl<P: Ord + Clone> Assign<P> {
                     // so that its episode is not lost when the worker is turned away
                     *slot = other;
                 }
-                Err(format!("reports {found}, but it {state}"))
+                Err(WorkerError::Report { found, state })
             }
         }
     }
@@ -438,17 +511,18 @@ impl<P: Ord + Clone> Assign<P> {
         outcome: Outcome,
         seen: Option<Observation>,
         shape: Shape,
-    ) -> Result<(), String> {
+    ) -> Result<(), WorkerError> {
         let (executed, full) = (outcome.rewards.len(), shape.action_chunk);
         let goes_on = !outcome.terminated && !outcome.truncated;
         let problem = if executed > full || executed == 0 || (executed < full && goes_on) {
-            Some(format!(
-                "{executed} rewards, expected {full}, or 1 to {full} at the end of the episode"
-            ))
+            Some(WorkerError::Rewards {
+                expected: full,
+                found: executed,
+            })
         } else if let Some(reward) = outcome.rewards.iter().find(|r| !r.is_finite()) {
-            Some(format!("reward {reward}"))
+            Some(WorkerError::Reward(*reward))
         } else if !outcome.terminated && seen.is_none() {
-            Some("no observation though the episode did not terminate".to_owned())
+            Some(WorkerError::NoObservation)
         } else {
             None
         };
@@ -477,9 +551,10 @@ impl<P: Ord + Clone> Assign<P> {
             match seen {
                 Some(seen) if wanted && episode.wanted.mode == Mode::Train => {
                     let ticket = self.ticket();
-                    self.effects
-                        .jobs
-                        .push(Job::new(Target::Bootstrap(ticket), vec![row(&episode, seen)]));
+                    self.effects.questions.push(Question {
+                        ticket: Ticket::Bootstrap(ticket),
+                        row: row(&episode, seen),
+                    });
                     self.bootstraps.insert(ticket, episode);
                 }
                 _ => self.finish(episode, None),
@@ -497,9 +572,10 @@ impl<P: Ord + Clone> Assign<P> {
 
     fn ask(&mut self, peer: &P, index: u32, episode: Episode, seen: Observation) {
         let ticket = self.ticket();
-        self.effects
-            .jobs
-            .push(Job::new(Target::Slot(ticket), vec![row(&episode, seen)]));
+        self.effects.questions.push(Question {
+            ticket: Ticket::Chunk(ticket),
+            row: row(&episode, seen),
+        });
         self.tickets.insert(ticket, (peer.clone(), index));
         if let Some(slot) = self.clients.get_mut(peer).and_then(|c| c.slots.get_mut(index as usize)) {
             *slot = Slot::Thinking(episode, ticket);

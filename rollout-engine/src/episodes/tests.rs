@@ -111,11 +111,8 @@ fn resets(effects: &Effects<u8>, peer: u8) -> Vec<u32> {
         .collect()
 }
 
-fn ticket(job: &Job) -> u64 {
-    match job.target {
-        Target::Slot(t) | Target::Bootstrap(t) => t,
-        Target::Client { .. } => u64::MAX,
-    }
+fn ticket(question: &Question) -> u64 {
+    question.ticket.number()
 }
 
 /// Slot 0 reports.
@@ -133,8 +130,8 @@ fn report(assign: &mut Assign<u8>, outcome: Option<Outcome>, observation: Option
 /// Brings slot 0 from its reset to the execution of its first chunk.
 fn act_once(assign: &mut Assign<u8>) {
     report(assign, None, seen());
-    let job = assign.take_effects().jobs.pop().expect("a question");
-    assign.acted(ticket(&job), 0, actions());
+    let question = assign.take_effects().questions.pop().expect("a question");
+    assign.acted(ticket(&question), 0, actions());
     assert_eq!(assign.take_effects().commands[&1].len(), 1);
 }
 
@@ -157,9 +154,9 @@ fn a_terminated_episode_is_a_trajectory_and_frees_its_slot() {
     assign.take_effects();
     act_once(&mut assign);
     report(&mut assign, outcome(false, false), seen());
-    let job = assign.take_effects().jobs.pop().expect("the next chunk");
+    let question = assign.take_effects().questions.pop().expect("the next chunk");
     assert_eq!(
-        job.rows[0].key,
+        question.row.key,
         NoiseKey {
             seed: 7,
             env: 4,
@@ -167,7 +164,7 @@ fn a_terminated_episode_is_a_trajectory_and_frees_its_slot() {
             chunk: 1
         }
     );
-    assign.acted(ticket(&job), 0, actions());
+    assign.acted(ticket(&question), 0, actions());
     assign.take_effects();
     report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
@@ -192,10 +189,10 @@ fn a_truncated_episode_waits_for_the_value_of_its_last_observation() {
     report(&mut assign, outcome(false, true), seen());
     let mut effects = assign.take_effects();
     assert!(effects.trajectories.is_empty());
-    let job = effects.jobs.pop().expect("the value is asked for");
-    assert!(matches!(job.target, Target::Bootstrap(_)));
-    assert_eq!(job.rows[0].key.chunk, 1, "the number of the next chunk");
-    assign.bootstrapped(ticket(&job), Some(0.25));
+    let question = effects.questions.pop().expect("the value is asked for");
+    assert!(matches!(question.ticket, Ticket::Bootstrap(_)));
+    assert_eq!(question.row.key.chunk, 1, "the number of the next chunk");
+    assign.bootstrapped(ticket(&question), Some(0.25));
     let trajectory = assign.take_effects().trajectories.pop().expect("finished");
     assert_eq!((trajectory.final_value, trajectory.terminated), (Some(0.25), false));
 }
@@ -218,8 +215,8 @@ fn a_terminated_episode_is_valued_only_where_that_is_wanted() {
         let mut effects = assign.take_effects();
         if wanted {
             assert!(effects.trajectories.is_empty());
-            let job = effects.jobs.pop().expect("the value is asked for");
-            assign.bootstrapped(ticket(&job), Some(0.25));
+            let question = effects.questions.pop().expect("the value is asked for");
+            assign.bootstrapped(ticket(&question), Some(0.25));
             effects = assign.take_effects();
         }
         let trajectory = effects.trajectories.pop().expect("finished");
@@ -254,9 +251,9 @@ fn an_episode_is_made_by_one_version() {
     assign.take_effects();
     act_once(&mut assign);
     report(&mut assign, outcome(false, false), seen());
-    let job = assign.take_effects().jobs.pop().expect("a question");
+    let question = assign.take_effects().questions.pop().expect("a question");
     assign.went_live(1, SHAPE);
-    assign.acted(ticket(&job), 1, actions());
+    assign.acted(ticket(&question), 1, actions());
     assert!(assign.take_effects().commands.is_empty() && assign.parked());
     assign.went_live(0, SHAPE);
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
@@ -282,9 +279,9 @@ fn window(number: u64) -> Order {
     }
 }
 
-fn next_observation(assign: &mut Assign<u8>) -> Job {
+fn next_observation(assign: &mut Assign<u8>) -> Question {
     report(assign, outcome(false, false), seen());
-    assign.take_effects().jobs.pop().expect("a question")
+    assign.take_effects().questions.pop().expect("a question")
 }
 
 /// What the policy answers, with a record of `version`.
@@ -320,14 +317,14 @@ fn an_episode_goes_on_across_versions_that_may_make_it_and_each_chunk_keeps_its_
     assign.take_order(window(1));
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
     report(&mut assign, None, seen());
-    let mut job = assign.take_effects().jobs.pop().expect("a question");
+    let mut question = assign.take_effects().questions.pop().expect("a question");
     for version in [0, 1] {
         // the version goes live while the question is with the policy
         assign.went_live(version, SHAPE);
-        assign.acted(ticket(&job), version, recorded(version));
+        assign.acted(ticket(&question), version, recorded(version));
         assert_eq!(assign.take_effects().commands[&1].len(), 1, "it goes on");
         if version == 0 {
-            job = next_observation(&mut assign);
+            question = next_observation(&mut assign);
         }
     }
     report(&mut assign, outcome(true, false), None);
@@ -348,9 +345,9 @@ fn an_episode_that_meets_a_version_beyond_its_bound_begins_anew() {
     assign.take_order(window(1));
     assign.take_effects();
     act_once(&mut assign);
-    let job = next_observation(&mut assign);
+    let question = next_observation(&mut assign);
     assign.went_live(2, SHAPE);
-    assign.acted(ticket(&job), 2, recorded(2));
+    assign.acted(ticket(&question), 2, recorded(2));
     // environment 4 may not be made by version 2, the others may
     assert_eq!(resets(&assign.take_effects(), 1), [5]);
     assert_eq!((assign.restarted(), assign.pending()), (1, 2));
@@ -576,8 +573,8 @@ fn a_chunk_that_stops_short_inside_an_episode_turns_the_worker_away() {
     assign.take_order(order(1, 0, Mode::Train, &[0]));
     assign.take_effects();
     report(&mut assign, None, seen());
-    let job = assign.take_effects().jobs.remove(0);
-    assign.acted(ticket(&job), 0, actions());
+    let question = assign.take_effects().questions.remove(0);
+    assign.acted(ticket(&question), 0, actions());
     assign.take_effects();
     let short = outcome(false, false).map(|outcome| Outcome {
         rewards: vec![0.5],

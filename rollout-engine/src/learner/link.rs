@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use policy::message::told;
 use tokio::{
     sync::mpsc,
-    task::JoinHandle,
+    task::{JoinHandle, block_in_place},
     time::{MissedTickBehavior, interval},
 };
 use wire::{
@@ -17,11 +18,10 @@ use wire::{
     socket::{DealerReceiver, DealerSender, SocketError, connect_dealer},
 };
 
+use super::incoming::{Incoming, Progress, digests};
 use crate::{
-    backend::Backend,
-    incoming::{Incoming, Progress, digests},
+    device::versions::{LoadPolicy, Policy, PolicyError, Versions},
     metrics::Metrics,
-    policy_slot::{LoadedPolicy, PolicySlot},
     pulse::Pulse,
 };
 
@@ -49,7 +49,7 @@ pub enum FromLink {
     /// Other weights with the number of the live version are announced: the learner began anew.
     Retire,
     /// Another version was swapped in.
-    Live(Arc<LoadedPolicy>),
+    Live(Arc<Policy>),
     /// Whether the buffer of unacknowledged trajectories is full.
     Full(bool),
 }
@@ -78,10 +78,10 @@ pub struct LearnerLink {
     pub endpoint: String,
     /// Name of this session.
     pub engine: String,
-    /// Makes sessions.
-    pub backend: Backend,
+    /// Loads versions onto the device.
+    pub load: LoadPolicy,
     /// Where new versions go.
-    pub slot: Arc<PolicySlot>,
+    pub versions: Arc<Versions>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// Told at every round.
@@ -111,7 +111,50 @@ struct Loading {
     version: u64,
     begun: Instant,
     dir: PathBuf,
-    work: JoinHandle<Result<Arc<LoadedPolicy>, String>>,
+    work: JoinHandle<Result<Arc<Policy>, LoadError>>,
+}
+
+/// Why a fetched version does not go live.
+#[derive(Debug, thiserror::Error)]
+enum LoadError {
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error("its manifest has version {found}, announced was {announced}")]
+    Version { announced: u64, found: u64 },
+    #[error("its file `{name}` has the digest {found}, announced was {announced}")]
+    Digest {
+        name: String,
+        announced: String,
+        found: String,
+    },
+    #[error("loading ended early")]
+    Ended(#[source] tokio::task::JoinError),
+}
+
+/// Checks that a loaded version is the announced one.
+fn check_announced(policy: &Policy, version: u64, digests: &BTreeMap<String, String>) -> Result<(), LoadError> {
+    if policy.version() != version {
+        return Err(LoadError::Version {
+            announced: version,
+            found: policy.version(),
+        });
+    }
+    // the manifest's own digests have been compared with the content
+    match digests
+        .iter()
+        .find(|(name, digest)| policy.digests.get(*name) != Some(digest))
+    {
+        Some((name, announced)) => Err(LoadError::Digest {
+            name: name.clone(),
+            announced: announced.clone(),
+            found: policy
+                .digests
+                .get(name)
+                .map_or("no such file", String::as_str)
+                .to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 enum Event {
@@ -120,14 +163,14 @@ enum Event {
     Beat,
     /// More trajectories are to be sent.
     More,
-    Loaded(Result<Arc<LoadedPolicy>, String>),
+    Loaded(Result<Arc<Policy>, LoadError>),
 }
 
-async fn loaded(loading: &mut Option<Loading>) -> Result<Arc<LoadedPolicy>, String> {
+async fn loaded(loading: &mut Option<Loading>) -> Result<Arc<Policy>, LoadError> {
     match loading {
         Some(loading) => (&mut loading.work)
             .await
-            .unwrap_or_else(|e| Err(format!("loading ended early: {e}"))),
+            .unwrap_or_else(|ended| Err(LoadError::Ended(ended))),
         None => std::future::pending().await,
     }
 }
@@ -165,7 +208,7 @@ impl LearnerLink {
             tracing::info!("connected to the learner at {endpoint}");
             let ended = self.session(&mut memory, send, receive).await;
             self.metrics.learner_connected.set(0);
-            self.incoming.abandon();
+            block_in_place(|| self.incoming.abandon());
             match ended {
                 Ok(()) => return Ok(()),
                 Err(error) => tracing::warn!("learner: {error}; the live version goes on serving, reconnecting"),
@@ -231,7 +274,7 @@ impl LearnerLink {
     fn state(&self, memory: &Memory) -> ToLearner {
         ToLearner::State(EngineState {
             engine: self.engine.clone(),
-            version: self.slot.live().map(|p| p.version()),
+            version: self.versions.live().map(|p| p.version()),
             order: memory.order,
             slots: memory.slots,
         })
@@ -351,17 +394,12 @@ impl LearnerLink {
                 self.tell_full(memory).await;
             }
             FromLearner::Announce(announce) => {
-                let live = self.slot.live();
+                let live = self.versions.live();
                 if live.is_some_and(|p| p.version() == announce.version && p.digests != digests(&announce)) {
                     self.tell(FromLink::Retire).await;
                 }
-                if let Some(replaced) = self.incoming.announce(announce) {
-                    self.report(
-                        memory,
-                        replaced.version,
-                        replaced.begun,
-                        Some("replaced by a later announce".to_owned()),
-                    );
+                if let Some(replaced) = block_in_place(|| self.incoming.announce(announce)) {
+                    self.report(memory, replaced.version, replaced.begun, Some(told(&replaced.error)));
                 }
             }
             FromLearner::FilePart(part) => self.part(memory, &part),
@@ -369,8 +407,8 @@ impl LearnerLink {
     }
 
     fn part(&mut self, memory: &mut Memory, part: &FilePart) {
-        if let Err(failed) = self.incoming.part(part) {
-            self.report(memory, failed.version, failed.begun, Some(failed.reason));
+        if let Err(failed) = block_in_place(|| self.incoming.part(part)) {
+            self.report(memory, failed.version, failed.begun, Some(told(&failed.error)));
         }
     }
 
@@ -379,8 +417,9 @@ impl LearnerLink {
         if memory.loading.is_some() {
             return;
         }
-        let live = self.slot.live();
-        match self.incoming.advance(live.as_deref().map(|p| &p.digests)) {
+        let live = self.versions.live();
+        let progress = block_in_place(|| self.incoming.advance(live.as_deref().map(|p| &p.digests)));
+        match progress {
             Progress::Nothing => {}
             Progress::Already { version, begun } => {
                 if let Some(policy) = live {
@@ -388,35 +427,19 @@ impl LearnerLink {
                 }
                 self.report(memory, version, begun, None);
             }
-            Progress::Failed(failed) => self.report(memory, failed.version, failed.begun, Some(failed.reason)),
+            Progress::Failed(failed) => self.report(memory, failed.version, failed.begun, Some(told(&failed.error))),
             Progress::Fetched {
                 version,
                 begun,
                 dir,
                 digests,
             } => {
-                let (backend, slot, from) = (self.backend.clone(), Arc::clone(&self.slot), dir.clone());
+                let (load, versions, from) = (Arc::clone(&self.load), Arc::clone(&self.versions), dir.clone());
                 let work = tokio::task::spawn_blocking(move || {
-                    let policy =
-                        LoadedPolicy::load(&backend, &from, slot.live().as_deref()).map_err(|e| e.to_string())?;
-                    if policy.version() != version {
-                        return Err(format!(
-                            "its manifest has version {}, announced was {version}",
-                            policy.version()
-                        ));
-                    }
-                    // the manifest's own digests have been compared with the content
-                    let contradiction = digests
-                        .iter()
-                        .find(|(name, digest)| policy.digests.get(*name) != Some(digest));
-                    if let Some((name, announced)) = contradiction {
-                        let found = policy.digests.get(name).map_or("no such file", String::as_str);
-                        return Err(format!(
-                            "its file `{name}` has the digest {found}, announced was {announced}"
-                        ));
-                    }
+                    let policy = load(&from, versions.live().as_deref())?;
+                    check_announced(&policy, version, &digests)?;
                     let policy = Arc::new(policy);
-                    drop(slot.swap(Arc::clone(&policy)));
+                    versions.swap(Arc::clone(&policy));
                     Ok(policy)
                 });
                 memory.loading = Some(Loading {
@@ -430,17 +453,17 @@ impl LearnerLink {
     }
 
     /// A load has ended: live or refused.
-    async fn settle(&mut self, memory: &mut Memory, result: Result<Arc<LoadedPolicy>, String>) {
+    async fn settle(&mut self, memory: &mut Memory, result: Result<Arc<Policy>, LoadError>) {
         let Some(loading) = memory.loading.take() else { return };
         match result {
             Ok(policy) => {
-                self.incoming.keep(&loading.dir);
+                block_in_place(|| self.incoming.keep(&loading.dir));
                 self.tell(FromLink::Live(policy)).await;
                 self.report(memory, loading.version, loading.begun, None);
             }
-            Err(reason) => {
-                self.incoming.discard(&loading.dir);
-                self.report(memory, loading.version, loading.begun, Some(reason));
+            Err(error) => {
+                block_in_place(|| self.incoming.discard(&loading.dir));
+                self.report(memory, loading.version, loading.begun, Some(told(&error)));
             }
         }
     }

@@ -21,7 +21,7 @@ use wire::socket::{
     is_loopback,
 };
 
-use crate::{metrics::Metrics, policy_slot::PolicySlot, pulse::Pulse};
+use crate::{device::versions::Versions, metrics::Metrics, pulse::Pulse};
 
 /// Connections at a time; beyond that the oldest makes room.
 const CONNECTIONS: usize = 64;
@@ -34,7 +34,7 @@ const EXCHANGE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Pages {
     /// The live policy.
-    pub slot: Arc<PolicySlot>,
+    pub versions: Arc<Versions>,
     /// The numbers.
     pub metrics: Arc<Metrics>,
     /// Whether the engine moves.
@@ -45,7 +45,7 @@ pub struct Pages {
 
 /// 200 while a policy is live and the engine moves.
 async fn healthz(State(pages): State<Pages>) -> (StatusCode, String) {
-    match (pages.pulse.stalled(), pages.slot.live()) {
+    match (pages.pulse.stalled(), pages.versions.live()) {
         (Some(stalled), _) => (StatusCode::SERVICE_UNAVAILABLE, format!("{stalled}\n")),
         (None, None) => (StatusCode::SERVICE_UNAVAILABLE, "no policy is live yet\n".to_owned()),
         (None, Some(policy)) => (StatusCode::OK, format!("policy version {}\n", policy.version())),

@@ -1,0 +1,104 @@
+//! [`Device`] and [`Loader`] over the sessions of each version.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
+
+use policy::bundle::Bundle;
+
+use super::{
+    library::OnnxRuntime,
+    sessions::{PolicySessions, PrefixCache, PrefixSession},
+};
+use crate::device::{Device, DeviceError, Loader, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath};
+
+/// A version that is loaded and has run its self-test.
+#[derive(Debug)]
+pub struct Staged {
+    sessions: PolicySessions,
+    test: Vec<StepOutput>,
+}
+
+/// Loads sessions. Versions with the same vision-language weights and prefix graph share one prefix session.
+#[derive(Debug)]
+pub struct OnnxLoader {
+    runtime: OnnxRuntime,
+    /// The prefix session of the version that was loaded last, while a version uses it.
+    shared: Mutex<Weak<PrefixSession>>,
+}
+
+impl OnnxLoader {
+    /// Makes a loader.
+    pub fn new(runtime: OnnxRuntime) -> Self {
+        Self {
+            runtime,
+            shared: Mutex::new(Weak::new()),
+        }
+    }
+}
+
+impl Loader for OnnxLoader {
+    type Device = OnnxDevice;
+
+    fn stage(&self, bundle: &Bundle, test: &SelfTestRun) -> Result<Staged, DeviceError> {
+        // one load at a time; the device's thread never takes this lock
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let earlier = shared.upgrade().filter(|prefix| prefix.is_of(bundle));
+        let prefix = match earlier {
+            Some(prefix) => prefix,
+            None => Arc::new(PrefixSession::load(&self.runtime, bundle)?),
+        };
+        let cache = prefix.self_test(&self.runtime, bundle, &test.prefix)?;
+        let mut sessions = PolicySessions::load(&self.runtime, bundle, Arc::clone(&prefix))?;
+        let test = sessions.denoise(&cache, &test.path)?;
+        *shared = Arc::downgrade(&prefix);
+        Ok(Staged { sessions, test })
+    }
+}
+
+/// The sessions of the versions that are in use.
+#[derive(Debug, Default)]
+pub struct OnnxDevice {
+    slots: BTreeMap<Slot, PolicySessions>,
+    last: u64,
+}
+
+impl OnnxDevice {
+    fn slot(&mut self, slot: Slot) -> Result<&mut PolicySessions, DeviceError> {
+        self.slots.get_mut(&slot).ok_or(DeviceError::Slot(slot.0))
+    }
+}
+
+impl Device for OnnxDevice {
+    type Staged = Staged;
+    type Prefix = Arc<PrefixCache>;
+
+    fn install(
+        &mut self,
+        staged: Staged,
+        _run_when_staged: &SelfTestRun,
+    ) -> Result<(Slot, Vec<StepOutput>), DeviceError> {
+        self.last += 1;
+        let slot = Slot(self.last);
+        self.slots.insert(slot, staged.sessions);
+        Ok((slot, staged.test))
+    }
+
+    fn prefix(&mut self, slot: Slot, batch: PrefixBatch) -> Result<Arc<PrefixCache>, DeviceError> {
+        self.slot(slot)?.prefix(batch)
+    }
+
+    fn denoise(
+        &mut self,
+        slot: Slot,
+        prefix: &Arc<PrefixCache>,
+        path: &StepPath,
+    ) -> Result<Vec<StepOutput>, DeviceError> {
+        self.slot(slot)?.denoise(prefix, path)
+    }
+
+    fn free(&mut self, slot: Slot) {
+        self.slots.remove(&slot);
+    }
+}

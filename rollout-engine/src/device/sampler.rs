@@ -1,0 +1,389 @@
+//! Sampling of action chunks: rows become a batch and its denoise path, the device's denoise steps become chunks.
+
+use std::time::{Duration, Instant};
+
+use policy::{
+    bundle::Manifest,
+    flow::{DenoiseStep, Mdp, Schedule, StepDraw},
+    guidance::Guidance,
+    image::{CHANNELS, normalise_u8},
+    logprob,
+    noise::{ChunkNoise, NoiseKey, StepNoise},
+    params::{CriticInput, ValueSteps},
+    selftest::SelfTestInput,
+    transform::ModelInput,
+};
+use wire::messages::Mode;
+
+use super::{Device, DeviceError, PathStep, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath};
+
+/// Sampling that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SampleError {
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Noise for a step that the table does not have.
+    #[error("denoise step {step} is not in the step table of {steps} steps")]
+    Step {
+        /// Which step.
+        step: usize,
+        /// Length of the table.
+        steps: usize,
+    },
+    /// A batch without rows.
+    #[error("a batch needs at least one row")]
+    Empty,
+    /// The device returned fewer rows than the batch has.
+    #[error("the device returned fewer numbers than the batch has rows")]
+    Short,
+}
+
+/// What one action chunk is sampled from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChunkInput {
+    /// The observation.
+    pub input: ModelInput,
+    /// Its noise.
+    pub noise: ChunkNoise,
+    /// Key of the noise.
+    pub key: NoiseKey,
+    /// The chunk that it continues from; only where no step is stochastic.
+    pub guidance: Option<Guidance>,
+}
+
+/// One sampled action chunk in model units.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledChunk {
+    /// The input, for the record.
+    pub input: ModelInput,
+    /// The noise key.
+    pub key: NoiseKey,
+    /// `x` before each step and after the last, `[num_steps + 1, action_horizon, action_dim]`.
+    pub chain: Vec<f32>,
+    /// Elements of one `x`.
+    elements: usize,
+    /// The stochastic steps in order, `S` of them.
+    pub denoise_steps: Vec<usize>,
+    /// Log-probability per element of each stochastic step, `[S, action_chunk, env_action_dim]`.
+    pub logprob: Vec<f32>,
+    /// Values: one per stochastic step with `V_expert` read there, one with `V_vlm` or over the path; none without a critic.
+    pub values: Vec<f32>,
+}
+
+impl SampledChunk {
+    /// Returns the sampled actions, `[action_horizon, action_dim]`.
+    pub fn actions(&self) -> &[f32] {
+        let (_, actions) = self.chain.split_at(self.chain.len().saturating_sub(self.elements));
+        actions
+    }
+
+    /// Returns the value of the observation: the first step's for a two-layer MDP, otherwise the mean over steps.
+    pub fn value(&self, mdp: Mdp) -> Option<f32> {
+        let first = self.values.first().copied()?;
+        Some(match mdp {
+            Mdp::TwoLayer => first,
+            Mdp::Hybrid | Mdp::Joint => mean(&self.values),
+        })
+    }
+}
+
+fn mean(values: &[f32]) -> f32 {
+    values.iter().sum::<f32>() / values.len().max(1) as f32
+}
+
+/// Chunks of a batch and how long they took.
+#[derive(Debug, Default)]
+pub struct Sampled {
+    /// In the order of the rows.
+    pub chunks: Vec<SampledChunk>,
+    /// Time of the prefix graph, batch assembly included.
+    pub prefix: Duration,
+    /// Time of all denoise steps.
+    pub denoise: Duration,
+}
+
+/// The denoise steps whose value is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ValueAt {
+    None,
+    First,
+    Stochastic,
+    /// Every step; the mean remains.
+    Path,
+}
+
+/// Samples for one policy version.
+#[derive(Debug)]
+pub struct Sampler {
+    manifest: Manifest,
+    schedule: Schedule,
+    value_at: ValueAt,
+}
+
+impl Sampler {
+    /// Returns the sampler of a policy version.
+    pub fn new(manifest: Manifest) -> Self {
+        let value_at = match &manifest.heads.value {
+            None => ValueAt::None,
+            Some(head) if head.input == CriticInput::Vlm => ValueAt::First,
+            Some(head) if head.steps == ValueSteps::Path => ValueAt::Path,
+            Some(_) => ValueAt::Stochastic,
+        };
+        Self {
+            schedule: Schedule::of(&manifest.sampling),
+            manifest,
+            value_at,
+        }
+    }
+
+    /// Returns the manifest of the version.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Elements of one `x`.
+    fn elements(&self) -> usize {
+        self.manifest.dims.action_horizon * self.manifest.dims.action_dim
+    }
+
+    /// Draws the numbers of the chunk named by `key`; evaluation takes the initial noise alone.
+    pub fn draw(&self, key: NoiseKey, mode: Mode) -> ChunkNoise {
+        let steps = match mode {
+            Mode::Train => self.schedule.draw(),
+            Mode::Eval => StepDraw::Every { of: 0 },
+        };
+        ChunkNoise::draw(key, self.elements(), steps)
+    }
+
+    /// Draws the inputs of a self-test from a seed.
+    ///
+    /// # Errors
+    /// The step table is empty.
+    pub fn self_test(&self, seed: u64) -> Result<SelfTestRun, SampleError> {
+        let (input, initial) = drawn_input(&self.manifest, seed);
+        let row = ChunkInput {
+            input,
+            noise: ChunkNoise {
+                initial,
+                steps: Vec::new(),
+            },
+            key: NoiseKey {
+                seed: 0,
+                env: 0,
+                episode: 0,
+                chunk: 0,
+            },
+            guidance: None,
+        };
+        let rows = vec![&row; self.manifest.batch.unwrap_or(1)];
+        Ok(SelfTestRun {
+            prefix: self.prefix_batch(&rows),
+            path: self.path(&rows)?,
+        })
+    }
+
+    /// Samples action chunks for these rows on the version in `slot`, in batches of exactly `fixed` rows where that is set (padded by
+    /// repeating the first row); graphs with a fixed batch size keep theirs.
+    ///
+    /// Matrix products of another number of rows may sum in another order. With one number of rows a row's result depends on
+    /// nothing but the row: neither on its neighbours nor on its place.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn sample<D: Device>(
+        &self,
+        device: &mut D,
+        slot: Slot,
+        rows: Vec<ChunkInput>,
+        fixed: Option<usize>,
+    ) -> Result<Sampled, SampleError> {
+        let Some(fixed) = self.manifest.batch.or(fixed) else {
+            return self.sample_batch(device, slot, rows, 0);
+        };
+        let mut all = Sampled::default();
+        let mut rest = rows.into_iter();
+        loop {
+            let part: Vec<_> = rest.by_ref().take(fixed.max(1)).collect();
+            if part.is_empty() {
+                return Ok(all);
+            }
+            let padding = fixed.saturating_sub(part.len());
+            let sampled = self.sample_batch(device, slot, part, padding)?;
+            all.chunks.extend(sampled.chunks);
+            all.prefix += sampled.prefix;
+            all.denoise += sampled.denoise;
+        }
+    }
+
+    fn sample_batch<D: Device>(
+        &self,
+        device: &mut D,
+        slot: Slot,
+        rows: Vec<ChunkInput>,
+        padding: usize,
+    ) -> Result<Sampled, SampleError> {
+        let first = rows.first().ok_or(SampleError::Empty)?;
+        let padded: Vec<&ChunkInput> = rows.iter().chain(std::iter::repeat_n(first, padding)).collect();
+        let begun = Instant::now();
+        let prefix = device.prefix(slot, self.prefix_batch(&padded))?;
+        let prefix_time = begun.elapsed();
+        let begun = Instant::now();
+        let path = self.path(&padded)?;
+        let steps = device.denoise(slot, &prefix, &path)?;
+        let chunks = self.chunks(rows, &path, &steps)?;
+        Ok(Sampled {
+            chunks,
+            prefix: prefix_time,
+            denoise: begun.elapsed(),
+        })
+    }
+
+    /// Assembles a batch. Pixels become `x / 255 * 2 - 1`, channels first.
+    fn prefix_batch(&self, rows: &[&ChunkInput]) -> PrefixBatch {
+        let size = self.manifest.dims.vision.image_size;
+        let plane = size * size;
+        let mut images = Vec::with_capacity(rows.iter().map(|row| row.input.images.len()).sum());
+        for row in rows {
+            for camera in row.input.images.chunks_exact(plane * CHANNELS) {
+                for channel in 0..CHANNELS {
+                    images.extend(camera.iter().skip(channel).step_by(CHANNELS).map(|p| normalise_u8(*p)));
+                }
+            }
+        }
+        PrefixBatch {
+            rows: rows.len(),
+            images,
+            image_mask: rows
+                .iter()
+                .flat_map(|row| row.input.image_mask.iter().copied())
+                .collect(),
+            prompt: rows.iter().flat_map(|row| row.input.prompt.iter().copied()).collect(),
+            prompt_mask: rows
+                .iter()
+                .flat_map(|row| row.input.prompt_mask.iter().copied())
+                .collect(),
+            state: rows.iter().flat_map(|row| row.input.state.iter().copied()).collect(),
+        }
+    }
+
+    /// Lays out the denoise steps of a batch: each row is stochastic where it has noise.
+    fn path(&self, rows: &[&ChunkInput]) -> Result<StepPath, SampleError> {
+        let (steps, elements) = (self.schedule.num_steps(), self.elements());
+        let step = |k: usize| {
+            let missing = SampleError::Step { step: k, steps };
+            let table: Vec<&DenoiseStep> = rows
+                .iter()
+                .map(|row| self.schedule.row(k, noise_at(&row.noise, k).is_some()))
+                .collect::<Option<_>>()
+                .ok_or(missing)?;
+            Ok(PathStep {
+                // both tables have the same flow times
+                t: table.first().ok_or(SampleError::Empty)?.t,
+                c_x: table.iter().map(|row| row.mean_coefficients().0 as f32).collect(),
+                c_v: table.iter().map(|row| row.mean_coefficients().1 as f32).collect(),
+                std: table.iter().map(|row| row.std as f32).collect(),
+                z: rows
+                    .iter()
+                    .flat_map(|row| noise_at(&row.noise, k).map_or_else(|| vec![0.0; elements], |s| s.z.clone()))
+                    .collect(),
+            })
+        };
+        Ok(StepPath {
+            initial: rows.iter().flat_map(|row| row.noise.initial.iter().copied()).collect(),
+            steps: (0..steps).map(step).collect::<Result<_, SampleError>>()?,
+            guidance: rows.iter().map(|row| row.guidance.clone()).collect(),
+        })
+    }
+
+    /// Cuts the device's denoise steps into chunks; padding is left out.
+    fn chunks(
+        &self,
+        rows: Vec<ChunkInput>,
+        path: &StepPath,
+        steps: &[StepOutput],
+    ) -> Result<Vec<SampledChunk>, SampleError> {
+        let elements = self.elements();
+        let of_row = |all: &[f32], i: usize| all.get(i * elements..(i + 1) * elements).map(<[f32]>::to_vec);
+        let mut chunks = Vec::with_capacity(rows.len());
+        for (i, row) in rows.into_iter().enumerate() {
+            let (mut chain, mut logprob, mut values) = (row.noise.initial.clone(), Vec::new(), Vec::new());
+            for (k, (output, step)) in steps.iter().zip(&path.steps).enumerate() {
+                let x_next = of_row(&output.x_next, i).ok_or(SampleError::Short)?;
+                let stochastic = noise_at(&row.noise, k).is_some();
+                if stochastic {
+                    let mean = of_row(&output.mean, i).ok_or(SampleError::Short)?;
+                    // the noise head's standard deviation of each element, otherwise the table's
+                    let std = match &output.step_std {
+                        Some(all) => of_row(all, i).ok_or(SampleError::Short)?,
+                        None => vec![*step.std.get(i).ok_or(SampleError::Short)?; elements],
+                    };
+                    logprob.extend(self.logprob(&x_next, &mean, &std));
+                }
+                let kept = match self.value_at {
+                    ValueAt::None => false,
+                    ValueAt::First => k == 0,
+                    ValueAt::Stochastic => stochastic,
+                    ValueAt::Path => true,
+                };
+                if kept {
+                    let value = output.value.as_ref().and_then(|values| values.get(i));
+                    values.push(*value.ok_or(SampleError::Short)?);
+                }
+                chain.extend(x_next);
+            }
+            if self.value_at == ValueAt::Path {
+                values = vec![mean(&values)];
+            }
+            chunks.push(SampledChunk {
+                input: row.input,
+                key: row.key,
+                chain,
+                elements,
+                denoise_steps: row.noise.steps.into_iter().map(|s| s.step).collect(),
+                logprob,
+                values,
+            });
+        }
+        Ok(chunks)
+    }
+
+    /// Log-probability of a stochastic step, `[action_chunk, env_action_dim]`; all three are `[action_horizon, action_dim]`.
+    fn logprob(&self, x_next: &[f32], mean: &[f32], std: &[f32]) -> Vec<f32> {
+        let (manifest, safe) = (&self.manifest, self.manifest.sampling.safe_logprob);
+        logprob::executed(
+            x_next,
+            mean,
+            manifest.dims.action_dim,
+            manifest.action_chunk,
+            manifest.env_action_dim,
+            |at, x, mean| {
+                if safe {
+                    logprob::negative_square(x, mean)
+                } else {
+                    // `at` is a place in `x_next`, which has as many elements
+                    logprob::gaussian(x, mean, std[at])
+                }
+            },
+        )
+    }
+}
+
+/// The noise of step `k`, when it is stochastic.
+fn noise_at(noise: &ChunkNoise, k: usize) -> Option<&StepNoise> {
+    noise.steps.iter().find(|s| s.step == k)
+}
+
+/// Draws an observation in model units and its initial noise, `[action_horizon, action_dim]`, from a seed.
+pub fn drawn_input(manifest: &Manifest, seed: u64) -> (ModelInput, Vec<f32>) {
+    let drawn = SelfTestInput::draw(&manifest.dims, seed);
+    let input = ModelInput {
+        images: drawn.images,
+        image_mask: vec![true; manifest.dims.cameras],
+        prompt: drawn.prompt,
+        prompt_mask: drawn.prompt_mask,
+        state: drawn.state,
+    };
+    (input, drawn.noise)
+}

@@ -1,0 +1,278 @@
+//! Policy versions: loaded aside, proven by the self-test, swapped in between batches.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::Path,
+    sync::{Arc, PoisonError, RwLock, Weak},
+};
+
+use policy::{
+    bundle::{Bundle, BundleError, MANIFEST, Manifest, TOKENIZER_MODEL, describe_file},
+    flow::Sampling,
+    prompt::PromptError,
+    transform::Transform,
+};
+
+use super::{
+    Device, DeviceError, Loader, SelfTestRun, Slot, StepOutput,
+    sampler::{SampleError, Sampler},
+};
+
+/// Why a bundle does not become the live policy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// The bundle is broken.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The device rejects it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Its tokenizer cannot be read.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// The self-test cannot be laid out.
+    #[error("self-test: {0}")]
+    Sample(#[from] SampleError),
+    /// The self-test's actions differ from the publisher's.
+    #[error("self-test: action element {index} is {found}, the publisher has {expected}, tolerance {tolerance}")]
+    SelfTest {
+        /// Which element of `[action_horizon, action_dim]`.
+        index: usize,
+        /// The publisher's.
+        expected: f32,
+        /// Ours.
+        found: f32,
+        /// Largest difference that passes.
+        tolerance: f32,
+    },
+    /// The self-test's actions are not finite.
+    #[error("self-test: action element {index} is {found}")]
+    NotFinite {
+        /// Which element.
+        index: usize,
+        /// NaN or infinity.
+        found: f32,
+    },
+    /// A reference of another size.
+    #[error("self-test: the manifest has {found} reference actions, expected {expected}")]
+    Reference {
+        /// `action_horizon * action_dim`.
+        expected: usize,
+        /// What the manifest has.
+        found: usize,
+    },
+    /// Another policy than the one that workers were welcomed to.
+    #[error("`{field}` differs from the live version's: restart the engine for another policy")]
+    Other {
+        /// Which part of the manifest.
+        field: &'static str,
+    },
+}
+
+/// Frees a slot of the device.
+pub type Free = Arc<dyn Fn(Slot) + Send + Sync>;
+
+/// Loads the bundle in a folder onto the device; the second argument is the live version, which it will replace.
+pub type LoadPolicy = Arc<dyn Fn(&Path, Option<&Policy>) -> Result<Policy, PolicyError> + Send + Sync>;
+
+/// A version's slot, freed when nobody holds the version any more.
+struct Held {
+    slot: Slot,
+    free: Free,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        (self.free)(self.slot);
+    }
+}
+
+/// A policy version ready to serve.
+pub struct Policy {
+    sampler: Sampler,
+    /// SHA-256 of every file, the manifest's among them.
+    pub digests: BTreeMap<String, String>,
+    /// Between the robot's units and the model's.
+    pub transform: Arc<Transform>,
+    /// Largest difference to the publisher's reference actions; `None` when the manifest has no reference.
+    pub self_test_difference: Option<f32>,
+    held: Held,
+}
+
+impl fmt::Debug for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Policy")
+            .field("version", &self.version())
+            .field("slot", &self.slot())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Seed of the self-test's inputs when the manifest has no reference: then only finiteness is checked.
+const SELF_TEST_SEED: u64 = 0;
+
+impl Policy {
+    /// Opens, verifies, loads and tests the bundle in `dir`. `live` is the version that it will replace: it must be the same
+    /// policy. `install` calls [`Device::install`], on whichever thread owns the device.
+    ///
+    /// # Errors
+    /// The first check that fails.
+    pub fn load<L: Loader>(
+        loader: &L,
+        dir: &Path,
+        live: Option<&Self>,
+        install: impl FnOnce(<L::Device as Device>::Staged, SelfTestRun) -> Result<(Slot, Vec<StepOutput>), DeviceError>,
+        free: Free,
+    ) -> Result<Self, PolicyError> {
+        let bundle = Bundle::open(dir)?;
+        if let Some(live) = live {
+            same_policy(live.manifest(), &bundle.manifest)?;
+        }
+        bundle.verify()?;
+        let manifest = bundle.manifest.clone();
+        let mut digests: BTreeMap<String, String> = manifest
+            .files
+            .iter()
+            .map(|f| (f.name.clone(), f.sha256.clone()))
+            .collect();
+        digests.insert(MANIFEST.to_owned(), describe_file(&bundle.path(MANIFEST))?.sha256);
+        let transform = match live {
+            Some(live) => Arc::clone(&live.transform),
+            None => Arc::new(Transform::of_bundle(&manifest, dir)?),
+        };
+        let sampler = Sampler::new(manifest);
+        let reference = bundle.manifest.self_test.as_ref();
+        let test = sampler.self_test(reference.map_or(SELF_TEST_SEED, |r| r.seed))?;
+        let staged = loader.stage(&bundle, &test)?;
+        let (slot, steps) = install(staged, test)?;
+        let held = Held { slot, free };
+        Ok(Self {
+            self_test_difference: check_self_test(&bundle.manifest, &steps)?,
+            sampler,
+            digests,
+            transform,
+            held,
+        })
+    }
+
+    /// Returns the sampler.
+    pub fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    /// Returns the manifest.
+    pub fn manifest(&self) -> &Manifest {
+        self.sampler.manifest()
+    }
+
+    /// Returns the count of published updates.
+    pub fn version(&self) -> u64 {
+        self.manifest().policy_version
+    }
+
+    /// Returns the slot on the device.
+    pub fn slot(&self) -> Slot {
+        self.held.slot
+    }
+}
+
+/// Checks the actions of a self-test: finite, and within the tolerance of the publisher's. Returns the largest difference.
+fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f32>, PolicyError> {
+    let elements = manifest.dims.action_horizon * manifest.dims.action_dim;
+    let last = steps.last().map(|step| step.x_next.as_slice()).unwrap_or_default();
+    let actions = last.get(..elements).unwrap_or(last);
+    if let Some((index, found)) = actions.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+        return Err(PolicyError::NotFinite { index, found: *found });
+    }
+    let Some(reference) = &manifest.self_test else {
+        return Ok(None);
+    };
+    if reference.actions.len() != actions.len() {
+        return Err(PolicyError::Reference {
+            expected: actions.len(),
+            found: reference.actions.len(),
+        });
+    }
+    let mut largest = 0.0f32;
+    for (index, (found, expected)) in actions.iter().zip(&reference.actions).enumerate() {
+        let difference = (found - expected).abs();
+        // written so that a NaN in the manifest fails too
+        if difference.is_nan() || difference > reference.tolerance {
+            return Err(PolicyError::SelfTest {
+                index,
+                expected: *expected,
+                found: *found,
+                tolerance: reference.tolerance,
+            });
+        }
+        largest = largest.max(difference);
+    }
+    Ok(Some(largest))
+}
+
+/// Checks that a new version means the same by an observation and an action as the live one: it may have other weights and another
+/// noise level, nothing else.
+fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
+    let sampling = Sampling {
+        noise_level: new.sampling.noise_level,
+        ..live.sampling.clone()
+    };
+    let tokenizer_model = |manifest: &Manifest| manifest.file(TOKENIZER_MODEL).map(|file| file.sha256.clone());
+    let fields = [
+        ("dims", live.dims == new.dims),
+        ("heads", live.heads == new.heads),
+        ("sampling", sampling == new.sampling),
+        ("action_chunk", live.action_chunk == new.action_chunk),
+        ("env_action_dim", live.env_action_dim == new.env_action_dim),
+        ("cameras", live.cameras == new.cameras),
+        ("tokenizer", live.tokenizer == new.tokenizer),
+        (TOKENIZER_MODEL, tokenizer_model(live) == tokenizer_model(new)),
+        ("normalization", live.normalization == new.normalization),
+        ("norm_stats", live.norm_stats == new.norm_stats),
+        ("delta_actions", live.delta_actions == new.delta_actions),
+        (
+            "discrete_state_input",
+            live.discrete_state_input == new.discrete_state_input,
+        ),
+    ];
+    match fields.into_iter().find(|(_, same)| !same) {
+        Some((field, _)) => Err(PolicyError::Other { field }),
+        None => Ok(()),
+    }
+}
+
+/// The versions in use; a swap is one pointer.
+#[derive(Debug, Default)]
+pub struct Versions(RwLock<Recent>);
+
+#[derive(Debug, Default)]
+struct Recent {
+    live: Option<Arc<Policy>>,
+    before: Weak<Policy>,
+}
+
+impl Versions {
+    /// Returns the live policy; who holds the returned pointer keeps that version until the pointer is dropped.
+    pub fn live(&self) -> Option<Arc<Policy>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).live.clone()
+    }
+
+    /// Whether a policy is the live one or the one before: older ones are not kept in memory.
+    pub fn is_recent(&self, policy: &Arc<Policy>) -> bool {
+        let recent = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let is = |other: &Arc<Policy>| Arc::ptr_eq(policy, other);
+        recent.live.as_ref().is_some_and(is) || recent.before.upgrade().as_ref().is_some_and(is)
+    }
+
+    /// Makes `policy` live.
+    pub fn swap(&self, policy: Arc<Policy>) {
+        let mut recent = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let before = recent.live.replace(policy);
+        recent.before = before.as_ref().map(Arc::downgrade).unwrap_or_default();
+        drop(recent);
+        // the slot is freed outside of the lock, when no batch uses it
+        drop(before);
+    }
+}
