@@ -1,8 +1,6 @@
-//! The environment trait (vectorised by slots) and the registry of environments.
+//! The environment trait, vectorized by slots.
 
 use policy::noise::{Purpose, stream};
-
-use crate::tabletop::{Tabletop, TabletopParams};
 
 /// An RGB image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,24 +114,4 @@ pub enum EnvError {
         /// What is wrong.
         detail: String,
     },
-}
-
-type Make = fn(usize, toml::Table) -> Result<Box<dyn VecEnv>, EnvError>;
-
-/// All environments: a new one is one line here.
-const REGISTRY: &[(&str, Make)] = &[("tabletop", |n, params| {
-    Ok(Box::new(Tabletop::new(n, TabletopParams::parse(params)?)))
-})];
-
-/// Makes `num_envs` slots of the environment `name` with `params` (keys that are absent keep the environment's values).
-///
-/// # Errors
-/// The name is not registered or a parameter is wrong.
-pub fn make(name: &str, num_envs: usize, params: toml::Table) -> Result<Box<dyn VecEnv>, EnvError> {
-    let entry = REGISTRY.iter().find(|(known, _)| *known == name);
-    let (_, make) = entry.ok_or_else(|| EnvError::Unknown {
-        name: name.to_owned(),
-        known: REGISTRY.iter().map(|(n, _)| *n).collect::<Vec<_>>().join(", "),
-    })?;
-    make(num_envs, params)
 }

@@ -3,6 +3,7 @@
 pub mod env;
 pub mod raster;
 pub mod tabletop;
+pub mod registry;
 pub mod expert;
 pub mod dataset;
 pub mod worker;

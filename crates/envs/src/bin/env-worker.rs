@@ -4,7 +4,7 @@ use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use envs::{dataset, env, tabletop};
+use envs::{dataset, registry, tabletop};
 use policy::message::failed;
 
 /// Environments of pirl: serve them to an engine, or write their data sets.
@@ -88,7 +88,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             num_envs,
             name,
         } => {
-            let mut env = env::make(&env, num_envs.get(), table(&params)?)?;
+            let mut env = registry::make(&env, num_envs.get(), table(&params)?)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let (stop_sender, mut stop) = tokio::sync::watch::channel(false);
             process::stop::on_signal(move || {
