@@ -25,6 +25,7 @@ mod client;
 mod environments;
 mod hostile;
 mod inspect;
+mod load;
 mod mdp;
 mod prefix_store;
 mod properties;

@@ -10,6 +10,7 @@ pub mod ring;
 pub mod hostile;
 pub mod probe;
 pub mod standalone;
+pub mod load;
 pub mod attacks;
 pub mod siege;
 

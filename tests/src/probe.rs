@@ -104,6 +104,8 @@ enum Verdict {
 pub struct Pace {
     /// Time of the measurement.
     pub duration: Duration,
+    /// Answers after which the measurement ends before its time; `None`: no limit.
+    pub requests: Option<u64>,
     /// Pause after each answer.
     pub between: Duration,
 }
@@ -165,7 +167,8 @@ impl Trips {
     }
 }
 
-/// Asks one question after the other on one connection for `pace.duration`; connects again when the connection ends.
+/// Asks one question after the other on one connection for `pace.duration` or until `pace.requests` are answered; connects again when the
+/// connection ends.
 pub fn steady(endpoint: &str, question: &Question, pace: Pace) -> Trips {
     let end = Instant::now() + pace.duration;
     let left = || end.saturating_duration_since(Instant::now());
@@ -173,7 +176,7 @@ pub fn steady(endpoint: &str, question: &Question, pace: Pace) -> Trips {
     let mut link: Option<RawDealer> = None;
     let mut heartbeat = Instant::now();
     let mut request = 0;
-    while !left().is_zero() {
+    while !left().is_zero() && pace.requests != Some(trips.answered) {
         request += 1;
         let body = question.body(request);
         let begin = Instant::now();

@@ -121,6 +121,7 @@ pub fn measure(server: &mut Server, attack: &Attack, bounds: &Bounds, question: 
     }
     let pace = |duration| Pace {
         duration,
+        requests: None,
         between: BETWEEN,
     };
     let idle = if bounds.idle.is_zero() {

@@ -155,14 +155,19 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts an engine without a learner on free ports; `dir` holds its log and state.
+    /// Starts an engine of a random policy, without a learner, on free ports; `dir` holds its bundle, log and state.
     pub fn engine(programs: &Programs, plan: &RunPlan, dir: &Path, limits: Limits) -> Self {
         let bundle = random_bundle(programs, plan, dir);
+        Self::engine_of(&programs.path("rollout-engine"), &bundle, plan, dir, limits)
+    }
+
+    /// Starts this engine with this bundle, without a learner, on free ports; `dir` holds its log and state.
+    pub fn engine_of(program: &Path, bundle: &Path, plan: &RunPlan, dir: &Path, limits: Limits) -> Self {
         let endpoints = dir.join("endpoints.json");
         drop(std::fs::remove_file(&endpoints));
         let log = dir.join("engine.log");
         let file = log_file(&log);
-        let mut command = limited(&programs.path("rollout-engine"), limits);
+        let mut command = limited(program, limits);
         command
             .args(["serve", "--standalone", "--config"])
             .arg(config_file(plan, dir))

@@ -31,6 +31,7 @@ pub(crate) struct LatencyArgs {
 pub(crate) fn run(args: &LatencyArgs) -> bool {
     let pace = Pace {
         duration: Duration::from_secs(args.seconds),
+        requests: None,
         between: Duration::from_micros(args.between_micros),
     };
     let question = Question::act(&plan(&std::env::temp_dir()));
