@@ -2,22 +2,22 @@
 //! post-processing, run configuration, and the bundle on disk. No device, no socket.
 
 pub mod message;
-pub mod config;
-pub mod plan;
-#[cfg(test)]
-mod recipes;
 pub mod dims;
 pub mod params;
-pub mod graph;
 pub mod weights;
 pub mod flops;
 pub mod image;
-pub mod prompt;
 pub mod norm;
-pub mod noise;
 pub mod flow;
+pub mod noise;
 pub mod guidance;
 pub mod logprob;
+pub mod config;
+pub mod prompt;
+pub mod plan;
+#[cfg(test)]
+mod recipes;
+pub mod graph;
 pub mod selftest;
 pub mod bundle;
 pub mod transform;

@@ -1,6 +1,6 @@
 //! `flow_cps`: coefficient-preserving sampling (arXiv 2509.05952).
 
-use super::NoiseRule;
+use super::rule::NoiseRule;
 
 /// `noise_weight = t_next cos(pi a / 2)`, `std = t_next sin(pi a / 2)`: at `a = 1` all noise is fresh, beyond it the old one would be
 /// taken away. The last step has no density, `t_next` is exactly 0 there.

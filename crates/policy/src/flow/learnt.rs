@@ -1,6 +1,6 @@
 //! `flow_noise`: the ODE's mean with a standard deviation that a noise head learns (piRL, Flow-Noise).
 
-use super::NoiseRule;
+use super::rule::NoiseRule;
 
 /// The table's `std` is the factor of the noise head's.
 pub(super) const RULE: NoiseRule = NoiseRule {

@@ -3,6 +3,7 @@
 //! `t = 1` is pure noise, `t = 0` is the action (the papers write the opposite). A denoise step is data: one row of numbers,
 //! the same for ODE, Flow-SDE and Flow-CPS, so that training, evaluation and hybrid sampling walk the same code.
 
+mod rule;
 mod ode;
 mod sde;
 mod cps;
@@ -12,24 +13,8 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-/// How a stochastic denoise step adds noise: one rule of the registry.
-pub struct NoiseRule {
-    /// `actor.model.openpi.noise_method` of the configuration.
-    pub name: &'static str,
-    /// Weight of the noise estimate and standard deviation of the step between these flow times at a noise level.
-    noise: fn(StepTimes, f64) -> (f64, f64),
-    /// Largest `noise_level`; `None`: the level is not read.
-    pub levels: Option<f64>,
-    /// Whether the standard deviation comes from a noise head, and the entropy so depends on the weights.
-    pub learnt: bool,
-}
-
-/// Flow times before and after a denoise step.
-#[derive(Debug, Clone, Copy)]
-struct StepTimes {
-    t: f64,
-    t_next: f64,
-}
+pub use self::rule::NoiseRule;
+use self::rule::StepTimes;
 
 /// The one table of noise methods.
 pub const NOISE_METHODS: &[NoiseMethod] = &[

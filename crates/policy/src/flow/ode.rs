@@ -1,6 +1,6 @@
 //! `flow_ode`: Euler steps of the probability-flow ODE, no noise.
 
-use super::NoiseRule;
+use super::rule::NoiseRule;
 
 /// In the registry.
 pub(super) const RULE: NoiseRule = NoiseRule {

@@ -1,6 +1,6 @@
 //! `flow_sde`: the SDE with the ODE's marginals (piRL, arXiv 2510.25889, Flow-SDE).
 
-use super::NoiseRule;
+use super::rule::NoiseRule;
 
 /// `sigma = a sqrt(t / (1 - t))`, at `t = 1` with the next time in the denominator, `std = sigma sqrt(d)`,
 /// `noise_weight = t_next - sigma^2 d / (2 t)`.

@@ -1,10 +1,6 @@
 //! `[actor]`: batches, the prefix cache, the optimizer of RL.
 
-use super::{
-    MAX_THREADS,
-    range::{at_most, fraction, not_negative, positive},
-    refuse,
-};
+use super::range::{MAX_THREADS, at_most, fraction, not_negative, positive, refuse};
 use crate::config::{ActorConfig, ConfigError, OptimConfig, PrefixCachePlace};
 
 /// Largest bound of the kept prefixes, a petabyte.

@@ -1,9 +1,6 @@
 //! `[algorithm]`: what of its keys lies out of range, or contradicts another or the model.
 
-use super::{
-    range::{at_most, fraction, positive},
-    refuse,
-};
+use super::range::{at_most, fraction, positive, refuse};
 use crate::{
     config::{AlgorithmConfig, ConfigError, FilterMode, LogprobType, ReferenceConfig, RewardType, RunConfig},
     flow::Mdp,

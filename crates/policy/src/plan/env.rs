@@ -1,6 +1,6 @@
 //! `[env]`: environments, workers, episodes.
 
-use super::{range::at_most, refuse};
+use super::range::{at_most, refuse};
 use crate::config::{ConfigError, EnvConfig, WorkerKind};
 
 /// Checks the section; the environment checks its own parameters.

@@ -19,8 +19,6 @@ use crate::{
 
 /// Megabytes of kept prefixes where the configuration names no bound.
 pub const DEFAULT_PREFIX_CACHE_MB: u64 = 2000;
-/// Most threads of a program.
-const MAX_THREADS: usize = 1024;
 
 /// What the programs below `main` take instead of the raw configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,14 +31,6 @@ pub struct RunPlan {
     pub dims: PolicyDims,
     /// Heads beside the velocity.
     pub heads: Heads,
-}
-
-/// The refusal of a key.
-fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
-    ConfigError::Key {
-        key: key.to_owned(),
-        detail: detail.into(),
-    }
 }
 
 impl RunPlan {

@@ -1,9 +1,6 @@
 //! `[actor.model]`: sizes, heads, and what goes in and out of the network.
 
-use super::{
-    range::{at_most, hidden},
-    refuse,
-};
+use super::range::{at_most, hidden, refuse};
 use crate::{
     config::{ConfigError, ModelConfig, TokenizerConfig, ValueHeadConfig},
     dims::{PolicyDims, Variant},

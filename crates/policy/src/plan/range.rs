@@ -1,7 +1,17 @@
-//! The ranges that numbers of the configuration are held to.
+//! The refusal of a key, and the ranges that numbers of the configuration are held to.
 
-use super::refuse;
 use crate::config::ConfigError;
+
+/// Most threads of a program.
+pub(super) const MAX_THREADS: usize = 1024;
+
+/// The refusal of a key.
+pub(super) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
+    ConfigError::Key {
+        key: key.to_owned(),
+        detail: detail.into(),
+    }
+}
 
 /// A count of 1 to `bound`; `bound_key` is the key or the words that the bound comes from.
 pub(super) fn at_most(key: &str, value: usize, bound_key: &str, bound: usize) -> Result<(), ConfigError> {

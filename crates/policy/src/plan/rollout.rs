@@ -1,6 +1,6 @@
 //! `[rollout]`: batches, threads and queue of the engine.
 
-use super::{MAX_THREADS, range::at_most, refuse};
+use super::range::{MAX_THREADS, at_most, refuse};
 use crate::config::{ConfigError, RolloutConfig};
 
 /// Checks the section but for `max_staleness`, which the algorithm decides about.

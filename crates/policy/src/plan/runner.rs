@@ -1,6 +1,6 @@
 //! `[runner]`: which checkpoints stay.
 
-use super::refuse;
+use super::range::refuse;
 use crate::config::{ConfigError, RunnerConfig};
 
 /// Checks the section.

@@ -1,6 +1,6 @@
 //! `[actor.model.openpi]`: how a policy samples, and that something can be learnt from it.
 
-use super::{range::hidden, refuse};
+use super::range::{hidden, refuse};
 use crate::{
     config::{ConfigError, ModelConfig},
     flow::{Mdp, Schedule},
