@@ -19,7 +19,7 @@ use integration_tests::{
     standalone::{Limits, Server},
 };
 
-use crate::{Attacked, Scratch, end_with_parent, finish, plan, say};
+use crate::shared::{Attacked, end_with_parent, finish, plan, say, scratch};
 
 /// Time without one served connection that counts as a hang.
 const HANG: Duration = Duration::from_secs(20);
@@ -100,13 +100,13 @@ pub(crate) fn served(args: &ServedArgs) -> bool {
 
 /// Runs the phases and prints their table.
 pub(crate) fn run(args: &ChurnArgs) -> bool {
-    let scratch = Scratch::new();
+    let scratch = scratch();
     let connections = args.connections;
     let limits = Limits {
         address_space: args.attacked.address_space(),
         ..Limits::default()
     };
-    let mut server = Server::engine(&args.attacked.programs(), &plan(&scratch.0), &scratch.0, limits);
+    let mut server = Server::engine(&args.attacked.programs(), &plan(scratch.path()), scratch.path(), limits);
     let mut good = true;
     say("processes connections served failed seconds connections/s rss MB peak MB log kB");
     for processes in [1, 2, 4, 8] {

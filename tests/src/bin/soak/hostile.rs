@@ -10,7 +10,7 @@ use integration_tests::{
     standalone::{Limits, Server},
 };
 
-use crate::{Attacked, Scratch, end_with_parent, finish, plan, say};
+use crate::shared::{Attacked, end_with_parent, finish, plan, say, scratch};
 
 /// Descriptors of the engine in the attacks on them.
 const SCARCE_DESCRIPTORS: u64 = 1024;
@@ -53,14 +53,14 @@ pub(crate) struct AttackArgs {
 
 /// Carries the attacks out and prints their table.
 pub(crate) fn run(args: &HostileArgs) -> bool {
-    let scratch = Scratch::new();
+    let scratch = scratch();
     let programs = args.attacked.programs();
     let bounds = Bounds {
         seconds: Duration::from_secs(args.seconds),
         idle: Duration::from_secs(args.idle_seconds),
         nice: args.nice,
     };
-    let plan = plan(&scratch.0);
+    let plan = plan(scratch.path());
     let mut running: Option<(Target, Server)> = None;
     let mut failed = Vec::new();
     let mut end = |running: &mut Option<(Target, Server)>| {
@@ -85,8 +85,8 @@ pub(crate) fn run(args: &HostileArgs) -> bool {
                 address_space: args.attacked.address_space(),
             };
             let server = match attack.target {
-                Target::Engine | Target::ScarceEngine => Server::engine(&programs, &plan, &scratch.0, limits),
-                Target::Learner => Server::learner(&programs, &plan, &scratch.0, limits),
+                Target::Engine | Target::ScarceEngine => Server::engine(&programs, &plan, scratch.path(), limits),
+                Target::Learner => Server::learner(&programs, &plan, scratch.path(), limits),
             };
             (attack.target, server)
         });

@@ -20,7 +20,7 @@ use policy::{
     params::Part,
 };
 
-use crate::{Attacked, Scratch, say};
+use crate::shared::{Attacked, say, scratch};
 
 /// A run of seconds whose results do not depend on how its rows are batched.
 const TINY: [&str; 9] = [
@@ -166,7 +166,7 @@ pub(crate) struct KillsArgs {
 
 /// Runs twice and compares.
 pub(crate) fn run(args: &KillsArgs) -> bool {
-    let scratch = Scratch::new();
+    let scratch = scratch();
     let programs = args.attacked.programs();
     let (kills, iterations) = (args.kills, args.iterations);
     let drawn = SystemTime::now()
@@ -175,7 +175,7 @@ pub(crate) fn run(args: &KillsArgs) -> bool {
     let seed = args.seed.unwrap_or(drawn.as_secs());
     let mut random = stream(Purpose::Reset, seed, 0, 0, 0);
 
-    let mut whole = Run::new(&programs, &scratch.0.join("whole"), iterations);
+    let mut whole = Run::new(&programs, &scratch.path().join("whole"), iterations);
     let begin = Instant::now();
     for name in NAMES {
         whole.start(name, false);
@@ -197,7 +197,7 @@ pub(crate) fn run(args: &KillsArgs) -> bool {
         return false;
     }
 
-    let mut killed = Run::new(&programs, &scratch.0.join("killed"), iterations);
+    let mut killed = Run::new(&programs, &scratch.path().join("killed"), iterations);
     for name in NAMES {
         killed.start(name, false);
     }

@@ -8,7 +8,7 @@ use integration_tests::{
     siege::millis,
 };
 
-use crate::{plan, say};
+use crate::shared::{plan, say};
 
 /// What `soak latency` is told.
 #[derive(Debug, Args)]

@@ -7,27 +7,19 @@
     reason = "the soak ends with the reason when its own machine fails it"
 )]
 
-use std::{
-    io::{Read, Write},
-    path::{Path, PathBuf},
-    process::ExitCode,
-    thread,
-};
+use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-use integration_tests::{
-    attacks::ATTACKS,
-    ring,
-    siege::GRACE,
-    standalone::{Programs, Server},
-};
-use policy::plan::RunPlan;
+use clap::{Parser, Subcommand};
+use integration_tests::attacks::ATTACKS;
 
+mod shared;
 mod churn;
 mod hostile;
 mod kills;
 mod latency;
 mod reconnect;
+
+use crate::shared::say;
 
 /// Long runs of an engine and a learner under hostile and under short-lived peers; fails where a bound is broken.
 #[derive(Debug, Parser)]
@@ -57,90 +49,6 @@ enum Command {
     /// Be one short-lived client after the other; ends with standard input.
     #[command(hide = true)]
     Served(churn::ServedArgs),
-}
-
-/// The attacked programs.
-#[derive(Debug, Args)]
-struct Attacked {
-    /// Folder of rollout-engine, learner, export and env-worker; default: `PIRL_PROGRAMS`, else beside this program.
-    #[arg(long, value_name = "DIR")]
-    programs: Option<String>,
-    /// Address space of an attacked process in GiB (`ulimit -v`); default: no limit.
-    #[arg(long, value_name = "GIB")]
-    address_space_gib: Option<u64>,
-}
-
-impl Attacked {
-    fn programs(&self) -> Programs {
-        Programs::new(self.programs.as_deref())
-    }
-
-    /// Bytes of address space.
-    fn address_space(&self) -> Option<u64> {
-        self.address_space_gib.map(|gib| gib << 30)
-    }
-}
-
-/// Writes a line to standard output.
-fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").expect("writing to standard output");
-    out.flush().expect("writing to standard output");
-}
-
-/// A folder that is removed with this value.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        let path = std::env::temp_dir().join(format!("pirl-soak-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("creating a folder for the soak");
-        Self(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
-/// The plan of the tabletop, its output in `dir`.
-fn plan(dir: &Path) -> RunPlan {
-    ring::plan(dir, &[])
-}
-
-/// Ends this process when its parent closes its standard input, so that no attacker outlives the soak.
-fn end_with_parent() {
-    thread::spawn(|| {
-        drop(std::io::stdin().read_to_end(&mut Vec::new()));
-        #[expect(
-            clippy::exit,
-            reason = "the attack runs in other threads, which have nothing to save"
-        )]
-        std::process::exit(3);
-    });
-}
-
-/// Asks a server to end and says how that went.
-fn finish(server: &mut Server) -> bool {
-    if let Some(status) = server.ended() {
-        say(&format!(
-            "  the process ended before SIGTERM: {status}; its log: {}",
-            server.log_tail()
-        ));
-        return false;
-    }
-    if let Some(time) = server.terminate(GRACE) {
-        say(&format!("  SIGTERM: ended after {:.2} s", time.as_secs_f64()));
-        true
-    } else {
-        say(&format!(
-            "  FAILED: not ended {} s after SIGTERM, killed",
-            GRACE.as_secs()
-        ));
-        false
-    }
 }
 
 fn main() -> ExitCode {

@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 use integration_tests::{hostile::pause, ring::fixed_endpoint};
 
-use crate::{Attacked, Scratch, plan, say};
+use crate::shared::{Attacked, plan, say, scratch};
 
 /// Longest time from the return of the other side to a connection.
 const ALLOWED: Duration = Duration::from_secs(2);
@@ -63,9 +63,9 @@ pub(crate) struct ReconnectArgs {
 
 /// Measures a worker and an engine and prints a line for each absence.
 pub(crate) fn run(args: &ReconnectArgs) -> bool {
-    let scratch = Scratch::new();
-    let (programs, plan) = (args.attacked.programs(), plan(&scratch.0));
-    let config = scratch.0.join("config.toml");
+    let scratch = scratch();
+    let (programs, plan) = (args.attacked.programs(), plan(scratch.path()));
+    let config = scratch.path().join("config.toml");
     std::fs::write(&config, plan.config.to_toml().expect("toml")).expect("writing the configuration");
     let mut good = true;
     for name in ["env-worker", "rollout-engine"] {
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &ReconnectArgs) -> bool {
             command.args(["--engine", &endpoint, "--num-envs", "1"]);
         } else {
             command.arg("--config").arg(&config).args(["--learner", &endpoint]);
-            command.arg("--state-dir").arg(scratch.0.join("engine"));
+            command.arg("--state-dir").arg(scratch.path().join("engine"));
         }
         let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn();
         let _running = Running(child.expect("starting the program"));
