@@ -21,9 +21,9 @@ def main():
             (before["success"], after["success"], train[-1]["episodes"]))
     print("| run | before | after, mean (each seed) | training episodes |\n|---|---|---|---|")
     for name, seeds in rows.items():
-        befores, afters, episodes = zip(*seeds)
-        each = ", ".join(f"{a:.2f}" for a in afters)
-        print(f"| {name} | {statistics.mean(befores):.2f} | {statistics.mean(afters):.2f} ({each}) | {statistics.mean(episodes):.0f} |")
+        first, last, episodes = zip(*seeds)
+        each = ", ".join(f"{a:.2f}" for a in last)
+        print(f"| {name} | {statistics.mean(first):.2f} | {statistics.mean(last):.2f} ({each}) | {statistics.mean(episodes):.0f} |")
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def wheel(requirement, folder):
+def wheel(requirement, folder, pinned=WHEELS):
     """The path of a pinned wheel, fetched through pip unless a whole copy is there."""
-    name, want = WHEELS[requirement]
+    name, want = pinned[requirement]
     path = folder / name
     if not (path.exists() and sha256(path) == want):
         print(f"  fetching {requirement}", flush=True)

@@ -191,7 +191,7 @@ fn the_next_version_writes_only_the_expert() {
 }
 
 #[test]
-fn weights_that_are_not_the_policys_leave_nothing_behind() {
+fn weights_of_another_policy_leave_nothing_behind() {
     let folder = tempfile::tempdir().expect("folder");
     let zero = first(
         &folder.path().join("0"),
