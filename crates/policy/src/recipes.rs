@@ -1,6 +1,8 @@
 //! The recipes in `configs/`: each is a sound plan; of a thousand mistyped keys none is accepted, and nearly every one is told its
 //! right name.
 
+mod effective;
+
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
