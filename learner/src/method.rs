@@ -25,6 +25,7 @@ pub enum Method {
 fn refuse<T>(key: &str, detail: String) -> Result<T> {
     Err(LearnerError::Config(ConfigError::Key {
         key: key.to_owned(),
+        origins: Vec::new(),
         detail,
     }))
 }

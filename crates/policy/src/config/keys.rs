@@ -36,6 +36,7 @@ impl RunConfig {
     pub fn keys(&self) -> Result<BTreeMap<String, String>, ConfigError> {
         let table: toml::Table = self.to_toml()?.parse().map_err(|e: toml::de::Error| ConfigError::Key {
             key: "(all)".to_owned(),
+            origins: Vec::new(),
             detail: one_line(e),
         })?;
         let all = keys(&table).into_iter();

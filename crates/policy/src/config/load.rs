@@ -1,90 +1,49 @@
-//! Reading a configuration: overrides, errors that name the key, and the effective configuration with its digest.
+//! Reading a configuration: its layers as one typed value, errors that name key and file, the effective configuration with its digest.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::{Neutral, RunConfig};
-use crate::message::one_line;
-
-/// A configuration that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("reading the configuration `{path}`: {source}")]
-    Read {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// It is no TOML.
-    #[error("configuration `{path}` is no TOML: {detail}")]
-    Syntax {
-        /// Which file.
-        path: PathBuf,
-        /// Where and why, on one line.
-        detail: String,
-    },
-    /// A key or a value is wrong.
-    #[error("configuration key `{key}`: {detail}")]
-    Key {
-        /// Path of the key.
-        key: String,
-        /// What is wrong and what would be right.
-        detail: String,
-    },
-    /// A `--set` that is not `a.b=c`.
-    #[error("`--set {text}`: expected KEY=VALUE with a dotted key, like `algorithm.gamma=0.99`")]
-    Override {
-        /// What was typed.
-        text: String,
-    },
-}
+use super::{
+    ConfigError, Neutral, Origins, RunConfig,
+    layers::{EXTENDS, Layers, MAX_SHOWN},
+};
+use crate::message::{one_line, shown};
 
 impl RunConfig {
-    /// Reads a configuration and puts the overrides (`a.b=c`) on top.
+    /// Reads a configuration, with the files that it extends, and puts the overrides (`a.b=c`) on top.
     ///
     /// # Errors
     /// Names the file or the key; for an unknown key also the nearest right one.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(&text, path, overrides)
+        Ok(Self::load_with_origins(path, overrides)?.0)
     }
 
-    /// The same from a text; `path` is for messages.
+    /// Loads a configuration together with the origins of its values.
+    ///
+    /// # Errors
+    /// See [`RunConfig::load`].
+    pub fn load_with_origins(path: &Path, overrides: &[String]) -> Result<(Self, Origins), ConfigError> {
+        Self::from_layers(Layers::read(path)?, overrides)
+    }
+
+    /// Loads a configuration whose text is at hand. Files that it extends are relative to the folder of `path`.
     ///
     /// # Errors
     /// See [`RunConfig::load`].
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
-            path: path.to_owned(),
-            detail: one_line(e),
-        })?;
+        Ok(Self::from_layers(Layers::parse(text, path)?, overrides)?.0)
+    }
+
+    fn from_layers(mut layers: Layers, overrides: &[String]) -> Result<(Self, Origins), ConfigError> {
         for item in overrides {
-            apply_override(&mut table, item)?;
+            layers.set(item)?;
         }
-        serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|e| {
-            let mut key = e.path().to_string();
-            let message = one_line(e.inner());
-            let detail = match unknown_field(&message) {
-                Some((unknown, known)) => {
-                    if !key.ends_with(&unknown) {
-                        key = if key == "." {
-                            unknown.clone()
-                        } else {
-                            format!("{key}.{unknown}")
-                        };
-                    }
-                    nearest(&unknown, &known)
-                }
-                None => message,
-            };
-            ConfigError::Key { key, detail }
-        })
+        let Layers { table, origins, .. } = layers;
+        match serde_path_to_error::deserialize(toml::Value::Table(table)) {
+            Ok(config) => Ok((config, origins)),
+            Err(error) => Err(refusal(&error).locate(&origins)),
+        }
     }
 
     /// The effective configuration as TOML.
@@ -94,6 +53,7 @@ impl RunConfig {
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         toml::to_string_pretty(self).map_err(|e| ConfigError::Key {
             key: "(all)".to_owned(),
+            origins: Vec::new(),
             detail: one_line(e),
         })
     }
@@ -125,6 +85,31 @@ pub fn hex(bytes: &[u8]) -> String {
         })
 }
 
+/// Turns serde's error into one that names the key and, for an unknown key, the nearest right one.
+fn refusal(error: &serde_path_to_error::Error<toml::de::Error>) -> ConfigError {
+    let mut key = error.path().to_string();
+    let message = one_line(error.inner());
+    let detail = match unknown_field(&message) {
+        Some((unknown, mut known)) => {
+            if key == "." {
+                key.clone_from(&unknown);
+            } else if key.rsplit('.').next() != Some(unknown.as_str()) {
+                key = format!("{key}.{unknown}");
+            }
+            if key == unknown {
+                known.push(EXTENDS.to_owned());
+            }
+            nearest(&unknown, &known)
+        }
+        None => message,
+    };
+    ConfigError::Key {
+        key: shown(&key, MAX_SHOWN),
+        origins: Vec::new(),
+        detail: shown(&detail, MAX_SHOWN),
+    }
+}
+
 /// Takes serde's "unknown field `a`, expected one of `b`, `c`" apart.
 fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
     let rest = message.split_once("unknown field `")?.1;
@@ -141,26 +126,4 @@ fn nearest(unknown: &str, known: &[String]) -> String {
         Some(best) => format!("unknown key, did you mean `{best}`? (known here: {})", known.join(", ")),
         None => "unknown key, none is known here".to_owned(),
     }
-}
-
-fn apply_override(table: &mut toml::Table, item: &str) -> Result<(), ConfigError> {
-    let bad = || ConfigError::Override { text: item.to_owned() };
-    let (key, value) = item.split_once('=').ok_or_else(bad)?;
-    let value: toml::Value = format!("v = {value}")
-        .parse::<toml::Table>()
-        .ok()
-        .and_then(|mut t| t.remove("v"))
-        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
-    let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().filter(|p| !p.is_empty()).ok_or_else(bad)?;
-    let mut at = table;
-    for part in parts {
-        let next = at.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        at = next.as_table_mut().ok_or_else(|| ConfigError::Key {
-            key: key.trim().to_owned(),
-            detail: format!("`{part}` holds a value, not a section"),
-        })?;
-    }
-    at.insert(last.to_owned(), value);
-    Ok(())
 }

@@ -1,8 +1,11 @@
-//! The run configuration as typed: strict TOML, key paths as the field writes them, `--set a.b=c` on top.
+//! The run configuration as typed: strict TOML, key paths as the field writes them, `extends` below, `--set a.b=c` on top.
 //!
 //! Nothing that changes a result has a silent default: a key is either required or its absence means that a feature is off.
 
 mod algorithm;
+mod origin;
+mod error;
+mod layers;
 mod load;
 mod keys;
 mod neutral;
@@ -16,9 +19,11 @@ pub use self::{
         AlgorithmConfig, BootstrapType, Bounds, FilterConfig, FilterMode, LogprobType, LossAgg, ReferenceConfig,
         RewardType, VelocityConfig,
     },
+    error::ConfigError,
     keys::keys,
-    load::{ConfigError, hex},
+    load::hex,
     neutral::Neutral,
+    origin::{Origin, Origins},
 };
 
 use crate::{

@@ -9,6 +9,7 @@ pub(super) const MAX_THREADS: usize = 1024;
 pub(super) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
     ConfigError::Key {
         key: key.to_owned(),
+        origins: Vec::new(),
         detail: detail.into(),
     }
 }
