@@ -308,21 +308,18 @@ mod tests {
 
     #[test]
     fn asynchronous_training_without_a_critic_is_one_key_away() {
-        let mask = "algorithm.filter_rewards.mode=\"mask\"";
         let resample = checked(
             "tabletop_grpo.toml",
             &["algorithm.loss_type=\"decoupled_actor\"", "rollout.max_staleness=1"],
         );
         assert!(resample.expect_err("refused").contains("`mask`"));
-        let config = std::fs::read_to_string(configs().join("tabletop_grpo.toml")).expect("recipe");
-        let config = config.replace(", max_rounds = 4", "");
         let overrides = [
             "algorithm.loss_type=\"decoupled_actor\"",
             "rollout.max_staleness=1",
-            mask,
+            "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"mask\"}",
         ]
         .map(str::to_owned);
-        let config = RunConfig::parse(&config, Path::new("grpo"), &overrides).expect("configuration");
+        let config = RunConfig::load(&configs().join("tabletop_grpo.toml"), &overrides).expect("configuration");
         assert_eq!(config.algorithm.filter_rewards.map(|f| f.mode), Some(FilterMode::Mask));
         check(&RunPlan::new(config).expect("plan")).expect("fits");
     }

@@ -68,7 +68,8 @@ fn a_thousand_typos_are_refused_and_most_are_told_the_right_key() {
     let mut all = Vec::new();
     for name in MISTYPED {
         let path = configs().join(format!("{name}.toml"));
-        let right: toml::Table = std::fs::read_to_string(&path).expect(name).parse().expect(name);
+        let config = RunConfig::load(&path, &[]).expect(name);
+        let right: toml::Table = config.to_toml().expect(name).parse().expect(name);
         let mut found = Vec::new();
         keys(&right, &[], &mut found);
         all.extend(found.into_iter().map(|key| (recipes.len(), key)));
@@ -113,18 +114,13 @@ fn configs() -> PathBuf {
 
 /// Every recipe as a plan, by its name.
 fn recipes() -> Vec<(String, RunPlan)> {
-    let paths = std::fs::read_dir(configs()).expect("configs");
-    let paths = paths.map(|entry| entry.expect("entry").path());
     let plan = |path: PathBuf| {
         let config = RunConfig::load(&path, &[]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let plan = RunPlan::new(config).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let name = path.file_stem().and_then(|stem| stem.to_str()).expect("a name");
         (name.to_owned(), plan)
     };
-    paths
-        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
-        .map(plan)
-        .collect()
+    files(&configs()).into_iter().map(plan).collect()
 }
 
 #[test]
@@ -145,6 +141,31 @@ fn every_recipe_is_a_plan_of_its_own_folder_and_survives_being_written() {
         );
     }
     assert!(outputs.len() >= 5, "{outputs:?}");
+}
+
+/// The TOML files of a folder.
+fn files(folder: &Path) -> BTreeSet<PathBuf> {
+    let paths = std::fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("entry").path());
+    paths
+        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
+        .collect()
+}
+
+#[test]
+fn a_recipe_is_its_differences_from_bases_that_are_all_in_use() {
+    let lines = |path: &PathBuf| std::fs::read_to_string(path).expect("a file").lines().count();
+    let (recipes, bases) = (files(&configs()), files(&configs().join("base")));
+    let mut used = BTreeSet::new();
+    for path in &recipes {
+        assert!(lines(path) < 25, "{}: {} lines", path.display(), lines(path));
+        let (_, origins) = RunConfig::load_with_origins(path, &[]).expect("a recipe");
+        used.extend(origins.files().iter().filter(|file| *file != path).cloned());
+    }
+    assert_eq!(used, bases, "files that recipes extend, and the files of configs/base");
+    let all: usize = recipes.iter().chain(&bases).map(lines).sum();
+    assert!(all < 2500, "{all} lines");
 }
 
 /// Columns of [`PUBLISHED`] after the recipe's name.

@@ -441,3 +441,6 @@ pub struct LearnerConfig {
     /// Endpoint for engines, `tcp://HOST:PORT`; port 0 picks a free one.
     pub listen: String,
 }
+
+#[cfg(test)]
+mod tests;
