@@ -39,11 +39,11 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
             args.out.display()
         );
     }
-    let mut config = RunConfig::load(&args.config, &args.overrides)?;
+    let (mut config, origins) = RunConfig::load_with_origins(&args.config, &args.overrides)?;
     if let Some(weights) = args.weights {
         config.rollout.weights = weights.into();
     }
-    let mut plan = RunPlan::new(config)?;
+    let mut plan = RunPlan::new(config).map_err(|error| error.locate(&origins))?;
     let path = args.checkpoint.display();
     let checkpoint = WeightFile::open(&args.checkpoint).with_context(|| format!("checkpoint `{path}`"))?;
     if args.without_value_head {

@@ -2,7 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use policy::{bundle::BundleError, config::ConfigError, prompt::PromptError, weights::WeightsError};
+use policy::{
+    bundle::BundleError,
+    config::{ConfigError, Origins},
+    prompt::PromptError,
+    weights::WeightsError,
+};
 use wire::{array::ArrayError, socket::SocketError};
 
 use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError};
@@ -141,6 +146,17 @@ pub enum LearnerError {
         /// Why.
         detail: String,
     },
+}
+
+impl LearnerError {
+    /// Completes an error of a configuration key by the origins of that key.
+    #[must_use]
+    pub fn locate(self, origins: &Origins) -> Self {
+        match self {
+            Self::Config(error) => Self::Config(error.locate(origins)),
+            other => other,
+        }
+    }
 }
 
 /// A chunk record that does not fit the plan.

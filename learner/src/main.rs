@@ -9,7 +9,12 @@ use learner::{
     run::{evaluate, resume::Resume, train},
     supervised,
 };
-use policy::{bundle::write_atomic, config::RunConfig, message::failed, plan::RunPlan};
+use policy::{
+    bundle::write_atomic,
+    config::{ConfigError, Origins, RunConfig},
+    message::failed,
+    plan::RunPlan,
+};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
 #[derive(Parser)]
@@ -31,8 +36,8 @@ struct Config {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print what a configuration amounts to: sizes, batch arithmetic, what each key does, what differs from the reference. Starts
-    /// nothing and needs no checkpoint.
+    /// Print what a configuration amounts to: sizes, batch arithmetic, what each key does and which file sets it, what differs from the
+    /// reference. Starts nothing and needs no checkpoint.
     Inspect {
         /// The configuration.
         config: PathBuf,
@@ -94,19 +99,30 @@ enum Command {
     },
 }
 
-fn plan(config: &Config) -> anyhow::Result<RunPlan> {
-    Ok(RunPlan::new(RunConfig::load(&config.config, &config.overrides)?)?)
+fn plan(config: &Config) -> Result<RunPlan, ConfigError> {
+    Ok(plan_with_origins(config)?.0)
+}
+
+fn plan_with_origins(config: &Config) -> Result<(RunPlan, Origins), ConfigError> {
+    let (config, origins) = RunConfig::load_with_origins(&config.config, &config.overrides)?;
+    match RunPlan::new(config) {
+        Ok(plan) => Ok((plan, origins)),
+        Err(error) => Err(error.locate(&origins)),
+    }
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Inspect { config, overrides } => {
-            let plan = plan(&Config { config, overrides })?;
-            method::check(&plan)?;
-            Ok(std::io::stdout().write_all(inspect::describe(&plan)?.as_bytes())?)
+            let (plan, origins) = plan_with_origins(&Config { config, overrides })?;
+            method::check(&plan).map_err(|error| error.locate(&origins))?;
+            Ok(std::io::stdout().write_all(inspect::describe(&plan, &origins)?.as_bytes())?)
         }
         Command::Sft(config) => Ok(supervised::supervised(&plan(&config)?)?),
-        Command::Train { config, resume } => Ok(train::train(&plan(&config)?, resume.as_ref())?),
+        Command::Train { config, resume } => {
+            let (plan, origins) = plan_with_origins(&config)?;
+            Ok(train::train(&plan, resume.as_ref()).map_err(|error| error.locate(&origins))?)
+        }
         Command::Eval {
             config,
             bundle,

@@ -1,7 +1,11 @@
 //! Recipes where none of the files exists that they name: `learner inspect` describes each, `learner train` says what is missing, and
-//! neither leaves anything behind.
+//! neither leaves anything behind. A run's own configuration needs no recipe.
 
-use std::{path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
 
 use integration_tests::ring::program;
 
@@ -53,10 +57,10 @@ fn a_wrong_configuration_is_one_line() {
     for (set, wanted) in [
         (
             "actor.model.delta_actions=[8]",
-            "`actor.model.delta_actions`: [8], expected",
+            "`actor.model.delta_actions` (--set): [8], expected",
         ),
-        ("env.worker=\"rust\"", "`env.python`: given, but"),
-        ("algorithm.adv_type=\"gea\"", "gea"),
+        ("env.worker=\"rust\"", "base/libero.toml): given, but"),
+        ("algorithm.adv_type=\"gea\"", "`algorithm.adv_type` (--set): `gea`"),
     ] {
         let output = Command::new(program("learner"))
             .args(["inspect", &config, "--set", set])
@@ -88,4 +92,45 @@ fn a_recipe_whose_weights_were_not_brought_says_which_and_begins_nothing() {
         "{errors}"
     );
     assert_eq!(std::fs::read_dir(folder.path()).expect("folder").count(), 0, "{errors}");
+}
+
+fn learner(args: &[&str]) -> Output {
+    let output = Command::new(program("learner")).args(args).output();
+    output.expect("running the program")
+}
+
+#[test]
+fn a_run_keeps_its_whole_configuration_when_the_recipe_is_gone() {
+    let folder = tempfile::tempdir().expect("folder");
+    let recipes = folder.path().join("recipes");
+    fs::create_dir(&recipes).expect("folder");
+    let published = format!("{}/../configs/quickstart.toml", env!("CARGO_MANIFEST_DIR"));
+    fs::write(
+        recipes.join("base.toml"),
+        format!("extends = {published:?}\nrunner.seed = 77"),
+    )
+    .expect("base");
+    let mine = recipes.join("mine.toml");
+    let short = "pretrain.scenes = 64\npretrain.optim.steps = 1\nsft.demos = 2\nsft.optim.steps = 1\n";
+    fs::write(&mine, format!("extends = \"base.toml\"\n{short}")).expect("recipe");
+    let run = folder.path().join("run");
+    let (mine, set) = (
+        mine.display().to_string(),
+        format!("runner.output_dir={:?}", run.display().to_string()),
+    );
+    let described = learner(&["inspect", &mine, "--set", &set]);
+    let trained = learner(&["sft", "--config", &mine, "--set", &set]);
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    fs::remove_dir_all(&recipes).expect("removing the recipes");
+
+    let kept = run.join("config.toml").display().to_string();
+    let again = learner(&["inspect", &kept]);
+    let (before, after) = (
+        String::from_utf8_lossy(&described.stdout),
+        String::from_utf8_lossy(&again.stdout),
+    );
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert_eq!(before.lines().next(), after.lines().next(), "the digest");
+    assert!(after.contains("runner.seed = 77"), "{after}");
+    assert!(!after.contains("quickstart.toml"), "{after}");
 }

@@ -1,11 +1,13 @@
 //! What a configuration amounts to, for a person, before anything starts: sizes, the arithmetic of batches, how chunks are sampled,
-//! what each key does, and where the run differs from the reference on purpose.
+//! what each key does and which file sets it, and where the run differs from the reference on purpose.
 
 mod keys;
 mod differences;
 
+use std::collections::BTreeMap;
+
 use policy::{
-    config::PrefixCachePlace,
+    config::{Origin, Origins, PrefixCachePlace},
     dims::Variant,
     flow::{Mdp, Schedule},
     params::{ParamSpec, Part, params},
@@ -23,35 +25,66 @@ const F32: usize = 4;
 /// Values longer than this push their explanation to the next line.
 const VALUE_WIDTH: usize = 44;
 
-/// The whole text.
+/// Describes a plan in full; `origins` are those of its configuration.
 ///
 /// # Errors
 /// None for a plan that was made from a file.
-pub fn describe(plan: &RunPlan) -> Result<String> {
-    let keys = plan.config.keys()?;
-    let loss = plan.config.algorithm.loss_type.as_str();
+pub fn describe(plan: &RunPlan, origins: &Origins) -> Result<String> {
+    let values = plan.config.keys()?;
     let mut lines = vec![format!("configuration digest {}", plan.config_digest)];
+    let files = origins.files().iter().map(|file| file.display().to_string());
+    section(&mut lines, "files, a later one wins", files.collect());
     section(&mut lines, "policy", policy(plan));
     section(&mut lines, "sampling", sampling(plan));
     section(&mut lines, "an iteration", iteration(plan));
-    let mut explained = Vec::new();
-    for (key, value) in &keys {
-        let meaning = keys::meaning(key, loss).unwrap_or("checked by the environment or the method");
-        let left = format!("{key} = {value}");
-        if left.len() > VALUE_WIDTH {
-            explained.push(left);
-            explained.push(format!("{:VALUE_WIDTH$}  {meaning}", ""));
-        } else {
-            explained.push(format!("{left:VALUE_WIDTH$}  {meaning}"));
-        }
-    }
-    section(&mut lines, "keys (configs/README.md)", explained);
+    section(
+        &mut lines,
+        "keys: value, origin, meaning (configs/README.md)",
+        explained(plan, &values, origins),
+    );
     section(
         &mut lines,
         "differences from the reference that apply (docs/differences.md)",
-        differences::applying(&keys),
+        differences::applying(&values),
     );
     Ok(lines.join("\n") + "\n")
+}
+
+/// Explains every key: a line with its value, where the value comes from, and what the key means.
+fn explained(plan: &RunPlan, values: &BTreeMap<String, String>, origins: &Origins) -> Vec<String> {
+    let loss = plan.config.algorithm.loss_type.as_str();
+    let rows: Vec<(String, String, &str)> = values
+        .iter()
+        .map(|(key, value)| {
+            let meaning = keys::meaning(key, loss).unwrap_or("checked by the environment or the method");
+            (format!("{key} = {value}"), origin(key, origins), meaning)
+        })
+        .collect();
+    let width = rows.iter().map(|(_, origin, _)| origin.len()).max().unwrap_or(0);
+    let mut lines = Vec::new();
+    for (value, origin, meaning) in &rows {
+        let about = format!("{origin:width$}  {meaning}");
+        if value.len() > VALUE_WIDTH {
+            lines.push(value.clone());
+            lines.push(format!("{:VALUE_WIDTH$}  {about}", ""));
+        } else {
+            lines.push(format!("{value:VALUE_WIDTH$}  {about}"));
+        }
+    }
+    lines
+}
+
+/// Names where a key has its value from; a file in the folder of the configuration is named relative to it.
+fn origin(key: &str, origins: &Origins) -> String {
+    let folder = origins.files().last().and_then(|file| file.parent());
+    match origins.get(key) {
+        Some(Origin::File(file)) => {
+            let inside = folder.and_then(|folder| file.strip_prefix(folder).ok());
+            inside.unwrap_or(file).display().to_string()
+        }
+        Some(Origin::Set) => "--set".to_owned(),
+        None => "default".to_owned(),
+    }
 }
 
 fn section(lines: &mut Vec<String>, title: &str, body: Vec<String>) {

@@ -10,9 +10,11 @@ fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
 }
 
-fn plan(name: &str, overrides: &[&str]) -> RunPlan {
+/// The description of a recipe.
+fn described(name: &str, overrides: &[&str]) -> String {
     let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
-    RunPlan::new(RunConfig::load(&configs().join(name), &overrides).expect("configuration")).expect("plan")
+    let (config, origins) = RunConfig::load_with_origins(&configs().join(name), &overrides).expect("configuration");
+    describe(&RunPlan::new(config).expect("plan"), &origins).expect("text")
 }
 
 #[test]
@@ -46,7 +48,7 @@ fn every_key_of_every_recipe_is_explained() {
 
 #[test]
 fn the_arithmetic_is_that_of_the_quickstart() {
-    let text = describe(&plan("quickstart.toml", &[])).expect("text");
+    let text = described("quickstart.toml", &[]);
     // 40 env steps in chunks of 4; 2560 / 800 = 3.2, so 3 steps of 854 in parts of at most 400; 4 epochs, 120 iterations
     for fact in [
         "256 environments x 1 episode(s) = 256 episodes, 256 group(s) of 1",
@@ -62,7 +64,7 @@ fn the_arithmetic_is_that_of_the_quickstart() {
     ] {
         assert!(text.contains(fact), "`{fact}` is not in:\n{text}");
     }
-    let two_layer = describe(&plan("tabletop_two_layer.toml", &[])).expect("text");
+    let two_layer = described("tabletop_two_layer.toml", &[]);
     assert!(
         two_layer.contains("= 2,560 records, at most; x 4 = 10,240 samples"),
         "{two_layer}"
@@ -72,8 +74,8 @@ fn the_arithmetic_is_that_of_the_quickstart() {
 #[test]
 fn the_arithmetic_is_that_of_the_published_recipes() {
     // 240 env steps in chunks of 5 are 48 records of each of 512 episodes; 12 steps of 2048, four times
-    let ppo = describe(&plan("libero_spatial_ppo_pi0.toml", &[])).expect("text");
-    let grpo = describe(&plan("libero_10_grpo_pi05.toml", &[])).expect("text");
+    let ppo = described("libero_spatial_ppo_pi0.toml", &[]);
+    let grpo = described("libero_10_grpo_pi05.toml", &[]);
     for (text, fact) in [
         (&ppo, "64 environments x 8 episode(s) = 512 episodes, 512 group(s) of 1"),
         (
@@ -106,7 +108,7 @@ fn the_arithmetic_is_that_of_the_published_recipes() {
 
 #[test]
 fn the_published_sizes_have_the_published_number_of_weights() {
-    let text = describe(&plan("libero_spatial_ppo_pi0.toml", &[])).expect("text");
+    let text = described("libero_spatial_ppo_pi0.toml", &[]);
     // openpi's pi0 less the expert's output head `[257152, 1024]`, which nothing reads, and the value head 1024-512-256-128-1
     let value_head = (1024 + 1) * 512 + (512 + 1) * 256 + (256 + 1) * 128 + (128 + 1);
     let all = 3_501_372_176usize - 257_152 * 1024 + value_head;
@@ -129,7 +131,7 @@ fn the_published_sizes_have_the_published_number_of_weights() {
 
 #[test]
 fn differences_are_those_of_the_configuration() {
-    let text = |name: &str| describe(&plan(name, &[])).expect("text");
+    let text = |name: &str| described(name, &[]);
     let (ppo, grpo, ipo) = (
         text("quickstart.toml"),
         text("tabletop_grpo.toml"),
@@ -140,4 +142,60 @@ fn differences_are_those_of_the_configuration() {
     assert!(grpo.contains("GRPO with a group of 1") && grpo.contains("`filter_rewards`: reference groups are masked"));
     assert!(!grpo.contains("V_vlm` over a padded prompt"));
     assert!(ipo.contains("padded steps count"));
+}
+
+#[test]
+fn every_value_has_its_origin() {
+    let folder = tempfile::tempdir().expect("folder");
+    let mine = folder.path().join("mine.toml");
+    let published = configs().join("tabletop_async.toml");
+    let text = format!(
+        "extends = {:?}\nalgorithm.gamma = 0.9\n",
+        published.display().to_string()
+    );
+    std::fs::write(&mine, text).expect("file");
+    let text = described(mine.to_str().expect("a name"), &["runner.seed=7"]);
+    let line = |start: &str| {
+        let mut lines = text.lines().map(str::trim_start);
+        let line = lines
+            .find(|line| line.starts_with(start))
+            .unwrap_or_else(|| panic!("{start}: {text}"));
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    let base = |name: &str| configs().join("base").join(name).display().to_string();
+    for (start, wanted) in [
+        ("runner.seed =", "7 --set seed of".to_owned()),
+        ("algorithm.gamma =", "0.9 mine.toml discount".to_owned()),
+        ("rollout.max_staleness =", format!("1 {} optional", published.display())),
+        (
+            "env.params.grasp_tol =",
+            format!("0.05 {} parameters", base("tabletop.toml")),
+        ),
+        ("runner.keep_best =", "false default optional".to_owned()),
+    ] {
+        let found = line(start);
+        assert!(
+            found.starts_with(&format!("{start} {wanted}")),
+            "`{start} {wanted}`: {found}"
+        );
+    }
+    let (_, below) = text.split_once("files, a later one wins\n").expect("files");
+    let files: Vec<&str> = below
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    let bases = ["small_pi0.toml", "small_ppo.toml", "tabletop.toml"].map(base);
+    let wanted = bases
+        .into_iter()
+        .chain([published.display().to_string(), mine.display().to_string()]);
+    assert_eq!(files, wanted.collect::<Vec<_>>());
+    // a recipe's own bases are named relative to it, values longer than their column come first
+    let quickstart = described("quickstart.toml", &[]);
+    let words = quickstart
+        .lines()
+        .skip_while(|line| !line.contains("tokenizer.words"))
+        .nth(1);
+    let words: Vec<&str> = words.expect("the next line").split_whitespace().collect();
+    assert_eq!(words[0], "base/tabletop.toml");
 }
