@@ -12,7 +12,7 @@ use integration_tests::{
     probe::{Question, http_get, metric},
     ring::plan,
     siege::{Bounds, GRACE, measure},
-    standalone::{Limits, Programs, Server, signal},
+    standalone::{Limits, Programs, Server, signal, stop},
 };
 
 /// Descriptors of the engine in the attacks on them.
@@ -124,7 +124,7 @@ fn an_engine_that_stood_still_serves_on() {
     let http = server.http.clone().expect("pages");
     let status = || http_get(&http, "/healthz", Duration::from_secs(2)).map(|(status, _)| status);
     assert_eq!(status().expect("an answer"), 200);
-    signal("STOP", server.pid());
+    stop(server.pid());
     assert!(status().is_err());
     signal("CONT", server.pid());
     let begin = Instant::now();

@@ -314,3 +314,13 @@ pub fn signal(name: &str, pid: u32) {
     let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {pid}")).status();
     sent.expect("starting `sh`");
 }
+
+/// Stops a child process and returns when all its threads stand still.
+///
+/// # Panics
+/// The process is not a child of this one.
+pub fn stop(pid: u32) {
+    signal("STOP", pid);
+    let pid = rustix::process::Pid::from_raw(pid as i32).expect("a process number");
+    rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED).expect("a child that stops");
+}
