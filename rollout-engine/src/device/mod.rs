@@ -4,8 +4,8 @@
 //! device; nothing else calls it.
 
 pub mod record;
-pub mod sampler;
 pub mod versions;
+pub mod sampler;
 pub mod onnx;
 
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
 //! What the engine shows to the outside: ZeroMQ for env workers and clients, HTTP for operators.
 
-mod rows;
 pub mod zmq;
+mod rows;
 pub mod http;

@@ -1,9 +1,9 @@
 //! ONNX Runtime with tensors in the host's memory: the CPU device. The other providers run through it too, with a copy to the
 //! device and back at each step.
 
-mod library;
-mod sessions;
 mod device;
+mod sessions;
+mod library;
 
 pub use self::{
     device::{OnnxDevice, OnnxLoader},
