@@ -172,7 +172,7 @@ fn what_is_wrong_in_a_base_names_the_base() {
     let folder = folder(&[
         ("base/unknown.toml", "extends = QUICKSTART\nalgorithm.gama = 0.9"),
         ("unknown.toml", "extends = \"base/unknown.toml\"\nalgorithm.gamma = 0.9"),
-        ("base/section.toml", "extends = QUICKSTART\n[algoritm]\ngamma = 0.9"),
+        ("base/section.toml", "extends = QUICKSTART\n[algorithms]\ngamma = 0.9"),
         ("section.toml", "extends = \"base/section.toml\""),
         ("base/value.toml", "extends = QUICKSTART\nrunner.seed = \"one\""),
         ("value.toml", "extends = \"base/value.toml\""),
@@ -193,7 +193,7 @@ fn what_is_wrong_in_a_base_names_the_base() {
         ),
         (
             "section.toml",
-            &["`algoritm`", "base/section.toml", "did you mean `algorithm`"],
+            &["`algorithms`", "base/section.toml", "did you mean `algorithm`"],
         ),
         ("value.toml", &["`runner.seed`", "base/value.toml"]),
         (
@@ -296,7 +296,7 @@ fn a_base_that_cannot_be_read_is_one_clear_line() {
         ("long.toml", "extends = \"base/long.toml\""),
         ("limit.toml", "extends = \"base/limit.toml\""),
     ]);
-    fs::write(folder.path().join("base/latin.toml"), b"# caf\xe9\n").expect("file");
+    fs::write(folder.path().join("base/latin.toml"), b"# \xe9\n").expect("file");
     let long = File::create(folder.path().join("base/long.toml")).expect("file");
     long.set_len(100 << 20).expect("100 MiB without a byte written");
     let quickstart = published("quickstart.toml").display().to_string();
