@@ -430,7 +430,7 @@ proptest! {
             proximal: numbers.logprob.clone(),
             ..numbers
         };
-        for name in ["actor", "actor_critic", "decoupled_actor_critic"] {
+        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 let rows = ROWS as i64;
                 let element = Tensor::from_slice(&equal.logprob).view([rows, ACTIONS as i64, DIMS as i64]);
@@ -457,7 +457,7 @@ proptest! {
                     entropy: None,
                     share: Share::default(),
                 };
-                let metrics = policy_loss(name).unwrap()(&input, &settings()).unwrap().actor.unwrap();
+                let metrics = loss(&input, &settings()).unwrap().actor.unwrap();
                 let zeros = [
                     metrics.ratio - 1.0,
                     metrics.ratio_deviation_max,

@@ -1,9 +1,13 @@
 //! A real engine process, real sockets and small real policies for the tests of the ring.
 
 use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    sync::mpsc,
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use policy::{config::RunConfig, noise::NoiseKey, plan::RunPlan};
@@ -39,9 +43,16 @@ pub fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("`{name}` is not built; run scripts/setup"))
 }
 
+/// What the engine logs when its endpoints are open and in their file.
+const LISTENS: &str = " listens on ";
+/// Longest time from the start of an engine to that line.
+const START: Duration = Duration::from_mins(1);
+
 /// An engine process that is taken down with the test.
 pub struct Engine {
     child: Child,
+    /// Copies the log to its file until the process ends.
+    copy: Option<JoinHandle<()>>,
     /// Endpoint for clients and env workers.
     pub listen: String,
     /// `HOST:PORT` of `/healthz` and `/metrics`.
@@ -57,8 +68,8 @@ impl Engine {
         if endpoints.exists() {
             std::fs::remove_file(&endpoints).expect("removing the endpoints of an earlier engine");
         }
-        let log = std::fs::File::create(dir.join("engine.log")).expect("log");
-        let child = Command::new(program("rollout-engine"))
+        let file = File::create(dir.join("engine.log")).expect("log");
+        let mut child = Command::new(program("rollout-engine"))
             .arg("serve")
             .arg("--config")
             .arg(&config)
@@ -70,30 +81,29 @@ impl Engine {
             .arg(&endpoints)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(Stdio::piped())
             .spawn()
             .expect("starting the engine");
+        let log = child.stderr.take().expect("a pipe");
+        let (open, opened) = mpsc::channel();
         let mut engine = Self {
             child,
+            copy: Some(thread::spawn(move || copy_log(log, file, &open))),
             listen: String::new(),
             http: String::new(),
         };
-        let begin = Instant::now();
-        while begin.elapsed() < Duration::from_mins(1) {
-            if let Ok(text) = std::fs::read_to_string(&endpoints) {
-                let value: serde_json::Value = serde_json::from_str(&text).expect("endpoints file");
-                value["listen"].as_str().expect("listen").clone_into(&mut engine.listen);
-                value["http"].as_str().expect("http").clone_into(&mut engine.http);
-                return engine;
-            }
-            assert!(
-                engine.child.try_wait().expect("engine").is_none(),
-                "the engine ended: {}",
-                Self::log(dir)
-            );
-            std::thread::yield_now();
-        }
-        panic!("the engine opened no endpoint: {}", Self::log(dir));
+        // an error when the engine ends first
+        let opened = opened.recv_timeout(START);
+        assert!(
+            opened.is_ok(),
+            "the engine opened no endpoint ({opened:?}): {}",
+            Self::log(dir)
+        );
+        let text = std::fs::read_to_string(&endpoints).expect("endpoints file");
+        let value: serde_json::Value = serde_json::from_str(&text).expect("endpoints file");
+        value["listen"].as_str().expect("listen").clone_into(&mut engine.listen);
+        value["http"].as_str().expect("http").clone_into(&mut engine.http);
+        engine
     }
 
     /// What the engine of this folder has logged.
@@ -109,12 +119,28 @@ impl Engine {
     /// Ends it without a chance to say farewell.
     pub fn kill(&mut self) {
         self.child.kill().expect("killing the engine");
-        self.child.wait().expect("waiting for the engine");
+        self.wait();
     }
 
-    /// Waits for the end and returns whether it was a success.
+    /// Waits for the end, after which the log is whole, and returns whether it was a success.
     pub fn wait(&mut self) -> bool {
-        self.child.wait().expect("waiting for the engine").success()
+        let status = self.child.wait().expect("waiting for the engine");
+        if let Some(copy) = self.copy.take() {
+            copy.join().expect("copying the log");
+        }
+        status.success()
+    }
+}
+
+/// Copies a log to its file, line by line, and says when the endpoints are open.
+fn copy_log(log: impl Read, mut file: File, open: &mpsc::Sender<()>) {
+    for line in BufReader::new(log).split(b'\n') {
+        let line = line.expect("reading the engine's log");
+        file.write_all(&[&line[..], b"\n"].concat()).expect("writing the log");
+        if String::from_utf8_lossy(&line).contains(LISTENS) {
+            // nobody waits any more when the line came late
+            let _late = open.send(());
+        }
     }
 }
 
