@@ -14,6 +14,7 @@ mod golden {
     mod claimed;
     mod network;
     mod onnx;
+    mod other_set;
     mod preproc;
     mod real;
     mod rl;

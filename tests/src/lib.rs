@@ -14,7 +14,7 @@ pub mod load;
 pub mod attacks;
 pub mod siege;
 
-use std::path::PathBuf;
+use std::{io::Write, path::PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -25,6 +25,20 @@ pub const COMMITTED_GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden"
 /// The folder of the golden tensors: `PIRL_GOLDEN_DIR`, else `tests/golden` of this repository.
 pub fn golden_dir() -> PathBuf {
     std::env::var_os("PIRL_GOLDEN_DIR").map_or_else(|| PathBuf::from(COMMITTED_GOLDEN), PathBuf::from)
+}
+
+/// Says on standard error, which a test that passes does not hide, what is left out and why.
+pub fn skip(what: &str, why: &str) {
+    writeln!(std::io::stderr(), "skipped: {what}: {why}").expect("writing to standard error");
+}
+
+/// Says that the golden set lacks this file when it does.
+pub fn lacks(file: &str) -> bool {
+    let lacks = !golden_dir().join(file).exists();
+    if lacks {
+        skip(file, "not in this golden set");
+    }
+    lacks
 }
 
 /// One array of a golden file. Booleans are 0 and 1; integers are exact below 2^53.
@@ -164,6 +178,23 @@ pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
     })
 }
 
+/// Smallest error that is allowed of a network output: f32 sums in another order than the reference's.
+const OUTPUT: f64 = 1e-4;
+/// The same as a share of the reference's largest magnitude: its own f32 noise, as a float64 computation of it shows.
+const OUTPUT_SHARE: f64 = 5e-5;
+
+/// Returns the largest error that is allowed of a network output, whatever the magnitudes of a golden set are.
+pub fn output_tolerance(want: &Array) -> f64 {
+    let finite = want.data.iter().map(|v| v.abs()).filter(|v| v.is_finite());
+    (OUTPUT_SHARE * finite.fold(0.0, f64::max)).max(OUTPUT)
+}
+
+/// Asserts that a network output is within [`output_tolerance`] of the golden one.
+#[track_caller]
+pub fn assert_output(what: &str, got: &[f32], want: &Array) {
+    assert_close(what, got, want, output_tolerance(want));
+}
+
 /// Asserts that every element is within `tolerance` (absolute) of the golden one.
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f32], want: &Array, tolerance: f64) {
@@ -187,4 +218,35 @@ pub fn assert_close_relative(what: &str, got: &[f32], want: &Array, tolerance: f
         diff <= allowed,
         "{what}: largest error {diff:.3e} at magnitude {scale:.3e}, allowed relative {tolerance:.0e}"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_is_held_relative_to_the_largest_of_the_reference() {
+        let want = |scale: f64| Array {
+            shape: vec![4],
+            data: [3.6, -0.2, 0.0, 1.1].map(|v| v * scale).to_vec(),
+            dtype: Dtype::F32,
+        };
+        let passes =
+            |got: &Array, want: &Array| std::panic::catch_unwind(|| assert_output("v", &got.f32(), want)).is_ok();
+        let moved = |by: f64| {
+            let mut got = want(1.0);
+            got.data[1] += by;
+            got
+        };
+        assert!(passes(&moved(1.7e-4), &want(1.0)), "3.6 * 5e-5 is 1.8e-4");
+        assert!(!passes(&moved(1.9e-4), &want(1.0)));
+        assert!(!passes(&want(1.0), &want(1.0001)), "a factor of the whole output");
+        assert!(!passes(&want(1.0001), &want(1.0)));
+        // small outputs keep the absolute bound
+        assert!(passes(&want(0.0), &want(2e-5)));
+        assert!(!passes(&want(0.0), &want(4e-5)));
+        let mut infinite = want(1.0);
+        infinite.data[2] = f64::INFINITY;
+        assert!(!passes(&want(1.0), &infinite), "an infinity allows nothing");
+    }
 }

@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, path::Path, sync::OnceLock};
 
 use export::{GraphOptions, denoise_graph, prefix_graph, weight_bytes};
-use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff};
+use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff, output_tolerance};
 use ort::{
     environment::Environment,
     session::{Session, SessionInputValue},
@@ -23,8 +23,6 @@ use policy::{
     weights::{Weight, WeightFile, locations},
 };
 
-/// f32 against f32 with sums in another order; the bound on network outputs.
-const TOLERANCE: f64 = 1e-4;
 const MODES: [&str; 2] = ["pi0", "pi05"];
 const VARIANTS: [(WeightMode, bool); 4] = [
     (WeightMode::Constants, false),
@@ -343,6 +341,12 @@ fn close(what: &str, got: &Array, want: &Array, tolerance: f64) -> f64 {
     diff
 }
 
+/// Compares a network output and gives the error.
+#[track_caller]
+fn close_output(what: &str, got: &Array, want: &Array) -> f64 {
+    close(what, got, want, output_tolerance(want))
+}
+
 fn main_case(mode: &str) -> (Golden, PolicyDims, ValueHeadDims, Weights) {
     let model = Golden::open(&format!("{mode}_model"));
     let (dims, head) = sizes(&format!("{mode}_model"), &model, CriticInput::Expert);
@@ -369,9 +373,10 @@ fn prefix_graph_matches_the_golden_network() {
         each_variant(mode, |label, model, graphs| {
             let got = graphs.prefix(model, "pre.image");
             let mut worst = 0.0f64;
-            let mut check = |name: &str, got: &Array, want: &str, tolerance: f64| {
-                worst = worst.max(close(&format!("{label}: {name}"), got, &model.get(want), tolerance));
+            let mut check = |name: &str, got: &Array, want: &str| {
+                worst = worst.max(close_output(&format!("{label}: {name}"), got, &model.get(want)));
             };
+            let equal = |name: &str, want: &str| close(&format!("{label}: {name}"), &got[name], &model.get(want), 0.0);
             for (i, camera) in cameras(model).iter().enumerate() {
                 for (ours, theirs) in [
                     ("patch_pos_emb", "patch_pos_emb"),
@@ -379,17 +384,17 @@ fn prefix_graph_matches_the_golden_network() {
                     ("vision_projected", "projected"),
                 ] {
                     let name = format!("{ours}.{i}");
-                    check(&name, &got[&name], &format!("vis.{camera}.{theirs}"), TOLERANCE);
+                    check(&name, &got[&name], &format!("vis.{camera}.{theirs}"));
                 }
             }
-            check("prefix_embs", &got["prefix_embs"], "prefix.embs", TOLERANCE);
-            check("prefix_mask", &got["prefix_mask"], "prefix.pad_masks", 0.0);
-            check("position_ids", &got["position_ids"], "prefix.position_ids", 0.0);
+            check("prefix_embs", &got["prefix_embs"], "prefix.embs");
+            equal("prefix_mask", "prefix.pad_masks");
+            equal("position_ids", "prefix.position_ids");
             for l in 0..graphs.dims.depth {
-                check("k", &layer(&got["k"], l), &format!("prefix.k.{l}"), TOLERANCE);
-                check("v", &layer(&got["v"], l), &format!("prefix.v.{l}"), TOLERANCE);
+                check("k", &layer(&got["k"], l), &format!("prefix.k.{l}"));
+                check("v", &layer(&got["v"], l), &format!("prefix.v.{l}"));
             }
-            check("prefix_out", &got["prefix_out"], "prefix.out", TOLERANCE);
+            check("prefix_out", &got["prefix_out"], "prefix.out");
             println!("{label}: prefix, largest error {worst:.1e}");
         });
     }
@@ -402,8 +407,8 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
             let prefix = graphs.prefix(model, "pre.image");
             let state = model.get("in.state");
             let mut worst = 0.0f64;
-            let mut check = |name: &str, got: &Array, want: &Array, tolerance: f64| {
-                worst = worst.max(close(&format!("{label}: {name}"), got, want, tolerance));
+            let mut check = |name: &str, got: &Array, want: &Array| {
+                worst = worst.max(close_output(&format!("{label}: {name}"), got, want));
             };
             let x = model.get("step.x_t").f32();
             let zeros = vec![0.0; x.len()];
@@ -415,39 +420,25 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
                 z: &zeros,
             };
             let got = graphs.step(&prefix, &state, &step);
-            check(
-                "suffix_embs",
-                &got["suffix_embs"],
-                &model.get("step.suffix_embs"),
-                TOLERANCE,
-            );
-            check(
-                "suffix_position_ids",
-                &got["suffix_position_ids"],
+            check("suffix_embs", &got["suffix_embs"], &model.get("step.suffix_embs"));
+            let positions = &got["suffix_position_ids"];
+            close(
+                &format!("{label}: suffix_position_ids"),
+                positions,
                 &model.get("step.position_ids"),
                 0.0,
             );
-            check(
-                "suffix_out",
-                &got["suffix_out"],
-                &model.get("step.suffix_out"),
-                TOLERANCE,
-            );
-            check("v_t", &got["v_t"], &model.get("step.v_t"), TOLERANCE);
+            check("suffix_out", &got["suffix_out"], &model.get("step.suffix_out"));
+            check("v_t", &got["v_t"], &model.get("step.v_t"));
             if model.has("step.adarms_cond") {
-                check(
-                    "adarms_cond",
-                    &got["adarms_cond"],
-                    &model.get("step.adarms_cond"),
-                    TOLERANCE,
-                );
+                check("adarms_cond", &got["adarms_cond"], &model.get("step.adarms_cond"));
             }
             for steps in [4, 10] {
                 let golden = |name: &str| model.get(&format!("ode{steps}.{name}"));
                 let (times, xs, vs) = (golden("t"), golden("x_path"), golden("v_path"));
                 let mut x = model.get("ode.noise");
                 for i in 0..steps {
-                    check("x of the ODE path", &x, &at(&xs, i), TOLERANCE);
+                    check("x of the ODE path", &x, &at(&xs, i));
                     let now = x.f32();
                     let coefficients = (1.0, f64::from(-1.0 / steps as f32));
                     let step = Step {
@@ -458,10 +449,10 @@ fn denoise_graph_matches_the_golden_step_and_both_ode_paths() {
                         z: &zeros,
                     };
                     let mut got = graphs.step(&prefix, &state, &step);
-                    check("v of the ODE path", &got["v_t"], &at(&vs, i), TOLERANCE);
+                    check("v of the ODE path", &got["v_t"], &at(&vs, i));
                     x = got.remove("x_next").expect("x_next");
                 }
-                check("ODE actions", &x, &golden("actions"), TOLERANCE);
+                check("ODE actions", &x, &golden("actions"));
             }
             println!("{label}: denoise, largest error {worst:.1e}");
         });
@@ -506,7 +497,7 @@ fn denoise_graph_matches_the_golden_step_grids_and_expert_values() {
                         let got = graphs.step(&prefix, &state, &step);
                         for (name, want) in [("v_t", "v"), ("mean", "mean"), ("x_next", "next"), ("value", "value")] {
                             let what = format!("{label}: {file} {grid} step {k} {name}");
-                            close(&what, &got[name], &at(&golden(want), k), TOLERANCE);
+                            close_output(&what, &got[name], &at(&golden(want), k));
                         }
                     }
                 }
@@ -528,11 +519,10 @@ fn value_of_the_prefix_is_the_masked_mean_of_the_reference() {
             let batch = state.shape[0];
             let mut graphs = Graphs::build(&dims, &head, &weights, weights_mode, fixed.then_some(batch));
             let prefix = graphs.prefix(&model, "in.image");
-            close(
+            close_output(
                 &format!("{mode}: prefix_out"),
                 &prefix["prefix_out"],
                 &model.get("prefix_out"),
-                TOLERANCE,
             );
             let x = vec![0.5; batch * dims.action_horizon * dims.action_dim];
             let step = Step {
@@ -543,7 +533,7 @@ fn value_of_the_prefix_is_the_masked_mean_of_the_reference() {
                 z: &x,
             };
             let got = graphs.step(&prefix, &state, &step);
-            close(&format!("{mode}: V_vlm"), &got["value"], &want, TOLERANCE);
+            close_output(&format!("{mode}: V_vlm"), &got["value"], &want);
         }
     }
 }
@@ -585,9 +575,9 @@ fn two_equal_kv_heads_are_one() {
             let batch = fixed.then_some(state.shape[0]);
             let mut graphs = Graphs::build(&doubled_dims, &head, &doubled, weights_mode, batch);
             let prefix = graphs.prefix(&model, "pre.image");
-            close("prefix_out", &prefix["prefix_out"], &model.get("prefix.out"), TOLERANCE);
+            close_output("prefix_out", &prefix["prefix_out"], &model.get("prefix.out"));
             let got = graphs.step(&prefix, &state, &step());
-            close("v_t", &got["v_t"], &model.get("step.v_t"), TOLERANCE);
+            close_output("v_t", &got["v_t"], &model.get("step.v_t"));
         }
     }
 }

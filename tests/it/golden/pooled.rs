@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::differences::check_numbers;
 
 use super::{
-    network::{CAMERAS, MODES, OUTPUT, Setup, close, encode, float, policy_dims, values},
+    network::{CAMERAS, MODES, Setup, close, close_output, encode, float, policy_dims, values},
     rl::{LOGPROB, Recomputed, check_rollout, method, noise_level, sampling},
 };
 
@@ -59,20 +59,14 @@ fn value_of_the_pooled_prefix() {
         let golden = Golden::open(&format!("{mode}_vlmvalue"));
         let sampler = Golden::open(&format!("{mode}_vlmvalue_rlsampler"));
         let s = pooled_setup(mode, Pooling::Mean);
-        close(
-            &format!("{mode} prefix_out"),
-            &s.prefix.out,
-            &golden.get("prefix_out"),
-            OUTPUT,
-        );
+        close_output(&format!("{mode} prefix_out"), &s.prefix.out, &golden.get("prefix_out"));
         let masks = golden.get("prefix_pad_masks");
         close(&format!("{mode} masks"), &s.prefix.cache.mask, &masks, 0.0);
         let masked = pooled_value(&s);
-        close(
+        close_output(
             &format!("{mode} V_vlm masked mean"),
             &masked,
             &sampler.get("masked_mean.value"),
-            OUTPUT,
         );
 
         let mut padded = None;
@@ -93,21 +87,15 @@ fn value_of_the_pooled_prefix() {
                 s.prefix.out = Tensor::cat(&here, 1);
             }
             let ours = pooled_value(&s);
-            close(
+            close_output(
                 &format!("{mode} V_vlm {case}"),
                 &ours,
                 &golden.get(&format!("{case}.direct_value")),
-                OUTPUT,
             );
             // recorded at rollout and recomputed: it does not depend on the denoise step
             for part in ["prev_values", "re.raw_values"] {
                 let name = format!("{case}.{part}");
-                close(
-                    &format!("{mode} {name}"),
-                    &ours.unsqueeze(1),
-                    &golden.get(&name),
-                    OUTPUT,
-                );
+                close_output(&format!("{mode} {name}"), &ours.unsqueeze(1), &golden.get(&name));
             }
             let steps = golden.get(&format!("{case}.chains")).shape[1] - 1;
             let sampling = sampling(method("flow_sde"), steps, noise_level(mode), false);
@@ -116,7 +104,7 @@ fn value_of_the_pooled_prefix() {
             check_likelihood(&s, &sampling, &golden, case, &what);
             if pooling == Pooling::MeanPadded {
                 let want = sampler.get("slot_mean.value");
-                close(&format!("{mode} V_vlm over all slots"), &ours, &want, OUTPUT);
+                close_output(&format!("{mode} V_vlm over all slots"), &ours, &want);
                 padded = Some(ours);
             }
         }

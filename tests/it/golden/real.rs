@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use integration_tests::{Golden, assert_close, golden_dir};
+use integration_tests::{Golden, assert_close, golden_dir, lacks};
 use policy::{
     config::RunConfig,
     flow::time_embedding,
@@ -14,8 +14,8 @@ use policy::{
 use super::network::MODES;
 
 /// Name and shape of every tensor of a model of the published size.
-fn recorded(mode: &str) -> BTreeMap<String, Vec<usize>> {
-    let text = std::fs::read_to_string(golden_dir().join(format!("real_tensor_names_{mode}.txt"))).expect("names");
+fn recorded(file: &str) -> BTreeMap<String, Vec<usize>> {
+    let text = std::fs::read_to_string(golden_dir().join(file)).expect("names");
     let line = |line: &str| {
         let cells: Vec<&str> = line.split('\t').collect();
         let shape = serde_json::from_str(cells.get(1).expect("a shape")).expect("a list of sizes");
@@ -28,7 +28,11 @@ fn recorded(mode: &str) -> BTreeMap<String, Vec<usize>> {
 #[test]
 fn recipes_of_published_sizes_have_the_published_tensors() {
     for mode in MODES {
-        let mut published = recorded(mode);
+        let file = format!("real_tensor_names_{mode}.txt");
+        if lacks(&file) {
+            continue;
+        }
+        let mut published = recorded(&file);
         // the tied embedding under its other name, and the expert's head over words that no computation reads
         for left_out in [EMBEDDING_ALIAS, UNUSED] {
             assert!(published.remove(left_out).is_some(), "{mode}: {left_out}");

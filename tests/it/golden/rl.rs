@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use integration_tests::{Array, Golden, assert_close, max_abs_diff};
+use integration_tests::{Array, Golden, assert_close, assert_output, max_abs_diff, output_tolerance};
 use learner::{
     model::{ModelError, PrefixCache, Sample},
     update::logprob::{Executed, StepTable, Transition, TransitionBatch, gaussian, path_value, transition},
@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 use crate::differences::check_numbers;
 
 use super::network::{
-    MODES, OUTPUT, Setup, at, check_gradients, close, encode, float, noise_head, policy_dims, setup, values,
+    MODES, Setup, at, check_gradients, close, close_output, encode, float, noise_head, policy_dims, setup, values,
 };
 
 /// Log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
@@ -99,10 +99,10 @@ fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &Denoi
         .policy
         .velocity(&s.prefix.cache, Some(&s.state), &x, &t)
         .expect("velocity");
-    close(&what("v"), &velocity.v_t, &want("v"), OUTPUT);
+    close_output(&what("v"), &velocity.v_t, &want("v"));
     let (c_x, c_v) = row.mean_coefficients();
     let mean = x * c_x + &velocity.v_t * c_v;
-    close(&what("mean"), &mean, &want("mean"), OUTPUT);
+    close_output(&what("mean"), &mean, &want("mean"));
     let std = match s.policy.noise_std(&velocity.hidden) {
         Some(learnt) => learnt * row.std,
         None => Tensor::full(mean.size(), row.std, (Kind::Float, Device::Cpu)),
@@ -114,16 +114,15 @@ fn check_grid_step(s: &Setup, golden: &Golden, grid: &str, k: usize, row: &Denoi
         std.ones_like()
     };
     let entropy = of.log() + (0.5 + f64::from(LN_SQRT_TWO_PI));
-    close(&what("entropy"), &entropy, &want("entropy"), OUTPUT);
+    close_output(&what("entropy"), &entropy, &want("entropy"));
     // of the head: an f32 network's output near 0.1; of the table: a number
     close(&what("std"), &std, &want("std"), 1e-5);
     let next = &mean + &std * float(&want("noise"));
-    close(&what("next"), &next, &want("next"), OUTPUT);
-    close(
+    close_output(&what("next"), &next, &want("next"));
+    close_output(
         &what("value"),
         &s.policy.value_expert(&velocity.hidden).expect("head"),
         &want("value"),
-        OUTPUT,
     );
     if row.std > 0.0 {
         close(
@@ -346,7 +345,7 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
     let name = |part: &str| format!("{case}.{part}");
     let what = |part: &str| format!("{what} {case} {part}");
     let sample = sampled(s, schedule, golden, case);
-    let check = |part: &str, got: &Tensor| close(&what(part), got, &golden.get(&name(part)), OUTPUT);
+    let check = |part: &str, got: &Tensor| close_output(&what(part), got, &golden.get(&name(part)));
     check("actions", &sample.actions);
     check("chains", &sample.chain);
     if golden.has(&name("step_mean")) {
@@ -361,17 +360,16 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
     let per_step = sample.values.expect("value head");
     check("step_value", &per_step);
     // over the path (`steps = "path"`), as the reference records it
-    close(
+    close_output(
         &what("mean of step values"),
         &per_step.mean_dim(1, true, Kind::Float),
         &recorded,
-        OUTPUT,
     );
     let table = StepTable::new(schedule, s.policy.dims().expert.width, Device::Cpu);
     let path = path_value(&s.policy, &table, &s.prefix.cache, Some(&s.state), &sample.chain, true)
         .expect("path")
         .expect("head");
-    close(&what("path value recomputed"), &path.unsqueeze(1), &recorded, OUTPUT);
+    close_output(&what("path value recomputed"), &path.unsqueeze(1), &recorded);
     let steps = steps_of(golden, case);
     if golden.has(&name("re.values")) && steps[0].len() == 1 {
         // On purpose different: the reference records the mean over all denoise steps but trains the value of the stochastic step
@@ -388,7 +386,7 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
             recorded.f32(),
             trained.f32()
         );
-        assert_close(&what("recorded value"), &ours, &trained, OUTPUT);
+        assert_output(&what("recorded value"), &ours, &trained);
         if what("") == "pi0 flow_sde single2 " {
             check_numbers("pi0 flow_sde single2", recorded.data[0], f64::from(ours[0]));
         }
@@ -426,7 +424,7 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
     let all_steps = ours.steps as usize == recorded[0].len();
     match ours.value() {
         None => assert!(all_zero(&want("values")), "{}", what("values")),
-        Some(value) if all_steps => close(&what("values"), &value, &want("values"), OUTPUT),
+        Some(value) if all_steps => close_output(&what("values"), &value, &want("values")),
         Some(value) => {
             println!(
                 "{}: ours {:?} over the steps with a density, reference {:?} over all",
@@ -441,7 +439,7 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
         }
     }
     match ours.entropy(joint) {
-        Some(entropy) => close(&what("entropy"), &entropy, &want("entropy"), OUTPUT),
+        Some(entropy) => close_output(&what("entropy"), &entropy, &want("entropy")),
         None => assert!(all_zero(&want("entropy")), "{}", what("entropy")),
     }
     check_raw(s, sampling, golden, case, policy, &what("raw"));
@@ -477,7 +475,7 @@ fn check_raw(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy
     // a standard Gaussian's
     let of_initial = Tensor::full_like(&initial, 0.5 + f64::from(LN_SQRT_TWO_PI));
     let entropy = ours.out.entropy.as_ref().map(|e| ours.per_step(e));
-    check("entropy", entropy, &of_initial, OUTPUT);
+    check("entropy", entropy, &of_initial, output_tolerance(&want("entropy")));
     let recorded = want("values");
     match &ours.out.value {
         None => assert!(all_zero(&recorded), "{what} values"),
@@ -485,7 +483,7 @@ fn check_raw(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy
             let got = ours.per_step(value);
             let want = float(&recorded).narrow(1, 0, ours.steps);
             let gap = (got - want).abs().max().double_value(&[]);
-            assert!(gap <= OUTPUT, "{what} values: {gap:e}");
+            assert!(gap <= output_tolerance(&recorded), "{what} values: {gap:e}");
         }
     }
 }
@@ -507,7 +505,7 @@ fn check_values_at_steps(s: &Setup, golden: &Golden, case: &str, mode: &str) {
         for part in ["re.values", "re.raw_values"] {
             let mut want = at(&golden.get(&format!("{case}.{part}")), b);
             want.shape = vec![1];
-            close(&format!("{mode} flow_ode {case} {part}"), &value, &want, OUTPUT);
+            close_output(&format!("{mode} flow_ode {case} {part}"), &value, &want);
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use integration_tests::{Golden, assert_close, assert_close_relative};
+use integration_tests::{Golden, assert_close, assert_close_relative, output_tolerance};
 use policy::{
     flow::{NoiseAnneal, NoiseMethod, Schedule},
     guidance::Guidance,
@@ -12,7 +12,7 @@ use policy::{
 use tch::{Kind, Tensor};
 
 use super::{
-    network::{GRADIENT, MODES, OUTPUT, at, close, policy_dims, setup, values},
+    network::{GRADIENT, MODES, at, close, close_output, policy_dims, setup, values},
     rl::{
         LOGPROB, Recomputed, check_recompute, check_rollout, groups, heads_of, is_joint, method, noise_level, sampling,
         steps_of,
@@ -63,11 +63,21 @@ fn guided_chunks() {
                 x.copy_from_slice(mean);
                 guidance[b].correct(x, width, k, steps);
                 let want = at(&at(&chains, b), k + 1);
-                assert_close(&format!("{mode} rtc row {b} step {k}"), x, &want, OUTPUT * MAX_WEIGHT);
+                assert_close(
+                    &format!("{mode} rtc row {b} step {k}"),
+                    x,
+                    &want,
+                    output_tolerance(&want) * MAX_WEIGHT,
+                );
             }
         }
         let (got, want) = (x.concat(), golden.get("rtc.actions"));
-        assert_close(&format!("{mode} rtc actions"), &got, &want, OUTPUT * MAX_WEIGHT);
+        assert_close(
+            &format!("{mode} rtc actions"),
+            &got,
+            &want,
+            output_tolerance(&want) * MAX_WEIGHT,
+        );
     }
 }
 
@@ -187,11 +197,10 @@ fn check_detach(mode: &str, golden: &Golden) {
         let result =
             Recomputed::new(&s, &s.prefix.cache, &sampling, golden, "lvl02.flow_sde", detach).expect("transition");
         let value = result.value().expect("head");
-        close(
+        close_output(
             &format!("{mode} {case}"),
             &value,
             &golden.get(&format!("{case}.values")),
-            OUTPUT,
         );
         value.sum(Kind::Float).backward();
         for name in golden
