@@ -6,9 +6,9 @@ mod algorithm;
 mod origin;
 mod error;
 mod layers;
+mod neutral;
 mod load;
 mod keys;
-mod neutral;
 
 use std::path::PathBuf;
 
