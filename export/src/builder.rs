@@ -509,7 +509,11 @@ pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
 
 #[cfg(test)]
 mod tests {
-    use policy::{graph::Axis, params::Part};
+    use policy::{
+        graph::Axis,
+        params::Part,
+        weights::{Layout, Weight},
+    };
 
     use super::*;
 
@@ -577,15 +581,24 @@ mod tests {
     #[test]
     fn external_data_points_into_the_weight_file() {
         let weights: Vec<f32> = (0..6).map(|i| i as f32).collect();
-        let bytes = policy::weights::to_safetensors([
-            ("a.weight", [2usize, 3].as_slice(), weights.as_slice()),
-            ("b", [6].as_slice(), weights.as_slice()),
-        ])
-        .expect("safetensors");
-        let locations = policy::weights::locations(&bytes).expect("header");
+        let specs = [spec("a.weight", &[2, 3]), spec("b", &[6])];
+        let named = specs.clone().map(|spec| {
+            let data = weights.clone();
+            (
+                spec.name,
+                Weight {
+                    shape: spec.shape,
+                    data,
+                },
+            )
+        });
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().join("w.safetensors");
+        policy::bundle::write_weights(&path, &specs, &BTreeMap::from(named)).expect("written");
+        let layout = Layout::of(&specs).expect("layout");
         let external = WeightsAs::External {
             file: "w.safetensors",
-            locations: &locations,
+            locations: layout.locations(),
         };
         let mut g = GraphBuilder::new("g", None, vec![spec("a.weight", &[2, 3])], external);
         let x = g.input(&rows("x", 3));
@@ -610,7 +623,7 @@ mod tests {
         assert_eq!(entry("location"), "w.safetensors");
         let from: usize = entry("offset").parse().expect("number");
         let length: usize = entry("length").parse().expect("number");
-        let stored: Vec<f32> = bytes[from..from + length]
+        let stored: Vec<f32> = std::fs::read(&path).expect("file")[from..from + length]
             .as_chunks::<4>()
             .0
             .iter()
@@ -626,12 +639,10 @@ mod tests {
 
     #[test]
     fn a_weight_of_another_size_or_without_reader_is_refused() {
-        let bytes =
-            policy::weights::to_safetensors([("a", [2usize].as_slice(), [0.0f32; 2].as_slice())]).expect("file");
-        let locations = policy::weights::locations(&bytes).expect("header");
+        let layout = Layout::of([&spec("a", &[2])]).expect("layout");
         let external = WeightsAs::External {
             file: "w.safetensors",
-            locations: &locations,
+            locations: layout.locations(),
         };
         let mut g = GraphBuilder::new("g", None, vec![spec("a", &[3]), spec("b", &[1])], external);
         assert!(matches!(g.weight("a"), Err(GraphError::Location { .. })));

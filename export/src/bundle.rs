@@ -17,7 +17,7 @@ use policy::{
     params::{ParamSpec, expert_params, vlm_params},
     plan::RunPlan,
     prompt::{PromptError, Tokenizer, read_model},
-    weights::{Location, Weight, WeightFile, WeightsError, locations, to_safetensors},
+    weights::{Layout, Location, WeightFile, Weights, WeightsError},
 };
 
 use crate::{
@@ -90,9 +90,9 @@ pub enum ExportError {
 
 /// Where a weight file of a new bundle comes from.
 #[derive(Debug)]
-pub enum WeightSource {
-    /// The bytes of a safetensors file with exactly the part's tensors in F32, see [`weight_bytes`].
-    Bytes(Vec<u8>),
+pub enum WeightSource<'a> {
+    /// Written in F32, one tensor at a time.
+    Weights(&'a dyn Weights),
     /// The same file as in another bundle: linked, not copied.
     Same(PathBuf, BundleFile),
 }
@@ -112,13 +112,13 @@ pub struct BundleSpec<'a> {
     /// The manifest; `files` is filled in, `format_version` and `flow_time` are set.
     pub manifest: Manifest,
     /// Weights of the vision-language model.
-    pub vlm: WeightSource,
+    pub vlm: WeightSource<'a>,
     /// Weights of the action expert and the value head.
-    pub expert: WeightSource,
+    pub expert: WeightSource<'a>,
     /// The graphs.
     pub graphs: GraphSource<'a>,
     /// `SentencePiece` model, when the manifest's tokenizer is one.
-    pub tokenizer: Option<Source>,
+    pub tokenizer: Option<Source<'a>>,
 }
 
 /// The manifest of a run's bundle without `files`.
@@ -164,7 +164,7 @@ pub fn manifest_of(
 ///
 /// # Errors
 /// The model cannot be read or has more ids than the policy's embedding has rows.
-pub fn tokenizer_of(plan: &RunPlan) -> Result<Option<Source>, ExportError> {
+pub fn tokenizer_of(plan: &RunPlan) -> Result<Option<Source<'static>>, ExportError> {
     let TokenizerConfig::SentencePiece { model } = &plan.config.actor.model.tokenizer else {
         return Ok(None);
     };
@@ -177,30 +177,6 @@ pub fn tokenizer_of(plan: &RunPlan) -> Result<Option<Source>, ExportError> {
         });
     }
     Ok(Some(Source::Bytes(read_model(model)?)))
-}
-
-/// The bytes of a weight file that holds exactly `params`, taken from `weights` (which may hold more).
-///
-/// The same parameters give the same layout whatever their values, so that one graph reads every version.
-///
-/// # Errors
-/// A weight is missing or has another shape.
-pub fn weight_bytes(params: &[ParamSpec], weights: &BTreeMap<String, Weight>) -> Result<Vec<u8>, WeightsError> {
-    let mut parts = Vec::with_capacity(params.len());
-    for spec in params {
-        let weight = weights
-            .get(&spec.name)
-            .ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
-        if weight.shape != spec.shape {
-            return Err(WeightsError::Shape {
-                name: spec.name.clone(),
-                expected: spec.shape.clone(),
-                found: weight.shape.clone(),
-            });
-        }
-        parts.push((spec.name.as_str(), weight.shape.as_slice(), weight.data.as_slice()));
-    }
-    to_safetensors(parts)
 }
 
 /// Writes a bundle to `dir`, which must not exist: the front door of this crate.
@@ -279,18 +255,28 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
             ));
         }
     }
-    Ok(publish(dir, files, manifest)?)
+    publish(dir, files, manifest).map_err(|error| match error {
+        BundleError::Weights { path, source } => ExportError::Weights {
+            file: if path.ends_with(VLM_WEIGHTS) {
+                VLM_WEIGHTS
+            } else {
+                EXPERT_WEIGHTS
+            },
+            source,
+        },
+        other => other.into(),
+    })
 }
 
 /// What differs between a policy version and the one before.
 #[derive(Debug)]
-pub struct NextVersion {
+pub struct NextVersion<'a> {
     /// Its number.
     pub policy_version: u64,
     /// How it samples: the noise level may move.
     pub sampling: Sampling,
-    /// Bytes of the weights of action expert and heads.
-    pub expert: Vec<u8>,
+    /// Weights of action expert and heads.
+    pub expert: &'a dyn Weights,
     /// Its reference output.
     pub self_test: Option<SelfTest>,
 }
@@ -299,7 +285,7 @@ pub struct NextVersion {
 ///
 /// # Errors
 /// See [`write_bundle`].
-pub fn next_version(earlier: &Bundle, dir: &Path, next: NextVersion) -> Result<Bundle, ExportError> {
+pub fn next_version(earlier: &Bundle, dir: &Path, next: NextVersion<'_>) -> Result<Bundle, ExportError> {
     let mut manifest = earlier.manifest.clone();
     manifest.policy_version = next.policy_version;
     manifest.sampling = next.sampling;
@@ -312,7 +298,7 @@ pub fn next_version(earlier: &Bundle, dir: &Path, next: NextVersion) -> Result<B
     let spec = BundleSpec {
         manifest,
         vlm: WeightSource::Same(earlier.path(VLM_WEIGHTS), entry),
-        expert: WeightSource::Bytes(next.expert),
+        expert: WeightSource::Weights(next.expert),
         graphs: GraphSource::Reuse(earlier),
         tokenizer,
     };
@@ -327,75 +313,33 @@ fn entry_of(bundle: &Bundle, name: &str) -> Result<BundleFile, ExportError> {
     })?)
 }
 
-fn same_file(bundle: &Bundle, name: &str) -> Result<Source, ExportError> {
+fn same_file(bundle: &Bundle, name: &str) -> Result<Source<'static>, ExportError> {
     Ok(Source::Same(bundle.path(name), entry_of(bundle, name)?))
 }
 
 fn file_locations(bundle: &Bundle, file: &'static str) -> Result<BTreeMap<String, Location>, ExportError> {
-    WeightFile::open(&bundle.path(file))
-        .and_then(|weights| weights.locations())
-        .map_err(|source| ExportError::Weights { file, source })
+    let weights = WeightFile::open(&bundle.path(file)).map_err(|source| ExportError::Weights { file, source })?;
+    Ok(weights.locations())
 }
 
-/// Checks a weight file and says where its tensors lie. A file taken over was checked when it was written.
-fn weight_file(
+/// Where the tensors of a weight file lie. A file taken over was checked when it was written, another is when it is.
+fn weight_file<'a>(
     file: &'static str,
-    source: WeightSource,
+    source: WeightSource<'a>,
     params: &[ParamSpec],
-) -> Result<(Source, BTreeMap<String, Location>), ExportError> {
+) -> Result<(Source<'a>, BTreeMap<String, Location>), ExportError> {
     let wrong = |source| ExportError::Weights { file, source };
     match source {
-        WeightSource::Bytes(bytes) => {
-            let found = locations(&bytes).map_err(wrong)?;
-            check_tensors(params, &found, &bytes).map_err(wrong)?;
-            Ok((Source::Bytes(bytes), found))
+        WeightSource::Weights(weights) => {
+            let layout = Layout::of(params).map_err(wrong)?;
+            let found = layout.locations().clone();
+            Ok((Source::Weights(layout, weights), found))
         }
         WeightSource::Same(path, entry) => {
-            let found = WeightFile::open(&path)
-                .and_then(|weights| weights.locations())
-                .map_err(wrong)?;
+            let found = WeightFile::open(&path).map_err(wrong)?.locations();
             Ok((Source::Same(path, entry), found))
         }
     }
-}
-
-/// Exactly the tensors of `params`, in F32, all finite.
-fn check_tensors(params: &[ParamSpec], found: &BTreeMap<String, Location>, bytes: &[u8]) -> Result<(), WeightsError> {
-    if let Some(name) = found.keys().find(|name| params.iter().all(|spec| spec.name != **name)) {
-        return Err(WeightsError::Extra {
-            name: name.clone(),
-            hint: String::new(),
-        });
-    }
-    for spec in params {
-        let location = found
-            .get(&spec.name)
-            .ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
-        if location.shape != spec.shape {
-            return Err(WeightsError::Shape {
-                name: spec.name.clone(),
-                expected: spec.shape.clone(),
-                found: location.shape.clone(),
-            });
-        }
-        let (from, length) = (location.offset as usize, location.length as usize);
-        if length != spec.shape.iter().product::<usize>() * 4 {
-            return Err(WeightsError::Type {
-                name: spec.name.clone(),
-                found: format!("{length} bytes (a bundle holds F32)"),
-            });
-        }
-        let raw = bytes.get(from..from + length).unwrap_or_default();
-        let values = raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-        if let Some((index, value)) = values.enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(WeightsError::NotFinite {
-                name: spec.name.clone(),
-                index,
-                value: value.to_string(),
-            });
-        }
-    }
-    Ok(())
 }
 
 fn reusable(earlier: &Bundle, manifest: &Manifest) -> Result<(), ExportError> {

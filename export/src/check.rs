@@ -119,11 +119,8 @@ impl Expected {
         }
         let weights = bundle.path(self.weight_file);
         let locations = WeightFile::open(&weights)
-            .and_then(|file| file.locations())
-            .map_err(|source| BundleError::Weights {
-                path: weights.clone(),
-                source,
-            })?;
+            .map_err(|source| BundleError::Weights { path: weights, source })?
+            .locations();
         self.structure(&bytes, &locations).map_err(fail)
     }
 

@@ -22,7 +22,7 @@ mod tests;
 pub use builder::GraphError;
 pub use bundle::{
     BundleSpec, ExportError, GraphSource, NextVersion, WeightSource, manifest_of, next_version, tokenizer_of,
-    weight_bytes, write_bundle,
+    write_bundle,
 };
 pub use check::{CheckError, CheckReport, check_bundle};
 pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};

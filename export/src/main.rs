@@ -7,13 +7,13 @@ use std::{io::Write, path::Path, process::ExitCode};
 use anyhow::{Context, bail};
 use clap::Parser;
 use export::{
-    BundleSpec, GraphSource, WeightSource, check_bundle, manifest_of, tokenizer_of, weight_bytes, write_bundle,
+    BundleSpec, ExportError, GraphSource, WeightSource, check_bundle, manifest_of, tokenizer_of, write_bundle,
 };
 use policy::{
     config::RunConfig,
     message::failed,
     norm::NormStats,
-    params::{ParamSpec, expert_params, params, vlm_params},
+    params::{ParamSpec, params},
     plan::RunPlan,
     weights::WeightFile,
 };
@@ -48,23 +48,17 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     let checkpoint = WeightFile::open(&args.checkpoint).with_context(|| format!("checkpoint `{path}`"))?;
     if args.without_value_head {
         plan.heads.value = None;
-    } else if plan.heads.value.is_some() {
-        let names = checkpoint.names().with_context(|| format!("checkpoint `{path}`"))?;
-        if !names.iter().any(|name| name.starts_with("value_head.")) {
-            bail!(
-                "checkpoint `{path}` holds no value head, but `actor.model.value_head` asks for one: pass a checkpoint of \
-                 RL, or `--without-value-head` for evaluation only"
-            );
-        }
+    } else if plan.heads.value.is_some() && !checkpoint.names().iter().any(|name| name.starts_with("value_head.")) {
+        bail!(
+            "checkpoint `{path}` holds no value head, but `actor.model.value_head` asks for one: pass a checkpoint of RL, or \
+             `--without-value-head` for evaluation only"
+        );
     }
     let all = params(&plan.dims, &plan.heads);
     let wanted: Vec<&ParamSpec> = all.iter().collect();
-    let weights = checkpoint
-        .read_all(&wanted)
+    checkpoint
+        .check_header(&wanted)
         .with_context(|| format!("checkpoint `{path}`"))?;
-    let vlm = weight_bytes(&vlm_params(&plan.dims), &weights)?;
-    let expert = weight_bytes(&expert_params(&plan.dims, &plan.heads), &weights)?;
-    drop(weights);
 
     let norm_stats = plan
         .config
@@ -77,12 +71,15 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     let manifest = manifest_of(&plan, args.policy_version, args.batch.0, norm_stats, None);
     let spec = BundleSpec {
         manifest,
-        vlm: WeightSource::Bytes(vlm),
-        expert: WeightSource::Bytes(expert),
+        vlm: WeightSource::Weights(&checkpoint),
+        expert: WeightSource::Weights(&checkpoint),
         graphs: GraphSource::Build,
         tokenizer: tokenizer_of(&plan)?,
     };
-    let bundle = write_bundle(&args.out, spec)?;
+    let bundle = write_bundle(&args.out, spec).map_err(|error| match error {
+        ExportError::Weights { source, .. } => anyhow::Error::new(source).context(format!("checkpoint `{path}`")),
+        other => other.into(),
+    })?;
     let bytes: u64 = bundle.manifest.files.iter().map(|file| file.bytes).sum();
     Ok(format!(
         "wrote bundle {}: policy version {}, {} weights, {:.1} MiB, batch {}, weights as {}",

@@ -1,21 +1,29 @@
 //! Bundles of a tiny policy: written, continued, checked, refused.
 
-use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    path::Path,
+};
 
 use policy::{
-    bundle::{Bundle, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS},
+    bundle::{
+        Bundle, BundleError, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
+        write_weights,
+    },
     config::{TokenizerConfig, WeightMode},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{Mdp, NoiseMethod, Sampling},
     graph::GraphContract,
     norm::Normalization,
-    params::{CriticInput, Heads, Pooling, ValueHeadDims, ValueSteps, expert_params, params, vlm_params},
+    params::{CriticInput, Heads, ParamSpec, Part, Pooling, ValueHeadDims, ValueSteps, expert_params, params},
     weights::{Weight, WeightsError},
 };
 
 use crate::{
     BundleSpec, ExportError, GraphOptions, GraphSource, NextVersion, WeightSource, check_bundle, denoise_graph,
-    next_version, weight_bytes, write_bundle,
+    next_version, write_bundle,
 };
 
 fn dims(variant: Variant) -> PolicyDims {
@@ -99,18 +107,8 @@ fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
         .collect()
 }
 
-fn parts(manifest: &Manifest, value: f32) -> (Vec<u8>, Vec<u8>) {
-    let weights = weights(manifest, value);
-    let vlm = weight_bytes(&vlm_params(&manifest.dims), &weights).expect("vlm");
-    let heads = &manifest.heads;
-    (
-        vlm,
-        weight_bytes(&expert_params(&manifest.dims, heads), &weights).expect("expert"),
-    )
-}
-
 /// Version 1 with these weights, sampled as the one before.
-fn next(earlier: &Bundle, expert: Vec<u8>) -> NextVersion {
+fn next<'a>(earlier: &Bundle, expert: &'a BTreeMap<String, Weight>) -> NextVersion<'a> {
     NextVersion {
         policy_version: 1,
         sampling: earlier.manifest.sampling.clone(),
@@ -120,11 +118,11 @@ fn next(earlier: &Bundle, expert: Vec<u8>) -> NextVersion {
 }
 
 fn first(dir: &Path, manifest: Manifest) -> Result<Bundle, ExportError> {
-    let (vlm, expert) = parts(&manifest, 0.25);
+    let weights = weights(&manifest, 0.25);
     let spec = BundleSpec {
         manifest,
-        vlm: WeightSource::Bytes(vlm),
-        expert: WeightSource::Bytes(expert),
+        vlm: WeightSource::Weights(&weights),
+        expert: WeightSource::Weights(&weights),
         graphs: GraphSource::Build,
         tokenizer: None,
     };
@@ -179,8 +177,8 @@ fn the_next_version_writes_only_the_expert() {
         manifest(Variant::Pi0, WeightMode::Constants, None),
     )
     .expect("first");
-    let (_, expert) = parts(&zero.manifest, -1.5);
-    let one = next_version(&zero, &folder.path().join("1"), next(&zero, expert)).expect("second");
+    let expert = weights(&zero.manifest, -1.5);
+    let one = next_version(&zero, &folder.path().join("1"), next(&zero, &expert)).expect("second");
     check_bundle(one.dir()).expect("sound");
     let inode = |bundle: &Bundle, name: &str| fs::metadata(bundle.path(name)).expect("file").ino();
     for name in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS] {
@@ -199,27 +197,23 @@ fn weights_of_another_policy_leave_nothing_behind() {
     )
     .expect("first");
     let dir = folder.path().join("1");
-    let specs = expert_params(&zero.manifest.dims, &zero.manifest.heads);
     let good = weights(&zero.manifest, 1.0);
+    let specs = expert_params(&zero.manifest.dims, &zero.manifest.heads);
     let name = specs.first().expect("a weight").name.clone();
 
+    let refusal = |expert: &BTreeMap<String, Weight>| match next_version(&zero, &dir, next(&zero, expert)) {
+        Err(ExportError::Weights { file, source }) => (file, source),
+        other => panic!("weights that are refused, got {other:?}"),
+    };
     let mut diverged = good.clone();
     diverged.get_mut(&name).expect("weight").data[1] = f32::NAN;
-    let bytes = weight_bytes(&specs, &diverged).expect("bytes");
-    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("NaN");
-    assert!(
-        matches!(
-            &error,
-            ExportError::Weights {
-                source: WeightsError::NotFinite { index: 1, .. },
-                ..
-            }
-        ),
-        "{error}"
-    );
+    let (file, error) = refusal(&diverged);
+    assert_eq!(file, EXPERT_WEIGHTS);
+    assert!(matches!(&error, WeightsError::NotFinite { index: 1, .. }), "{error}");
 
-    let bytes = weight_bytes(&specs[1..], &good).expect("bytes");
-    let error = next_version(&zero, &dir, next(&zero, bytes))
+    let mut missing = good.clone();
+    missing.remove(&name);
+    let error = next_version(&zero, &dir, next(&zero, &missing))
         .expect_err("missing")
         .to_string();
     assert_eq!(
@@ -227,32 +221,13 @@ fn weights_of_another_policy_leave_nothing_behind() {
         format!("weights for `expert.safetensors`: tensor `{name}` is missing")
     );
 
-    let bytes = weight_bytes(&params(&zero.manifest.dims, &zero.manifest.heads), &good).expect("bytes");
-    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("extra");
-    assert!(
-        matches!(
-            &error,
-            ExportError::Weights {
-                source: WeightsError::Extra { .. },
-                ..
-            }
-        ),
-        "{error}"
-    );
+    let mut misshapen = good.clone();
+    misshapen.get_mut(&name).expect("weight").shape.push(1);
+    assert!(matches!(refusal(&misshapen).1, WeightsError::Shape { .. }));
 
-    let mut bytes = weight_bytes(&specs, &good).expect("bytes");
-    bytes.truncate(bytes.len() - 1);
-    let error = next_version(&zero, &dir, next(&zero, bytes)).expect_err("truncated");
-    assert!(
-        matches!(
-            &error,
-            ExportError::Weights {
-                source: WeightsError::Format(_),
-                ..
-            }
-        ),
-        "{error}"
-    );
+    let mut short = good;
+    short.get_mut(&name).expect("weight").data.pop();
+    assert!(matches!(refusal(&short).1, WeightsError::Shape { .. }));
 
     let left: Vec<_> = fs::read_dir(folder.path())
         .expect("list")
@@ -270,11 +245,11 @@ fn graphs_are_only_reused_for_the_same_policy() {
     )
     .expect("first");
     let other = manifest(Variant::Pi0, WeightMode::Constants, Some(2));
-    let (vlm, expert) = parts(&other, 0.0);
+    let weights = weights(&other, 0.0);
     let spec = BundleSpec {
         manifest: other,
-        vlm: WeightSource::Bytes(vlm),
-        expert: WeightSource::Bytes(expert),
+        vlm: WeightSource::Weights(&weights),
+        expert: WeightSource::Weights(&weights),
         graphs: GraphSource::Reuse(&zero),
         tokenizer: None,
     };
@@ -295,6 +270,68 @@ fn replace(dir: &Path, name: &str, bytes: &[u8]) {
         }
     }
     fs::write(dir.join(MANIFEST), serde_json::to_vec(&manifest).expect("json")).expect("writing");
+}
+
+#[test]
+fn weight_files_that_are_not_the_policys_are_refused() {
+    type Named = BTreeMap<String, Weight>;
+    let folder = tempfile::tempdir().expect("folder");
+    let refusal = |case: &str, change: &dyn Fn(&mut Named), cut: &dyn Fn(&mut Vec<u8>)| {
+        let dir = folder.path().join(case);
+        let manifest = manifest(Variant::Pi05, WeightMode::Constants, None);
+        let heads = &manifest.heads;
+        let mut weights = weights(&manifest, 1.0);
+        let own: BTreeSet<String> = expert_params(&manifest.dims, heads)
+            .into_iter()
+            .map(|s| s.name)
+            .collect();
+        weights.retain(|name, _| own.contains(name));
+        first(&dir, manifest).expect("written");
+        change(&mut weights);
+        let specs: Vec<ParamSpec> = weights
+            .iter()
+            .map(|(name, weight)| ParamSpec {
+                name: name.clone(),
+                shape: weight.shape.clone(),
+                part: Part::Expert,
+            })
+            .collect();
+        let file = folder.path().join("changed");
+        write_weights(&file, &specs, &weights).expect("written");
+        let mut bytes = fs::read(file).expect("bytes");
+        cut(&mut bytes);
+        replace(&dir, EXPERT_WEIGHTS, &bytes);
+        match Bundle::open(&dir).expect("manifest").verify() {
+            Err(BundleError::Weights { path, source }) => {
+                assert!(path.ends_with(EXPERT_WEIGHTS));
+                source
+            }
+            other => panic!("expected weights that are refused, found {other:?}"),
+        }
+    };
+    let name = "action_out_proj.weight";
+    let missing = |weights: &mut Named| drop(weights.remove(name));
+    let error = refusal("missing", &missing, &|_| {});
+    assert_eq!(error, WeightsError::Missing(name.to_owned()));
+    let extra = |weights: &mut Named| drop(weights.insert("action_out_proj.weights".to_owned(), weights[name].clone()));
+    let error = refusal("extra", &extra, &|_| {});
+    assert!(
+        matches!(&error, WeightsError::Extra { hint, .. } if hint.contains(name)),
+        "{error}"
+    );
+    let misshapen = |weights: &mut Named| weights.get_mut(name).expect("weight").shape.reverse();
+    let error = refusal("misshapen", &misshapen, &|_| {});
+    assert!(matches!(&error, WeightsError::Shape { .. }), "{error}");
+    let error = refusal("diverged", &|_| {}, &|bytes| {
+        let last = bytes.len() - 4;
+        bytes[last..].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    });
+    assert!(
+        matches!(&error, WeightsError::NotFinite { value, .. } if value == "inf"),
+        "{error}"
+    );
+    let error = refusal("truncated", &|_| {}, &|bytes| bytes.truncate(bytes.len() - 1));
+    assert!(matches!(&error, WeightsError::Format(_)), "{error}");
 }
 
 #[test]

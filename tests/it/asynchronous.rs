@@ -284,9 +284,8 @@ fn run(overrides: &[&str]) -> (tempfile::TempDir, RunPlan) {
     let dir = tempfile::tempdir().expect("folder");
     let plan = plan(dir.path(), &[&tiny, overrides].concat());
     let store = ParamStore::random(&plan.dims, &Heads::default(), 77, Device::Cpu).expect("weights");
-    let bytes = store.to_safetensors(&[Part::Vlm, Part::Expert]).expect("bytes");
-    fs::create_dir(dir.path().join("sft")).expect("folder");
-    fs::write(sft_checkpoint(dir.path()), bytes).expect("start weights");
+    let start = sft_checkpoint(dir.path());
+    store.write(&[Part::Vlm, Part::Expert], &start).expect("start weights");
     (dir, plan)
 }
 

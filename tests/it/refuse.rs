@@ -16,8 +16,9 @@ use learner::{
 use policy::{
     bundle::{BUNDLE_VERSION, Bundle, EXPERT_WEIGHTS, MANIFEST},
     params::Part,
-    weights::{WeightFile, to_safetensors},
+    weights::WeightFile,
 };
+use safetensors::{Dtype, tensor::TensorView};
 use tch::Device;
 
 fn run(name: &str, args: &[&str]) -> Output {
@@ -216,7 +217,13 @@ fn assert_export_refuses(change: impl FnOnce(&mut Tensors), wanted: &[&str]) {
         .flat_map(|p| store.export(*p))
         .collect();
     change(&mut tensors);
-    let bytes = to_safetensors(tensors.iter().map(|(n, s, d)| (n.as_str(), s.as_slice(), d.as_slice()))).expect("file");
+    let raw = |data: &[f32]| data.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let data: Vec<Vec<u8>> = tensors.iter().map(|(.., data)| raw(data)).collect();
+    let views = tensors.iter().zip(&data).map(|((name, shape, _), data)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), data).expect("a shape that fits");
+        (name, view)
+    });
+    let bytes = safetensors::serialize(views, None).expect("file");
     let checkpoint = dir.path().join("model.safetensors");
     std::fs::write(&checkpoint, bytes).expect("checkpoint");
     let out = dir.path().join("bundle");

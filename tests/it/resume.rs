@@ -62,9 +62,8 @@ impl Run {
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), &TINY);
         let store = ParamStore::random(&plan.dims, &Heads::default(), 77, Device::Cpu).expect("weights");
-        let bytes = store.to_safetensors(&[Part::Vlm, Part::Expert]).expect("bytes");
-        fs::create_dir(dir.path().join("sft")).expect("folder");
-        fs::write(dir.path().join("sft").join(MODEL), bytes).expect("start weights");
+        let start = dir.path().join("sft").join(MODEL);
+        store.write(&[Part::Vlm, Part::Expert], &start).expect("start weights");
         Self { dir, config }
     }
 

@@ -1,16 +1,18 @@
 //! Programs started with a random policy and without training: an engine without a learner, and a learner without an engine.
 
 use std::{
+    borrow::Cow,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
 use policy::{
+    bundle::write_weights,
     noise::{Purpose, fill_normal, stream},
     params::{ParamSpec, Part, params},
     plan::RunPlan,
-    weights::to_safetensors,
+    weights::{Weights, WeightsError},
 };
 
 use crate::{
@@ -43,30 +45,29 @@ impl Programs {
     }
 }
 
+/// Seeded random weights.
+#[derive(Debug)]
+struct Random(Vec<ParamSpec>);
+
+impl Weights for Random {
+    fn values(&self, spec: &ParamSpec) -> Result<Cow<'_, [f32]>, WeightsError> {
+        let number = self.0.iter().position(|known| known == spec).expect("a known weight") as u64;
+        let mut values = vec![0.0; spec.shape.iter().product()];
+        fill_normal(&mut stream(Purpose::Init, 1, number, 0, 0), &mut values);
+        for value in &mut values {
+            *value *= SCALE;
+        }
+        Ok(Cow::Owned(values))
+    }
+}
+
 /// Writes a checkpoint of seeded random weights of these parts.
 pub fn random_checkpoint(plan: &RunPlan, parts: &[Part], path: &Path) {
     let specs: Vec<ParamSpec> = params(&plan.dims, &plan.heads)
         .into_iter()
         .filter(|spec| parts.contains(&spec.part))
         .collect();
-    let data: Vec<Vec<f32>> = (0..)
-        .zip(&specs)
-        .map(|(number, spec)| {
-            let mut values = vec![0.0; spec.shape.iter().product()];
-            fill_normal(&mut stream(Purpose::Init, 1, number, 0, 0), &mut values);
-            for value in &mut values {
-                *value *= SCALE;
-            }
-            values
-        })
-        .collect();
-    let weights = specs
-        .iter()
-        .zip(&data)
-        .map(|(spec, values)| (spec.name.as_str(), spec.shape.as_slice(), values.as_slice()));
-    let bytes = to_safetensors(weights).expect("shapes that fit");
-    std::fs::create_dir_all(path.parent().expect("a folder")).expect("creating the checkpoint's folder");
-    std::fs::write(path, bytes).expect("writing the checkpoint");
+    write_weights(path, &specs, &Random(specs.clone())).expect("writing the checkpoint");
 }
 
 /// Writes `config.toml` of the plan into `dir` and returns its path.

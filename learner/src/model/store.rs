@@ -1,12 +1,13 @@
 //! The weights of a policy as named f32 tensors: created, filled, loaded, exported.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use policy::{
+    bundle::{BundleError, BundleFile, write_weights},
     dims::PolicyDims,
     noise::{Purpose, fill_normal, stream, uniform},
     params::{EMBEDDING, Heads, ParamSpec, Part, params},
-    weights::{WeightFile, WeightsError, to_safetensors},
+    weights::{WeightFile, Weights, WeightsError},
 };
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -113,14 +114,7 @@ impl ParamStore {
     /// The first tensor that is missing, extra, misshapen, of another type or not finite; the store is then partly loaded.
     pub fn load(&self, file: &WeightFile, parts: &[Part]) -> Result<(), ModelError> {
         let wanted: Vec<&ParamSpec> = self.specs.iter().filter(|s| parts.contains(&s.part)).collect();
-        let names = file.names()?;
-        if let Some(spec) = wanted.iter().find(|s| !names.contains(&s.name)) {
-            return Err(WeightsError::Missing(spec.name.clone()).into());
-        }
-        if names.len() != wanted.len() {
-            // names the extra tensor, with the nearest right name
-            file.check(&wanted)?;
-        }
+        file.check_header(&wanted)?;
         for spec in wanted {
             self.assign(&spec.name, &file.read(spec)?.data)?;
         }
@@ -197,26 +191,34 @@ impl ParamStore {
         self.specs
             .iter()
             .filter(|s| s.part == part)
-            .filter_map(|s| {
-                let tensor = self.tensors.get(&s.name)?.detach().to_device(Device::Cpu).contiguous();
-                let mut data = vec![0.0f32; tensor.numel()];
-                let elements = data.len();
-                tensor.copy_data(&mut data, elements);
-                Some((s.name.clone(), s.shape.clone(), data))
-            })
+            .filter_map(|s| Some((s.name.clone(), s.shape.clone(), copy_out(self.tensors.get(&s.name)?))))
             .collect()
     }
 
-    /// The bytes of a safetensors file with these parts.
+    /// Writes a safetensors file with these parts atomically and describes it.
     ///
     /// # Errors
-    /// The file format cannot hold them.
-    pub fn to_safetensors(&self, parts: &[Part]) -> Result<Vec<u8>, ModelError> {
-        let exported: Vec<ExportedParam> = parts.iter().flat_map(|p| self.export(*p)).collect();
-        Ok(to_safetensors(exported.iter().map(|(name, shape, data)| {
-            (name.as_str(), shape.as_slice(), data.as_slice())
-        }))?)
+    /// A tensor is not finite, or a file operation fails; then the old file, if any, is untouched.
+    pub fn write(&self, parts: &[Part], path: &Path) -> Result<BundleFile, BundleError> {
+        write_weights(path, self.specs.iter().filter(|s| parts.contains(&s.part)), self)
     }
+}
+
+impl Weights for ParamStore {
+    fn values(&self, spec: &ParamSpec) -> Result<Cow<'_, [f32]>, WeightsError> {
+        let tensor = self.tensors.get(&spec.name);
+        let tensor = tensor.ok_or_else(|| WeightsError::Missing(spec.name.clone()))?;
+        Ok(Cow::Owned(copy_out(tensor)))
+    }
+}
+
+/// Row-major values of a tensor on any device.
+fn copy_out(tensor: &Tensor) -> Vec<f32> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let mut data = vec![0.0f32; tensor.numel()];
+    let elements = data.len();
+    tensor.copy_data(&mut data, elements);
+    data
 }
 
 /// Sizes as libtorch takes them.

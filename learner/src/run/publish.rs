@@ -9,7 +9,6 @@ use policy::{
     bundle::{Bundle, SelfTest},
     flow::Schedule,
     norm::NormStats,
-    params::Part,
     plan::RunPlan,
     selftest::SelfTestInput,
 };
@@ -87,9 +86,6 @@ impl Publisher {
     /// A file cannot be written, or the version exists.
     pub fn publish(&mut self, policy: &Pi0, version: u64) -> Result<Bundle> {
         let self_test = Some(self_test(policy, &self.plan)?);
-        let expert = policy
-            .store()
-            .to_safetensors(&[Part::Expert, Part::NoiseHead, Part::ValueHead])?;
         let target = self.path(version);
         let bundle = if let Some(first) = &self.first {
             next_version(
@@ -98,15 +94,15 @@ impl Publisher {
                 NextVersion {
                     policy_version: version,
                     sampling: self.plan.sampling(version),
-                    expert,
+                    expert: policy.store(),
                     self_test,
                 },
             )?
         } else {
             let spec = BundleSpec {
                 manifest: manifest_of(&self.plan, version, None, self.norm_stats.clone(), self_test),
-                vlm: WeightSource::Bytes(policy.store().to_safetensors(&[Part::Vlm])?),
-                expert: WeightSource::Bytes(expert),
+                vlm: WeightSource::Weights(policy.store()),
+                expert: WeightSource::Weights(policy.store()),
                 graphs: GraphSource::Build,
                 tokenizer: tokenizer_of(&self.plan)?,
             };

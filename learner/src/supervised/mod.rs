@@ -9,7 +9,6 @@ pub mod sft;
 use std::path::{Path, PathBuf};
 
 use policy::{
-    bundle::write_atomic,
     params::{Heads, Part},
     plan::RunPlan,
 };
@@ -92,6 +91,8 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
     let demos = dataset::read(&path, "actions", &plan.dims, &config.actor.model, stats.as_ref())?;
     let loss = sft(&policy, sft_config, &demos, config.runner.seed, &mut log)?;
     tracing::info!("SFT: loss {loss:.4} on {} frames", demos.observations.len());
-    let bytes = policy.store().to_safetensors(&[Part::Vlm, Part::Expert])?;
-    Ok(write_atomic(&sft_checkpoint(&dir), &bytes)?)
+    policy
+        .store()
+        .write(&[Part::Vlm, Part::Expert], &sft_checkpoint(&dir))?;
+    Ok(())
 }

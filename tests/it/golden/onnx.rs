@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::OnceLock};
 
-use export::{GraphOptions, denoise_graph, prefix_graph, weight_bytes};
+use export::{GraphOptions, denoise_graph, prefix_graph};
 use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff, output_tolerance};
 use ort::{
     environment::Environment,
@@ -15,12 +15,12 @@ use ort::{
     value::Tensor,
 };
 use policy::{
-    bundle::{EXPERT_WEIGHTS, VLM_WEIGHTS},
+    bundle::{EXPERT_WEIGHTS, VLM_WEIGHTS, write_weights},
     config::WeightMode,
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{DenoiseStep, NoiseMethod, step_table, time_embedding},
     params::{CriticInput, Heads, ParamSpec, Pooling, ValueHeadDims, ValueSteps, expert_params, params, vlm_params},
-    weights::{Weight, WeightFile, locations},
+    weights::{Layout, Weight, WeightFile},
 };
 
 const MODES: [&str; 2] = ["pi0", "pi05"];
@@ -198,18 +198,15 @@ impl Graphs {
         let options = GraphOptions { batch, debug: true };
         let heads = Heads::value(head.clone());
         let expert_specs = expert_params(dims, &Heads::value(head.clone()));
-        let vlm = weight_bytes(&vlm_params(dims), weights).expect("weights");
-        let expert = weight_bytes(&expert_specs, weights).expect("weights");
-        let prefix =
-            prefix_graph(dims, heads.pooling(), &locations(&vlm).expect("header"), options).expect("prefix graph");
-        let denoise =
-            denoise_graph(dims, &heads, &locations(&expert).expect("header"), mode, options).expect("denoise graph");
-        let files = [
-            (VLM_WEIGHTS, vlm),
-            (EXPERT_WEIGHTS, expert),
-            ("prefix.onnx", prefix),
-            ("denoise.onnx", denoise),
-        ];
+        let vlm_specs = vlm_params(dims);
+        for (name, specs) in [(VLM_WEIGHTS, &vlm_specs), (EXPERT_WEIGHTS, &expert_specs)] {
+            write_weights(&folder.path().join(name), specs, weights).expect("weights");
+        }
+        let layout = |specs| Layout::of(specs).expect("layout");
+        let (vlm, expert) = (layout(&vlm_specs), layout(&expert_specs));
+        let prefix = prefix_graph(dims, heads.pooling(), vlm.locations(), options).expect("prefix graph");
+        let denoise = denoise_graph(dims, &heads, expert.locations(), mode, options).expect("denoise graph");
+        let files = [("prefix.onnx", prefix), ("denoise.onnx", denoise)];
         for (name, bytes) in files {
             std::fs::write(folder.path().join(name), bytes).expect("writing");
         }

@@ -6,7 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{BundleError, io};
+use super::{
+    error::{BundleError, io},
+    file::{BundleFile, Describer, file_name},
+};
+use crate::{
+    params::ParamSpec,
+    weights::{Layout, Weights, WriteError},
+};
 
 /// The folder that `path` lies in, and where this process writes it before the rename.
 pub(super) fn beside(path: &Path) -> (PathBuf, PathBuf) {
@@ -14,19 +21,65 @@ pub(super) fn beside(path: &Path) -> (PathBuf, PathBuf) {
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    let beside = parent.join(format!(".{name}.writing.{}", std::process::id()));
+    let beside = parent.join(format!(".{}.writing.{}", file_name(path), std::process::id()));
     (parent.to_owned(), beside)
 }
 
+/// A file that is described while it is written.
+struct Described {
+    file: File,
+    describer: Describer,
+}
+
+impl Write for Described {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.describer.update(bytes.get(..written).unwrap_or_default());
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Described {
+    fn create(path: &Path) -> Result<Self, BundleError> {
+        Ok(Self {
+            file: File::create(path).map_err(io("creating", path))?,
+            describer: Describer::default(),
+        })
+    }
+
+    /// Waits until the file is on disk.
+    fn finish(self, path: &Path) -> Result<BundleFile, BundleError> {
+        self.file.sync_all().map_err(io("syncing", path))?;
+        Ok(self.describer.finish(path))
+    }
+}
+
 /// Writes a file and waits until it is on disk.
-pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
-    let mut file = File::create(path).map_err(io("creating", path))?;
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<BundleFile, BundleError> {
+    let mut file = Described::create(path)?;
     file.write_all(bytes).map_err(io("writing", path))?;
-    file.sync_all().map_err(io("syncing", path))
+    file.finish(path)
+}
+
+/// Writes a weight file tensor by tensor and waits until it is on disk.
+pub(super) fn write_weights_synced(
+    path: &Path,
+    layout: &Layout,
+    weights: &dyn Weights,
+) -> Result<BundleFile, BundleError> {
+    let mut file = Described::create(path)?;
+    layout.write(weights, &mut file).map_err(|error| match error {
+        WriteError::Io(error) => io("writing", path)(error),
+        WriteError::Weights(source) => BundleError::Weights {
+            path: path.to_owned(),
+            source,
+        },
+    })?;
+    file.finish(path)
 }
 
 /// Waits until the names in a folder are on disk.
@@ -41,13 +94,44 @@ pub(super) fn sync_dir(path: &Path) -> Result<(), BundleError> {
 /// # Errors
 /// A file operation fails; then the old file, if any, is untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
+    replace(path, |beside| write_synced(beside, bytes)).map(drop)
+}
+
+/// Writes a safetensors file with exactly the tensors `specs` atomically, one tensor at a time, and describes it.
+///
+/// # Errors
+/// A tensor is missing, misshapen or not finite, or a file operation fails; then the old file, if any, is untouched.
+pub fn write_weights<'a>(
+    path: &Path,
+    specs: impl IntoIterator<Item = &'a ParamSpec>,
+    weights: &dyn Weights,
+) -> Result<BundleFile, BundleError> {
+    let layout = Layout::of(specs).map_err(|source| BundleError::Weights {
+        path: path.to_owned(),
+        source,
+    })?;
+    replace(path, |beside| write_weights_synced(beside, &layout, weights))
+}
+
+/// Has a file written beside `path` and renames it.
+fn replace(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<BundleFile, BundleError>,
+) -> Result<BundleFile, BundleError> {
     let (parent, beside) = beside(path);
     fs::create_dir_all(&parent).map_err(io("creating the folder", &parent))?;
-    let done = write_synced(&beside, bytes).and_then(|()| fs::rename(&beside, path).map_err(io("renaming to", path)));
+    let done = write(&beside).and_then(|written| {
+        fs::rename(&beside, path).map_err(io("renaming to", path))?;
+        Ok(written)
+    });
     if done.is_err() {
         // the error at hand says more than one of the tidying-up would
         drop(fs::remove_file(&beside));
     }
-    done?;
-    sync_dir(&parent)
+    let written = done?;
+    sync_dir(&parent)?;
+    Ok(BundleFile {
+        name: file_name(path),
+        ..written
+    })
 }

@@ -5,7 +5,7 @@ use std::{fs::File, io::Read, path::Path};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{BundleError, io};
+use super::error::{BundleError, io};
 use crate::config::hex;
 
 /// One file of a bundle.
@@ -28,30 +28,53 @@ pub fn plain_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
 }
 
+/// The last part of a path.
+pub(super) fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// Size and SHA-256 of bytes as they come.
+#[derive(Default)]
+pub(super) struct Describer {
+    bytes: u64,
+    digest: Sha256,
+}
+
+impl Describer {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        self.digest.update(bytes);
+    }
+
+    /// Describes the file at `path` that holds the bytes.
+    pub(super) fn finish(self, path: &Path) -> BundleFile {
+        BundleFile {
+            name: file_name(path),
+            bytes: self.bytes,
+            sha256: hex(&self.digest.finalize()),
+        }
+    }
+}
+
 /// Size and SHA-256 of a file.
 ///
 /// # Errors
 /// The file cannot be read.
 pub fn describe_file(path: &Path) -> Result<BundleFile, BundleError> {
-    let mut file = File::open(path).map_err(io("opening", path))?;
-    let mut digest = Sha256::new();
+    describe(path, &File::open(path).map_err(io("opening", path))?)
+}
+
+/// Size and SHA-256 of the open file at `path`.
+pub(super) fn describe(path: &Path, mut file: &File) -> Result<BundleFile, BundleError> {
+    let mut describer = Describer::default();
     let mut buffer = vec![0u8; 1 << 20];
-    let mut bytes = 0u64;
     loop {
         let n = file.read(&mut buffer).map_err(io("reading", path))?;
         if n == 0 {
-            break;
+            return Ok(describer.finish(path));
         }
-        bytes += n as u64;
-        digest.update(buffer.get(..n).unwrap_or_default());
+        describer.update(buffer.get(..n).unwrap_or_default());
     }
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    Ok(BundleFile {
-        name,
-        bytes,
-        sha256: hex(&digest.finalize()),
-    })
 }

@@ -5,20 +5,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sha2::{Digest, Sha256};
-
 use super::{
-    Bundle, BundleError, BundleFile, MANIFEST, Manifest,
-    atomic::{beside, sync_dir, write_synced},
-    io,
+    atomic::{beside, sync_dir, write_synced, write_weights_synced},
+    error::{BundleError, io},
+    file::BundleFile,
+    manifest::{MANIFEST, Manifest},
+    read::Bundle,
 };
-use crate::config::hex;
+use crate::weights::{Layout, Weights};
 
 /// Where the bytes of a new bundle's file come from.
 #[derive(Debug)]
-pub enum Source {
+pub enum Source<'a> {
     /// Written as they are.
     Bytes(Vec<u8>),
+    /// A weight file, written tensor by tensor.
+    Weights(Layout, &'a dyn Weights),
     /// A file of another bundle with the same content: linked when the file system can, else copied.
     Same(PathBuf, BundleFile),
 }
@@ -26,8 +28,9 @@ pub enum Source {
 /// Writes a bundle: files beside the target, synced, manifest last, then one rename. `manifest.files` is filled in here.
 ///
 /// # Errors
-/// The target exists or a file operation fails; then nothing is left at the target.
-pub fn publish(dir: &Path, files: Vec<(String, Source)>, mut manifest: Manifest) -> Result<Bundle, BundleError> {
+/// The target exists, a weight is missing, misshapen or not finite, or a file operation fails; then nothing is left at the
+/// target.
+pub fn publish(dir: &Path, files: Vec<(String, Source<'_>)>, mut manifest: Manifest) -> Result<Bundle, BundleError> {
     if dir.exists() {
         return Err(BundleError::Exists(dir.to_owned()));
     }
@@ -52,20 +55,14 @@ pub fn publish(dir: &Path, files: Vec<(String, Source)>, mut manifest: Manifest)
     })
 }
 
-fn fill(beside: &Path, files: Vec<(String, Source)>, manifest: &mut Manifest) -> Result<(), BundleError> {
+fn fill(beside: &Path, files: Vec<(String, Source<'_>)>, manifest: &mut Manifest) -> Result<(), BundleError> {
     fs::create_dir_all(beside).map_err(io("creating the folder", beside))?;
     manifest.files.clear();
     for (name, source) in files {
         let path = beside.join(&name);
         let entry = match source {
-            Source::Bytes(bytes) => {
-                write_synced(&path, &bytes)?;
-                BundleFile {
-                    name,
-                    bytes: bytes.len() as u64,
-                    sha256: hex(&Sha256::digest(&bytes)),
-                }
-            }
+            Source::Bytes(bytes) => write_synced(&path, &bytes)?,
+            Source::Weights(layout, weights) => write_weights_synced(&path, &layout, weights)?,
             Source::Same(from, entry) => {
                 if fs::hard_link(&from, &path).is_err() {
                     fs::copy(&from, &path).map_err(io("copying to", &path))?;

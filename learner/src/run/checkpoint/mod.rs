@@ -270,10 +270,8 @@ pub fn write(
     let beside = dir.join(format!(".iteration_{:06}.writing", counters.iteration));
     remove(&beside)?;
     fs::create_dir_all(&beside).map_err(io("creating the folder", &beside))?;
-    let model = policy
-        .store()
-        .to_safetensors(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead])?;
-    write_atomic(&beside.join(MODEL), &model)?;
+    let all = [Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead];
+    let model = policy.store().write(&all, &beside.join(MODEL))?;
     let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
     for (prefix, optimizer) in [("actor", Some(optimizers.0)), ("critic", optimizers.1)] {
         if let Some(optimizer) = optimizer {
@@ -289,10 +287,11 @@ pub fn write(
     let state = State {
         format_version: FORMAT_VERSION,
         counters: counters.clone(),
-        files: [MODEL, OPTIMIZER, CONFIG]
-            .iter()
-            .map(|name| describe_file(&beside.join(name)))
-            .collect::<Result<_, _>>()?,
+        files: vec![
+            model,
+            describe_file(&beside.join(OPTIMIZER))?,
+            describe_file(&beside.join(CONFIG))?,
+        ],
     };
     write_atomic(&beside.join(STATE), &json(&state)?)?;
     if target.exists() {

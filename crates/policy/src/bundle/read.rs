@@ -1,0 +1,178 @@
+//! A bundle that is read: its manifest checked, its files verified.
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    error::{BundleError, io},
+    file::{BundleFile, describe_file, plain_name},
+    manifest::{
+        BUNDLE_VERSION, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
+    },
+};
+use crate::{
+    norm::mask_fits,
+    params::{ParamSpec, Part},
+    weights::WeightFile,
+};
+
+const MAX_MANIFEST_BYTES: u64 = 4 << 20;
+
+/// A bundle on disk whose manifest has been read and checked.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    pub(super) dir: PathBuf,
+    /// The manifest.
+    pub manifest: Manifest,
+}
+
+impl Bundle {
+    /// Reads and checks the manifest; the files are only looked at by [`Bundle::verify`].
+    ///
+    /// # Errors
+    /// Says what was expected and found: missing manifest, other format version, unknown or missing keys, impossible sizes.
+    pub fn open(dir: &Path) -> Result<Self, BundleError> {
+        let path = dir.join(MANIFEST);
+        let mut text = String::new();
+        let file = File::open(&path).map_err(io("opening the manifest", &path))?;
+        file.take(MAX_MANIFEST_BYTES)
+            .read_to_string(&mut text)
+            .map_err(io("reading the manifest", &path))?;
+        let bad = |detail: String| BundleError::Manifest {
+            path: dir.to_owned(),
+            detail,
+        };
+        let raw: serde_json::Value = serde_json::from_str(&text).map_err(|e| bad(format!("no JSON: {e}")))?;
+        let found = raw
+            .get("format_version")
+            .and_then(serde_json::Value::as_u64)
+            .ok_or_else(|| bad("`format_version` is missing".to_owned()))?;
+        if found != u64::from(BUNDLE_VERSION) {
+            return Err(BundleError::FormatVersion {
+                path: dir.to_owned(),
+                expected: BUNDLE_VERSION,
+                found,
+            });
+        }
+        let manifest: Manifest = serde_json::from_value(raw).map_err(|e| bad(e.to_string()))?;
+        manifest.dims.check().map_err(|e| bad(e.to_string()))?;
+        if manifest.flow_time != FLOW_TIME {
+            return Err(bad(format!(
+                "`flow_time` is `{}`, expected `{FLOW_TIME}`",
+                manifest.flow_time
+            )));
+        }
+        if manifest.action_chunk == 0
+            || manifest.action_chunk > manifest.dims.action_horizon
+            || manifest.env_action_dim == 0
+            || manifest.env_action_dim > manifest.dims.action_dim
+            || manifest.sampling.num_steps == 0
+            || manifest.sampling.num_steps > 1000
+            || manifest.cameras.len() != manifest.dims.cameras
+        {
+            return Err(bad(
+                "`action_chunk`, `env_action_dim`, `num_steps` or `cameras` do not fit the sizes".to_owned(),
+            ));
+        }
+        if let Some(runs) = manifest
+            .delta_actions
+            .as_ref()
+            .filter(|runs| !mask_fits(runs, manifest.env_action_dim))
+        {
+            return Err(bad(format!(
+                "`delta_actions` is {runs:?}, expected runs other than 0 over at most `env_action_dim` = {}",
+                manifest.env_action_dim
+            )));
+        }
+        for required in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS, EXPERT_WEIGHTS] {
+            if manifest.file(required).is_none() {
+                return Err(bad(format!("`files` lacks `{required}`")));
+            }
+        }
+        let named = |f: &&BundleFile| !plain_name(&f.name) || f.name == MANIFEST;
+        if let Some(entry) = manifest.files.iter().find(named) {
+            return Err(bad(format!(
+                "`files` names `{}`, expected a plain file name",
+                entry.name
+            )));
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+        })
+    }
+
+    /// The bundle's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Path of one of its files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Checks every file: present, no other beside it, size, SHA-256; and every weight: name, shape, type, finite.
+    ///
+    /// # Errors
+    /// Names the first file or weight that differs, with both values.
+    pub fn verify(&self) -> Result<(), BundleError> {
+        let entries = fs::read_dir(&self.dir).map_err(io("listing the bundle", &self.dir))?;
+        for entry in entries {
+            let entry = entry.map_err(io("listing the bundle", &self.dir))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name != MANIFEST && self.manifest.file(&name).is_none() {
+                return Err(self.file_error(&name, "no such file", "a file that the manifest does not name"));
+            }
+        }
+        for entry in &self.manifest.files {
+            self.verify_file(entry)?;
+        }
+        self.check_weights()
+    }
+
+    fn verify_file(&self, entry: &BundleFile) -> Result<(), BundleError> {
+        let path = self.path(&entry.name);
+        let found = describe_file(&path)?;
+        if found.bytes != entry.bytes {
+            return Err(self.file_error(
+                &entry.name,
+                &format!("{} bytes", entry.bytes),
+                &format!("{} bytes", found.bytes),
+            ));
+        }
+        if found.sha256 != entry.sha256 {
+            return Err(self.file_error(&entry.name, &format!("sha256 {}", entry.sha256), &found.sha256));
+        }
+        Ok(())
+    }
+
+    fn file_error(&self, name: &str, expected: &str, found: &str) -> BundleError {
+        BundleError::File {
+            path: self.dir.clone(),
+            name: name.to_owned(),
+            expected: expected.to_owned(),
+            found: found.to_owned(),
+        }
+    }
+
+    fn check_weights(&self) -> Result<(), BundleError> {
+        let all = self.manifest.params();
+        for (name, vlm) in [(VLM_WEIGHTS, true), (EXPERT_WEIGHTS, false)] {
+            let wanted: Vec<&ParamSpec> = all.iter().filter(|p| (p.part == Part::Vlm) == vlm).collect();
+            let path = self.path(name);
+            let weights = WeightFile::open(&path).map_err(|source| BundleError::Weights {
+                path: path.clone(),
+                source,
+            })?;
+            weights.check(&wanted).map_err(|source| BundleError::Weights {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}

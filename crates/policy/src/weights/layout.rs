@@ -1,0 +1,212 @@
+//! The layout of a weight file, and the writer of its bytes.
+
+use std::{collections::BTreeMap, io::Write};
+
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
+
+use super::{
+    error::WeightsError,
+    tensors::{Weights, check_finite},
+};
+use crate::params::ParamSpec;
+
+/// Values that are converted and written at once.
+const BLOCK: usize = 1 << 18;
+
+/// Where a tensor's bytes lie in its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Location {
+    /// Sizes.
+    pub shape: Vec<usize>,
+    /// Offset from the start of the file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// Places of the tensors after a header of `start` bytes.
+pub(super) fn locations(start: usize, header: &Metadata) -> BTreeMap<String, Location> {
+    let located = header.tensors().into_iter().map(|(name, info)| {
+        let (from, to) = info.data_offsets;
+        let location = Location {
+            shape: info.shape.clone(),
+            offset: (start + from) as u64,
+            length: (to - from) as u64,
+        };
+        (name, location)
+    });
+    located.collect()
+}
+
+/// Header and order of a safetensors file of f32 tensors. They depend on names and shapes alone, so that one graph reads the
+/// file of every version.
+#[derive(Debug)]
+pub struct Layout {
+    /// Length of the header, header, padding.
+    head: Vec<u8>,
+    /// In the order of the file.
+    specs: Vec<ParamSpec>,
+    locations: BTreeMap<String, Location>,
+}
+
+/// Why a weight file was not written.
+#[derive(Debug)]
+pub(crate) enum WriteError {
+    Io(std::io::Error),
+    Weights(WeightsError),
+}
+
+impl From<std::io::Error> for WriteError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<WeightsError> for WriteError {
+    fn from(error: WeightsError) -> Self {
+        Self::Weights(error)
+    }
+}
+
+impl Layout {
+    /// Lays out the file of these tensors.
+    ///
+    /// # Errors
+    /// The tensors are larger than an address space.
+    pub fn of<'a>(specs: impl IntoIterator<Item = &'a ParamSpec>) -> Result<Self, WeightsError> {
+        let mut specs: Vec<ParamSpec> = specs.into_iter().cloned().collect();
+        specs.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut end = 0usize;
+        let infos = specs.iter().map(|spec| {
+            let start = end;
+            end += elements(spec) * size_of::<f32>();
+            let info = TensorInfo {
+                dtype: Dtype::F32,
+                shape: spec.shape.clone(),
+                data_offsets: (start, end),
+            };
+            (spec.name.clone(), info)
+        });
+        let header = Metadata::new(None, infos.collect()).map_err(|error| WeightsError::Format(error.to_string()))?;
+        let mut text = serde_json::to_vec(&header).map_err(|error| WeightsError::Format(error.to_string()))?;
+        // the tensors begin at a multiple of 8 bytes, as the crate `safetensors` writes them
+        text.resize(text.len().next_multiple_of(size_of::<u64>()), b' ');
+        let head = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
+        let locations = locations(head.len(), &header);
+        Ok(Self { head, specs, locations })
+    }
+
+    /// Offset and length of every tensor, for the external data of a graph.
+    pub fn locations(&self) -> &BTreeMap<String, Location> {
+        &self.locations
+    }
+
+    /// Writes the file. Besides what `weights` holds anyway there is never more than one tensor in memory.
+    ///
+    /// # Errors
+    /// `weights` lacks a tensor or has one that is misshapen or not finite, or the writer fails.
+    pub(crate) fn write(&self, weights: &dyn Weights, to: &mut impl Write) -> Result<(), WriteError> {
+        to.write_all(&self.head)?;
+        let mut bytes = Vec::new();
+        for spec in &self.specs {
+            let values = weights.values(spec)?;
+            if values.len() != elements(spec) {
+                return Err(WriteError::Weights(WeightsError::Shape {
+                    name: spec.name.clone(),
+                    expected: spec.shape.clone(),
+                    found: vec![values.len()],
+                }));
+            }
+            check_finite(&spec.name, &values, std::convert::identity)?;
+            for block in values.chunks(BLOCK) {
+                bytes.resize(size_of_val(block), 0);
+                for (to, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(block) {
+                    *to = value.to_le_bytes();
+                }
+                to.write_all(&bytes)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn elements(spec: &ParamSpec) -> usize {
+    spec.shape.iter().product()
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::{super::Weight, *};
+    use crate::{config::hex, params::Part};
+
+    fn weights(shapes: &[(&str, &[usize])]) -> BTreeMap<String, Weight> {
+        let named = shapes.iter().enumerate().map(|(number, (name, shape))| {
+            let count: usize = shape.iter().product();
+            let weight = Weight {
+                shape: shape.to_vec(),
+                data: (0..count).map(|i| i as f32 * 0.25 - number as f32).collect(),
+            };
+            ((*name).to_owned(), weight)
+        });
+        named.collect()
+    }
+
+    fn written(weights: &BTreeMap<String, Weight>) -> Result<Vec<u8>, WriteError> {
+        let specs = weights.iter().rev().map(|(name, weight)| ParamSpec {
+            name: name.clone(),
+            shape: weight.shape.clone(),
+            part: Part::Expert,
+        });
+        let layout = Layout::of(&specs.collect::<Vec<_>>())?;
+        let mut bytes = Vec::new();
+        layout.write(weights, &mut bytes)?;
+        for (name, weight) in weights {
+            let location = &layout.locations()[name];
+            let stored = &bytes[location.offset as usize..][..location.length as usize];
+            let stored = stored.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            assert!(
+                stored.eq(weight.data.iter().copied()),
+                "`{name}` lies where the layout says"
+            );
+        }
+        Ok(bytes)
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_first_writer() {
+        // more than a block; no value; a scalar; names whose order is not that of the shapes
+        let weights = weights(&[
+            ("layers.10.weight", &[BLOCK + 3]),
+            ("layers.2.weight", &[2, 3]),
+            ("layers.2.bias", &[3]),
+            ("empty", &[0, 4]),
+            ("scale", &[]),
+        ]);
+        let bytes = written(&weights).expect("written");
+        // computed with the writer that held all tensors in memory
+        let expected = "6e7e378ddb581145b91992d2d87d01ea2f27eaf850e2f5f60b228da909d56b51";
+        assert_eq!(hex(&Sha256::digest(&bytes)), expected);
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_named() {
+        for at in [0, 4095, 4096, BLOCK + 2] {
+            let mut weights = weights(&[("w", &[BLOCK + 3])]);
+            weights.get_mut("w").expect("weight").data[at] = f32::NEG_INFINITY;
+            let error = WeightsError::NotFinite {
+                name: "w".to_owned(),
+                index: at,
+                value: "-inf".to_owned(),
+            };
+            match written(&weights) {
+                Err(WriteError::Weights(found)) => assert_eq!(found, error),
+                other => panic!("expected {error}, found {other:?}"),
+            }
+        }
+    }
+}
