@@ -3,14 +3,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
 };
 
 use policy::{
     bundle::{
         Bundle, BundleError, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
-        write_weights,
+        VerifiedFiles, write_weights,
     },
     config::{TokenizerConfig, WeightMode},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
@@ -332,6 +332,120 @@ fn weight_files_that_are_not_the_policys_are_refused() {
     );
     let error = refusal("truncated", &|_| {}, &|bytes| bytes.truncate(bytes.len() - 1));
     assert!(matches!(&error, WeightsError::Format(_)), "{error}");
+}
+
+/// The first version, what its verification found, and the next version.
+fn verified(folder: &Path) -> (Bundle, VerifiedFiles, Bundle) {
+    let manifest = manifest(Variant::Pi0, WeightMode::Constants, None);
+    let zero = first(&folder.join("0"), manifest).expect("first");
+    let known = zero.verify_with(&VerifiedFiles::default()).expect("sound");
+    let expert = weights(&zero.manifest, -1.5);
+    let one = next_version(&zero, &folder.join("1"), next(&zero, &expert)).expect("second");
+    (zero, known, one)
+}
+
+/// Changes the last value of a file in place, as nobody may, and leaves the time of the last change as it was.
+fn scribble(path: &Path) {
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).expect("file");
+    let before = file.metadata().expect("metadata");
+    let at = before.len() - 4;
+    file.write_all_at(&7.5f32.to_le_bytes(), at).expect("written");
+    file.set_modified(before.modified().expect("time")).expect("time");
+}
+
+fn assert_file_refused(verified: Result<VerifiedFiles, BundleError>, name: &str) {
+    match verified {
+        Err(BundleError::File { name: found, .. }) => assert_eq!(found, name),
+        other => panic!("expected that `{name}` is refused, found {other:?}"),
+    }
+}
+
+#[test]
+fn linked_files_that_were_verified_are_not_read_again() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (zero, known, one) = verified(folder.path());
+    for name in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS] {
+        scribble(&one.path(name));
+    }
+    // whoever reads them finds it
+    assert_file_refused(one.verify_with(&VerifiedFiles::default()), DENOISE_GRAPH);
+    let known = one.verify_with(&known).expect("not read");
+    // and the files of this version serve the next
+    let expert = weights(&zero.manifest, 3.0);
+    let two = next_version(&one, &folder.path().join("2"), next(&one, &expert)).expect("third");
+    let known = two.verify_with(&known).expect("not read");
+    // what a version did not have is forgotten
+    assert!(two.verify_with(&known).is_ok());
+    scribble(&one.path(EXPERT_WEIGHTS));
+    assert_file_refused(one.verify_with(&known), EXPERT_WEIGHTS);
+}
+
+#[test]
+fn files_that_were_replaced_or_changed_are_found() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (_, known, one) = verified(folder.path());
+    one.verify_with(&known).expect("sound");
+
+    // another file of the same size and time
+    let path = one.path(VLM_WEIGHTS);
+    let before = fs::metadata(&path).expect("metadata");
+    let mut bytes = fs::read(&path).expect("bytes");
+    fs::remove_file(&path).expect("removed");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    fs::write(&path, bytes).expect("written");
+    let file = fs::File::open(&path).expect("file");
+    file.set_modified(before.modified().expect("time")).expect("time");
+    assert_file_refused(one.verify_with(&known), VLM_WEIGHTS);
+}
+
+#[test]
+fn a_file_that_was_written_to_is_found() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (_, known, one) = verified(folder.path());
+    scribble(&one.path(VLM_WEIGHTS));
+    one.verify_with(&known).expect("not read");
+    let file = fs::File::open(one.path(VLM_WEIGHTS)).expect("file");
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).expect("time");
+    assert_file_refused(one.verify_with(&known), VLM_WEIGHTS);
+}
+
+#[test]
+fn a_known_digest_is_no_proof_for_another_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (zero, known, one) = verified(folder.path());
+    scribble(&one.path(EXPERT_WEIGHTS));
+    assert_file_refused(one.verify_with(&known), EXPERT_WEIGHTS);
+
+    // the manifest states the digest of a verified file for one with other weights
+    let rewrite = |change: &dyn Fn(&mut Manifest)| {
+        let mut manifest = one.manifest.clone();
+        change(&mut manifest);
+        fs::write(one.path(MANIFEST), serde_json::to_vec(&manifest).expect("JSON")).expect("written");
+        Bundle::open(one.dir()).expect("manifest")
+    };
+    let entry = |name: &str| zero.manifest.file(name).expect("entry").clone();
+    let expert = entry(EXPERT_WEIGHTS);
+    let claimed = rewrite(&|manifest| {
+        for file in manifest.files.iter_mut().filter(|file| file.name == EXPERT_WEIGHTS) {
+            file.clone_from(&expert);
+        }
+    });
+    assert_file_refused(claimed.verify_with(&known), EXPERT_WEIGHTS);
+
+    // a verified file in the place of another
+    let vlm = entry(VLM_WEIGHTS);
+    fs::remove_file(one.path(EXPERT_WEIGHTS)).expect("removed");
+    fs::hard_link(zero.path(VLM_WEIGHTS), one.path(EXPERT_WEIGHTS)).expect("linked");
+    let swapped = rewrite(&|manifest| {
+        for file in manifest.files.iter_mut().filter(|file| file.name == EXPERT_WEIGHTS) {
+            (file.bytes, file.sha256) = (vlm.bytes, vlm.sha256.clone());
+        }
+    });
+    let error = swapped.verify_with(&known).expect_err("other weights").to_string();
+    assert!(
+        error.contains(EXPERT_WEIGHTS) && error.contains("is missing"),
+        "{error}"
+    );
 }
 
 #[test]

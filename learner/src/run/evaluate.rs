@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use policy::{bundle::Bundle, plan::RunPlan};
+use policy::{
+    bundle::{Bundle, VerifiedFiles},
+    plan::RunPlan,
+};
 use wire::messages::{Mode, Trajectory};
 
 use super::film;
@@ -44,8 +47,9 @@ pub fn bundles(plan: &RunPlan, dirs: &[PathBuf], episodes: usize, gif: Option<&P
     check_seed(plan)?;
     let (dir, config) = prepare(plan)?;
     let opened: Vec<Bundle> = dirs.iter().map(|dir| Bundle::open(dir)).collect::<Result<_, _>>()?;
+    let mut verified = VerifiedFiles::default();
     for bundle in &opened {
-        bundle.verify()?;
+        verified = bundle.verify_with(&verified)?;
     }
     let mut ring = Ring::start(plan, &dir, &config)?;
     let mut results = Vec::new();

@@ -6,6 +6,7 @@
 mod error;
 mod file;
 mod manifest;
+mod verified;
 mod read;
 mod atomic;
 mod publish;
@@ -20,4 +21,5 @@ pub use self::{
     },
     publish::{Source, publish},
     read::Bundle,
+    verified::VerifiedFiles,
 };

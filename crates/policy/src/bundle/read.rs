@@ -8,10 +8,11 @@ use std::{
 
 use super::{
     error::{BundleError, io},
-    file::{BundleFile, describe_file, plain_name},
+    file::{BundleFile, describe, plain_name},
     manifest::{
         BUNDLE_VERSION, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
     },
+    verified::{Identity, Verified, VerifiedFiles},
 };
 use crate::{
     norm::mask_fits,
@@ -120,6 +121,16 @@ impl Bundle {
     /// # Errors
     /// Names the first file or weight that differs, with both values.
     pub fn verify(&self) -> Result<(), BundleError> {
+        self.verify_with(&VerifiedFiles::default()).map(drop)
+    }
+
+    /// Checks what [`Bundle::verify`] checks, but does not read a file again that `known` has with the digest that the manifest
+    /// states: the frozen weights of the version before, for instance, that this bundle links. Returns the files of this
+    /// bundle, for the next one.
+    ///
+    /// # Errors
+    /// See [`Bundle::verify`].
+    pub fn verify_with(&self, known: &VerifiedFiles) -> Result<VerifiedFiles, BundleError> {
         let entries = fs::read_dir(&self.dir).map_err(io("listing the bundle", &self.dir))?;
         for entry in entries {
             let entry = entry.map_err(io("listing the bundle", &self.dir))?;
@@ -128,26 +139,56 @@ impl Bundle {
                 return Err(self.file_error(&name, "no such file", "a file that the manifest does not name"));
             }
         }
+        let (vlm, expert): (Vec<_>, Vec<_>) = self.manifest.params().into_iter().partition(|p| p.part == Part::Vlm);
+        let mut files = VerifiedFiles::default();
         for entry in &self.manifest.files {
-            self.verify_file(entry)?;
+            let weights: &[ParamSpec] = match entry.name.as_str() {
+                VLM_WEIGHTS => &vlm,
+                EXPERT_WEIGHTS => &expert,
+                _ => &[],
+            };
+            let (identity, verified) = self.verify_file(entry, weights, known)?;
+            files.insert(identity, verified);
         }
-        self.check_weights()
+        Ok(files)
     }
 
-    fn verify_file(&self, entry: &BundleFile) -> Result<(), BundleError> {
+    /// Checks a file and, unless there are none, its `weights`.
+    fn verify_file(
+        &self,
+        entry: &BundleFile,
+        weights: &[ParamSpec],
+        known: &VerifiedFiles,
+    ) -> Result<(Identity, Verified), BundleError> {
         let path = self.path(&entry.name);
-        let found = describe_file(&path)?;
-        if found.bytes != entry.bytes {
+        // one handle, so that what is hashed is what is parsed; whoever writes to the file from here on changes its identity
+        let file = File::open(&path).map_err(io("opening", &path))?;
+        let identity = Identity::of(&file.metadata().map_err(io("opening", &path))?);
+        if identity.bytes != entry.bytes {
             return Err(self.file_error(
                 &entry.name,
                 &format!("{} bytes", entry.bytes),
-                &format!("{} bytes", found.bytes),
+                &format!("{} bytes", identity.bytes),
             ));
         }
-        if found.sha256 != entry.sha256 {
-            return Err(self.file_error(&entry.name, &format!("sha256 {}", entry.sha256), &found.sha256));
+        let known = known.get(&identity).filter(|known| known.sha256 == entry.sha256);
+        if known.is_none() {
+            let found = describe(&path, &file)?;
+            if found.sha256 != entry.sha256 {
+                return Err(self.file_error(&entry.name, &format!("sha256 {}", entry.sha256), &found.sha256));
+            }
         }
-        Ok(())
+        if !weights.is_empty() && known.is_none_or(|known| known.weights != weights) {
+            WeightFile::map(&file)
+                .and_then(|mapped| mapped.check(&weights.iter().collect::<Vec<_>>()))
+                .map_err(|source| BundleError::Weights { path, source })?;
+        }
+        let verified = Verified {
+            sha256: entry.sha256.clone(),
+            weights: weights.to_vec(),
+            _open: file,
+        };
+        Ok((identity, verified))
     }
 
     fn file_error(&self, name: &str, expected: &str, found: &str) -> BundleError {
@@ -157,22 +198,5 @@ impl Bundle {
             expected: expected.to_owned(),
             found: found.to_owned(),
         }
-    }
-
-    fn check_weights(&self) -> Result<(), BundleError> {
-        let all = self.manifest.params();
-        for (name, vlm) in [(VLM_WEIGHTS, true), (EXPERT_WEIGHTS, false)] {
-            let wanted: Vec<&ParamSpec> = all.iter().filter(|p| (p.part == Part::Vlm) == vlm).collect();
-            let path = self.path(name);
-            let weights = WeightFile::open(&path).map_err(|source| BundleError::Weights {
-                path: path.clone(),
-                source,
-            })?;
-            weights.check(&wanted).map_err(|source| BundleError::Weights {
-                path: path.clone(),
-                source,
-            })?;
-        }
-        Ok(())
     }
 }
