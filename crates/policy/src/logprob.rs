@@ -14,8 +14,11 @@ pub fn negative_square(x_next: f32, mean: f32) -> f32 {
     -(x_next - mean) * (x_next - mean)
 }
 
-/// Per-element log-probabilities sliced to the executed part: `x_next` and `mean` are `[action_horizon, action_dim]` row-major, the
-/// result is `[action_chunk, env_action_dim]`. `density` gives the number of one element from its place, `x_next` and `mean`.
+/// Returns per-element log-probabilities of the executed part, `[action_chunk, env_action_dim]`. `x_next` and `mean` are
+/// `[action_horizon, action_dim]` row-major; `density` gives the number of one element from its place, `x_next` and `mean`.
+///
+/// # Panics
+/// `x_next` or `mean` is smaller than the executed part: log-probabilities are never fewer than executed elements.
 pub fn executed(
     x_next: &[f32],
     mean: &[f32],
@@ -25,9 +28,27 @@ pub fn executed(
     density: impl Fn(usize, f32, f32) -> f32,
 ) -> Vec<f32> {
     (0..action_chunk)
-        .flat_map(|row| (0..env_action_dim).map(move |column| row * action_dim + column))
-        .filter_map(|at| Some(density(at, *x_next.get(at)?, *mean.get(at)?)))
+        .flat_map(|row| {
+            let row_of = |chunk| executed_row(chunk, row, action_dim, env_action_dim);
+            row_of(x_next)
+                .iter()
+                .zip(row_of(mean))
+                .enumerate()
+                .map(move |(column, elements)| (row * action_dim + column, elements))
+        })
+        .map(|(at, (x_next, mean))| density(at, *x_next, *mean))
         .collect()
+}
+
+#[expect(
+    clippy::expect_used,
+    reason = "plans and bundles are refused unless action_chunk <= action_horizon and env_action_dim <= action_dim, and callers give whole chunks"
+)]
+fn executed_row(chunk: &[f32], row: usize, action_dim: usize, env_action_dim: usize) -> &[f32] {
+    chunk
+        .get(row * action_dim..(row + 1) * action_dim)
+        .and_then(|row| row.get(..env_action_dim))
+        .expect("a chunk at least as large as its executed part")
 }
 
 #[cfg(test)]
@@ -50,5 +71,11 @@ mod tests {
         let got = executed(&x, &x, 4, 2, 3, |_, x, m| gaussian(x, m, 1.0));
         assert_eq!(got.len(), 6);
         assert!(got.iter().all(|v| (*v + LN_SQRT_TWO_PI).abs() < 1e-7));
+    }
+
+    #[test]
+    #[should_panic(expected = "as large as its executed part")]
+    fn a_chunk_that_is_too_small_has_no_shorter_log_probability() {
+        drop(executed(&[0.0; 12], &[0.0; 11], 4, 3, 3, |_, x, _| x));
     }
 }

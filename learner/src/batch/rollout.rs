@@ -203,7 +203,7 @@ impl Rows {
             return Err(RecordError::Field("masks and prompt", format!("lengths {lengths:?}")));
         }
         let elements = horizon * width;
-        let at = |k: usize| chain.get(k * elements..(k + 1) * elements).unwrap_or_default();
+        let at = |k: usize| &chain[k * elements..(k + 1) * elements];
         let schedule = Schedule::of(&plan.sampling(record.version));
         let steps: Vec<i64> = record.denoise_steps.iter().map(|s| i64::from(*s)).collect();
         if steps.len() != schedule.stochastic_steps() || steps.iter().any(|s| *s >= schedule.drawable as i64) {
