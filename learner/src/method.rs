@@ -53,8 +53,8 @@ pub fn method(plan: &RunPlan) -> Result<Method> {
             Err(detail) => refuse("algorithm.velocity.params", format!("of `{name}`: {detail}")),
         };
     }
-    let Some(loss) = POLICY_LOSSES.iter().find(|spec| spec.name == name) else {
-        let known = POLICY_LOSSES.iter().map(|spec| spec.name);
+    let Some(loss) = POLICY_LOSSES.iter().find(|spec| spec.loss_type == name) else {
+        let known = POLICY_LOSSES.iter().map(|spec| spec.loss_type);
         let known = names(known.chain(VELOCITY_LOSSES.iter().map(|(known, _)| *known)));
         return refuse("algorithm.loss_type", format!("`{name}`, expected one of {known}"));
     };
@@ -76,13 +76,13 @@ pub fn method(plan: &RunPlan) -> Result<Method> {
 /// Lists the registered names.
 pub fn estimator(plan: &RunPlan) -> Result<&'static EstimatorSpec> {
     let name = plan.config.algorithm.adv_type.as_str();
-    match ESTIMATORS.iter().find(|spec| spec.name == name) {
+    match ESTIMATORS.iter().find(|spec| spec.adv_type == name) {
         Some(spec) => Ok(spec),
         None => refuse(
             "algorithm.adv_type",
             format!(
                 "`{name}`, expected one of {}",
-                names(ESTIMATORS.iter().map(|spec| spec.name))
+                names(ESTIMATORS.iter().map(|spec| spec.adv_type))
             ),
         ),
     }
@@ -103,7 +103,7 @@ pub fn check(plan: &RunPlan) -> Result<()> {
 
 fn check_likelihood(plan: &RunPlan, loss: PolicyLossSpec) -> Result<()> {
     let algorithm = &plan.config.algorithm;
-    let name = loss.name;
+    let name = loss.loss_type;
     match (loss.critic, plan.heads.value.is_some()) {
         (true, false) => {
             return refuse(
@@ -132,7 +132,12 @@ fn check_likelihood(plan: &RunPlan, loss: PolicyLossSpec) -> Result<()> {
 }
 
 fn proximal_losses() -> String {
-    names(POLICY_LOSSES.iter().filter(|spec| spec.proximal).map(|spec| spec.name))
+    names(
+        POLICY_LOSSES
+            .iter()
+            .filter(|spec| spec.proximal)
+            .map(|spec| spec.loss_type),
+    )
 }
 
 /// Records of older versions need a loss that corrects for them.
@@ -152,14 +157,14 @@ fn check_staleness(plan: &RunPlan, corrects: bool) -> Result<()> {
 
 fn check_estimator(plan: &RunPlan, estimator: &EstimatorSpec) -> Result<()> {
     let algorithm = &plan.config.algorithm;
-    let name = estimator.name;
+    let name = estimator.adv_type;
     let critic = plan.heads.value.is_some();
     if estimator.values && !critic {
         return refuse(
             "algorithm.adv_type",
             format!(
                 "`{name}` needs values: add `actor.model.value_head`, or set one of {}",
-                names(ESTIMATORS.iter().filter(|spec| !spec.values).map(|spec| spec.name))
+                names(ESTIMATORS.iter().filter(|spec| !spec.values).map(|spec| spec.adv_type))
             ),
         );
     }
@@ -186,10 +191,10 @@ fn check_estimator(plan: &RunPlan, estimator: &EstimatorSpec) -> Result<()> {
             ),
         );
     }
-    if estimator.normalised && !algorithm.normalize_advantages {
+    if estimator.normalize_advantages && !algorithm.normalize_advantages {
         return refuse(
             "algorithm.normalize_advantages",
-            format!("false, but `{name}` is defined by its normalisation over the batch: set true"),
+            format!("false, but `{name}` is defined by its normalization over the batch: set true"),
         );
     }
     Ok(())

@@ -97,7 +97,7 @@ fn assert_permuted(what: &str, plain: &RolloutBatch, moved: &RolloutBatch, order
         let states = |batch: &RolloutBatch, records: &Tensor| batch.observations.state.index_select(0, records);
         assert!(states(moved, &of_a).equal(&states(plain, &of_b)), "{what}: state");
         // mean and deviation over all of them are f64 sums in another order
-        let gap = (moved.advantage.index_select(0, &a) - plain.advantage.index_select(0, &b))
+        let gap = (moved.advantages.index_select(0, &a) - plain.advantages.index_select(0, &b))
             .abs()
             .max();
         assert!(gap.double_value(&[]) < 1e-6, "{what}: advantage of episode {from}");
@@ -274,7 +274,7 @@ proptest! {
             let all = method.credit(&Episodes {
                 episode: &episode,
                 success: &success,
-                advantage: &advantage,
+                advantages: &advantage,
                 displacement: &displacement,
             });
             let of = |e: usize| episode.iter().zip(&all).filter(|(of, _)| **of == e).map(|(_, c)| *c).collect();

@@ -165,7 +165,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
             .iter()
             .flat_map(|a| std::iter::repeat_n(*a as f32, per_sample))
             .collect();
-        batch.advantage = Tensor::from_slice(&repeated);
+        batch.advantages = Tensor::from_slice(&repeated);
 
         let schedule = Schedule::of(&plan.sampling(0));
         let one = seen(&plan, &contexts[..1]);

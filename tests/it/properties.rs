@@ -51,7 +51,10 @@ fn layered_gae(
     final_value: f32,
     settings: EstimatorSettings,
 ) -> Advantages {
-    let gae = ESTIMATORS.iter().find(|spec| spec.name == "gae").expect("registered");
+    let gae = ESTIMATORS
+        .iter()
+        .find(|spec| spec.adv_type == "gae")
+        .expect("registered");
     let episode = LayeredEpisode {
         rewards,
         values,
@@ -165,7 +168,7 @@ proptest! {
             order.iter().map(|at| (drawn[*at].clone(), groups[*at])).unzip()
         };
         let (moved, moved_groups) = pick(&order);
-        for EstimatorSpec { name, estimate, .. } in ESTIMATORS {
+        for EstimatorSpec { adv_type: name, estimate, .. } in ESTIMATORS {
             let plain = estimate(&episodes(&drawn, &groups), SETTINGS).unwrap();
             let permuted = estimate(&episodes(&moved, &moved_groups), SETTINGS).unwrap();
             for (to, from) in order.iter().enumerate() {
@@ -252,12 +255,12 @@ struct Outcome {
 fn settings() -> PolicySettings {
     PolicySettings {
         actor: ActorSettings {
-            clip_low: 0.2,
-            clip_high: 0.28,
-            dual_clip: Some(3.0),
-            log_ratio_clamp: None,
+            clip_ratio_low: 0.2,
+            clip_ratio_high: 0.28,
+            clip_ratio_c: Some(3.0),
+            clip_log_ratio: None,
             episode_steps: None,
-            behaviour_ratio_max: None,
+            behave_weight_threshold: None,
             kl_beta: Some(0.3),
         },
         critic: CriticSettings {
@@ -266,7 +269,7 @@ fn settings() -> PolicySettings {
             episode_steps: None,
         },
         value_coef: 0.5,
-        entropy_coef: 0.0,
+        entropy_bonus: None,
     }
 }
 
@@ -279,9 +282,9 @@ fn variants() -> [(&'static str, PolicySettings); 5] {
     };
     [
         ("plain", settings()),
-        ("dropped", with(|s| s.actor.behaviour_ratio_max = Some(1.5))),
-        ("entropy", with(|s| s.entropy_coef = 0.1)),
-        ("clamped", with(|s| s.actor.log_ratio_clamp = Some((-0.3, 0.4)))),
+        ("dropped", with(|s| s.actor.behave_weight_threshold = Some(1.5))),
+        ("entropy", with(|s| s.entropy_bonus = Some(0.1))),
+        ("clamped", with(|s| s.actor.clip_log_ratio = Some((-0.3, 0.4)))),
         (
             "by episode",
             with(|s| (s.actor.episode_steps, s.critic.episode_steps) = (Some(4.0), Some(3.0))),
@@ -330,11 +333,11 @@ fn evaluate(
     let episode_len = Tensor::from_slice(&numbers.episode_len);
     let input = PolicyInput {
         actor: Some(ActorInput {
-            logprob: &logprob,
+            new_logprob: &logprob,
             old_logprob: &old_logprob,
             proximal_logprob: Some(&proximal),
             reference_logprob: None,
-            advantage: &advantage,
+            advantages: &advantage,
             mask: Some(&mask),
             episode_len: Some(&episode_len),
         }),
@@ -345,7 +348,7 @@ fn evaluate(
             mask: Some(&row_mask),
             episode_len: Some(&episode_len),
         }),
-        entropy: (settings.entropy_coef > 0.0).then_some(&entropy),
+        entropy: (settings.entropy_bonus.is_some()).then_some(&entropy),
         share: share.unwrap_or_default(),
     };
     let out = loss(&input, settings).expect("loss");
@@ -390,7 +393,7 @@ proptest! {
     fn a_masked_entry_changes_neither_loss_nor_gradient(numbers in numbers(), junk in prop::sample::select(vec![
         f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0,
     ])) {
-        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
+        for PolicyLossSpec { loss_type: name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 // at the chunk level a row counts as a whole
                 let left_out = |at: usize| match level {
@@ -439,11 +442,11 @@ proptest! {
                 let value = Tensor::from_slice(&equal.value);
                 let input = PolicyInput {
                     actor: Some(ActorInput {
-                        logprob: &logprob,
+                        new_logprob: &logprob,
                         old_logprob: &logprob,
                         proximal_logprob: Some(&logprob),
                         reference_logprob: None,
-                        advantage: &advantage,
+                        advantages: &advantage,
                         mask: None,
                         episode_len: None,
                     }),
@@ -480,7 +483,7 @@ proptest! {
         let back = |grad: &[f32], width: usize| -> Vec<f32> {
             order.iter().flat_map(|row| grad.get(row * width..(row + 1) * width).unwrap_or_default().to_vec()).collect()
         };
-        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
+        for PolicyLossSpec { loss_type: name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 for (what, settings) in variants() {
                     let plain = evaluate(&numbers, loss, level, &settings, None);
@@ -546,11 +549,11 @@ proptest! {
         settings.actor.kl_beta = None;
         let input = PolicyInput {
             actor: Some(ActorInput {
-                logprob: &new,
+                new_logprob: &new,
                 old_logprob: &old,
                 proximal_logprob: None,
                 reference_logprob: None,
-                advantage: &advantages,
+                advantages: &advantages,
                 mask: Some(&mask),
                 episode_len: Some(&len),
             }),

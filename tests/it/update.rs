@@ -319,7 +319,7 @@ fn a_gradient_that_is_not_finite_is_skipped_and_counted() {
         &["actor.micro_batch_size=3", "actor.optim.weight_decay=0.1"],
     );
     let (before, after, report) = update(&plan, |batch| {
-        batch.advantage = &batch.advantage * f64::INFINITY;
+        batch.advantages = &batch.advantages * f64::INFINITY;
     });
     assert!(before == after, "bit for bit");
     assert_eq!((report.updates, report.skipped, report.grad_norm), (0, 1, 0.0));
@@ -515,9 +515,9 @@ fn advantages_have_the_level_of_the_rewards() {
     let plan = plan("quickstart", &keys);
     let batch = RolloutBatch::new(&plan, &records(&plan), 0).expect("records");
     let rows = plan.config.actor.model.num_action_chunks as i64;
-    assert_eq!(batch.advantage.size(), [8, rows]);
+    assert_eq!(batch.advantages.size(), [8, rows]);
     assert_eq!(batch.valid, [4, 2, 4, 4, 1, 2, 4, 4]);
-    let row = |at: i64| Vec::<f32>::try_from(batch.advantage.get(at)).expect("floats");
+    let row = |at: i64| Vec::<f32>::try_from(batch.advantages.get(at)).expect("floats");
     // values 0.1 everywhere, the reward 1 with the second action; gamma 0.99 per action
     let want = [0.99 - 0.1, 1.0 - 0.1, 0.0, 0.0];
     assert!(largest_gap(&row(1), &want) < 1e-6, "{:?}", row(1));
@@ -535,7 +535,7 @@ fn the_last_observation_is_worth_what_the_bootstrap_type_says() {
         let plan = plan("quickstart", &[key.as_str(), "algorithm.normalize_advantages=false"]);
         let mut episodes = trajectories(&plan, &[&[FULL]]);
         (episodes[0].terminated, episodes[0].final_value) = (terminated, value);
-        RolloutBatch::new(&plan, &episodes, 0).map(|batch| batch.advantage.double_value(&[0]))
+        RolloutBatch::new(&plan, &episodes, 0).map(|batch| batch.advantages.double_value(&[0]))
     };
     let with = 0.99 * 5.0 - 0.1;
     for (bootstrap, terminated, want) in [

@@ -37,12 +37,12 @@ pub fn gae_episode(
 
 /// In the registry.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
-    name: "gae",
+    adv_type: "gae",
     estimate: episodes,
     layered: Some(two_layer::gae),
     values: true,
     groups: false,
-    normalised: false,
+    normalize_advantages: false,
 };
 
 /// [`gae_episode`] of every episode; the returns are `advantage + value` at the start of each chunk.

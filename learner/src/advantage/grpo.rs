@@ -7,12 +7,12 @@ const GROUP_EPS: f64 = 1e-6;
 
 /// In the registry.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
-    name: "grpo",
+    adv_type: "grpo",
     estimate: episodes,
     layered: None,
     values: false,
     groups: true,
-    normalised: false,
+    normalize_advantages: false,
 };
 
 /// `(s - mean) / (std + GROUP_EPS)` of an episode's score within its group, for all its steps. A group of equal scores

@@ -109,7 +109,7 @@ pub struct EstimatorSettings {
     pub gae_lambda: f64,
 }
 
-/// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalised.
+/// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalized.
 pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
 
 /// Estimates the advantages of one episode over both layers of the two-layer MDP: one advantage and one return per denoise step, from
@@ -133,7 +133,7 @@ pub struct LayeredEpisode<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct EstimatorSpec {
     /// `algorithm.adv_type` of the configuration.
-    pub name: &'static str,
+    pub adv_type: &'static str,
     /// The estimator.
     pub estimate: Estimator,
     /// Its form where every denoise step is a transition; without one all denoise steps have the advantage of their chunk.
@@ -142,8 +142,8 @@ pub struct EstimatorSpec {
     pub values: bool,
     /// Whether it compares the episodes of a group.
     pub groups: bool,
-    /// Whether it is defined by the normalisation over the batch.
-    pub normalised: bool,
+    /// Whether it is defined by the normalization over the batch, and so demands `algorithm.normalize_advantages`.
+    pub normalize_advantages: bool,
 }
 
 /// The one table of advantage estimators.
@@ -159,7 +159,7 @@ pub const ESTIMATORS: &[EstimatorSpec] = &[
 pub fn estimator(name: &str) -> Option<Estimator> {
     ESTIMATORS
         .iter()
-        .find(|spec| spec.name == name)
+        .find(|spec| spec.adv_type == name)
         .map(|spec| spec.estimate)
 }
 

@@ -1,6 +1,6 @@
-//! Mean, spread and normalisation over all valid entries of an iteration.
+//! Mean, spread and normalization over all valid entries of an iteration.
 
-/// Added to the standard deviation of the normalised advantages.
+/// Added to the standard deviation of the normalized advantages.
 pub const NORMALIZE_EPS: f64 = 1e-5;
 
 /// Mean and unbiased standard deviation of the valid entries; `None` with fewer than two of them.

@@ -4,12 +4,12 @@ use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result};
 
 /// In the registry.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
-    name: "raw",
+    adv_type: "raw",
     estimate: episodes,
     layered: None,
     values: false,
     groups: false,
-    normalised: false,
+    normalize_advantages: false,
 };
 
 /// The score of each episode.

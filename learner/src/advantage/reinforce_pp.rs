@@ -1,28 +1,28 @@
-//! REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): rewards to go without a critic, normalised over the whole batch.
+//! REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): rewards to go without a critic, normalized over the whole batch.
 //!
-//! The normalisation is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a reference model is
+//! The normalization is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a reference model is
 //! `algorithm.kl_beta` with `algorithm.kl_reference`, a term of the loss.
 
 use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group_spreads};
 
 /// In the registry.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
-    name: "reinforce_pp",
+    adv_type: "reinforce_pp",
     estimate: episodes,
     layered: None,
     values: false,
     groups: false,
-    normalised: true,
+    normalize_advantages: true,
 };
 
 /// The variant with a group baseline.
 pub(super) const BASELINE: EstimatorSpec = EstimatorSpec {
-    name: "reinforce_pp_baseline",
+    adv_type: "reinforce_pp_baseline",
     estimate: episodes_with_baseline,
     layered: None,
     values: false,
     groups: true,
-    normalised: true,
+    normalize_advantages: true,
 };
 
 /// The discounted reward to go of every step.

@@ -13,7 +13,7 @@ use crate::{
     method,
 };
 
-/// Advantages of the episodes, at the level of the rewards, not normalised. `values` are by episode and sample; a chunk has `samples`
+/// Advantages of the episodes, at the level of the rewards, not normalized. `values` are by episode and sample; a chunk has `samples`
 /// of them: its denoise steps where each is a transition of its own, else 1.
 pub(crate) fn estimate(
     plan: &RunPlan,
@@ -117,7 +117,7 @@ fn final_value(trajectory: &Trajectory, bootstrap: BootstrapType) -> Result<f32>
 /// What the update learns from the samples, in their order.
 pub(crate) struct Labels {
     /// `[N * width]`, 0 where a row was not executed.
-    pub(crate) advantage: Vec<f32>,
+    pub(crate) advantages: Vec<f32>,
     /// Advantages per record: 1, or the rows of a chunk.
     pub(crate) width: usize,
     /// Value targets `[N]`.
@@ -136,12 +136,12 @@ impl Labels {
     /// Normalises the advantages when configured, and lays them out by record.
     pub(crate) fn new(plan: &RunPlan, trajectories: &[Trajectory], estimated: &[Advantages], samples: usize) -> Self {
         let algorithm = &plan.config.algorithm;
-        let mut advantage: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
+        let mut advantages: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
         if algorithm.normalize_advantages {
-            normalize(&mut advantage, None);
+            normalize(&mut advantages, None);
         }
         let mut labels = Self {
-            advantage: Vec::new(),
+            advantages: Vec::new(),
             width: 1,
             returns: estimated.iter().flat_map(|a| a.returns.iter().copied()).collect(),
             executed: Vec::new(),
@@ -161,16 +161,16 @@ impl Labels {
         }
         if algorithm.reward_type == RewardType::ActionLevel {
             labels.width = plan.config.actor.model.num_action_chunks;
-            let mut steps = advantage.into_iter();
+            let mut steps = advantages.into_iter();
             for executed in &labels.executed {
                 // rows that were never executed have no advantage; the mask leaves them out
-                labels.advantage.extend(steps.by_ref().take(*executed));
+                labels.advantages.extend(steps.by_ref().take(*executed));
                 labels
-                    .advantage
+                    .advantages
                     .extend(std::iter::repeat_n(0.0, labels.width - executed));
             }
         } else {
-            labels.advantage = advantage;
+            labels.advantages = advantages;
         }
         labels
     }

@@ -56,8 +56,8 @@ pub struct RolloutBatch {
     pub value_episodes: EpisodeLengths,
     /// Value at rollout, f32 `[M]`; zeros without a critic.
     pub old_value: Tensor,
-    /// Advantages, normalised when configured, f32 `[M]`, or `[M, action_chunk]` where rewards are at the action level.
-    pub advantage: Tensor,
+    /// Advantages, normalized when configured, f32 `[M]`, or `[M, action_chunk]` where rewards are at the action level.
+    pub advantages: Tensor,
     /// Whether any advantage differs from 0.
     pub informative: bool,
     /// Value targets, f32 `[M]`.
@@ -136,7 +136,7 @@ impl RolloutBatch {
             &mut self.version,
             &mut self.mask,
             &mut self.old_value,
-            &mut self.advantage,
+            &mut self.advantages,
             &mut self.returns,
         ];
         for tensor in own.into_iter().chain(lengths) {
@@ -302,9 +302,9 @@ impl Rows {
             )
         };
         let per_episode = m as f64 / (labels.episodes.max(1)) as f64;
-        let mut advantage = Tensor::from_slice(&labels.advantage);
+        let mut advantages = Tensor::from_slice(&labels.advantages);
         if labels.width > 1 {
-            advantage = advantage.view([m, labels.width as i64]);
+            advantages = advantages.view([m, labels.width as i64]);
         }
         let steps = if m == 0 { 1 } else { self.step.len() as i64 / m };
         let staleness = |of: &i64| version - (*of as u64).min(version);
@@ -332,8 +332,8 @@ impl Rows {
                 steps: per_episode,
             },
             old_value: Tensor::from_slice(&self.value),
-            informative: labels.advantage.iter().any(|advantage| *advantage != 0.0),
-            advantage,
+            informative: labels.advantages.iter().any(|advantage| *advantage != 0.0),
+            advantages,
             returns: Tensor::from_slice(&labels.returns),
             action_magnitude: self.magnitude / (n.max(1)) as f64,
         }

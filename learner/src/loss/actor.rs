@@ -11,7 +11,7 @@ pub fn ppo_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Resul
             ..*input
         },
         &ActorSettings {
-            behaviour_ratio_max: None,
+            behave_weight_threshold: None,
             ..*settings
         },
     )
@@ -19,8 +19,8 @@ pub fn ppo_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Resul
 
 /// The policy's part alone.
 pub(super) const SPEC: PolicyLossSpec = PolicyLossSpec {
-    name: "actor",
-    loss: |input, settings| combine(SPEC.name, input, settings, Some(ppo_actor_loss), false),
+    loss_type: "actor",
+    loss: |input, settings| combine(SPEC.loss_type, input, settings, Some(ppo_actor_loss), false),
     critic: false,
     proximal: false,
 };

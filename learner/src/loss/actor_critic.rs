@@ -4,8 +4,8 @@ use super::{PolicyLossSpec, actor::ppo_actor_loss, combine};
 
 /// Policy and critic.
 pub(super) const SPEC: PolicyLossSpec = PolicyLossSpec {
-    name: "actor_critic",
-    loss: |input, settings| combine(SPEC.name, input, settings, Some(ppo_actor_loss), true),
+    loss_type: "actor_critic",
+    loss: |input, settings| combine(SPEC.loss_type, input, settings, Some(ppo_actor_loss), true),
     critic: true,
     proximal: false,
 };

@@ -12,39 +12,52 @@ use super::{
 /// `alpha = clamp((v - 1 - v_b) / (v - v_b), 0, 1)`, `v` the learner's version and `v_b` the one that acted. It carries
 /// no gradient; an unknown version (negative) gives the behaviour policy's own.
 pub fn interpolated_proximal(
-    logprob: &Tensor,
+    new_logprob: &Tensor,
     old_logprob: &Tensor,
     versions: &Tensor,
     current: f64,
 ) -> Result<Tensor> {
-    let versions = align("versions", &versions.to_kind(logprob.kind()), "logprob", logprob)?;
+    let versions = align(
+        "versions",
+        &versions.to_kind(new_logprob.kind()),
+        "new_logprob",
+        new_logprob,
+    )?;
     let lag = versions.neg() + current;
     // a lag of 0 means the current policy acted: alpha is then clamped to 0 from minus infinity
     let alpha = ((&lag - 1.0) / lag.clamp_min(1e-6))
         .clamp(0.0, 1.0)
         .masked_fill(&versions.lt(0), 0.0);
-    Ok((old_logprob + alpha * (logprob.detach() - old_logprob)).detach())
+    Ok((old_logprob + alpha * (new_logprob.detach() - old_logprob)).detach())
 }
 
 /// Decoupled PPO (Hilton et al. 2022, eq. 4): the surrogate clips against the proximal policy and each element is
 /// weighted by the ratio of the proximal policy to the one that acted. Elements whose weight exceeds
-/// [`ActorSettings::behaviour_ratio_max`] add nothing.
+/// [`ActorSettings::behave_weight_threshold`] add nothing.
 pub fn decoupled_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
     actor_loss(input, settings)
 }
 
 /// The policy alone.
 pub(super) const ACTOR: PolicyLossSpec = PolicyLossSpec {
-    name: "decoupled_actor",
-    loss: |input, settings| combine(ACTOR.name, input, settings, Some(decoupled_actor_loss), false),
+    loss_type: "decoupled_actor",
+    loss: |input, settings| combine(ACTOR.loss_type, input, settings, Some(decoupled_actor_loss), false),
     critic: false,
     proximal: true,
 };
 
 /// Policy and critic.
 pub(super) const ACTOR_CRITIC: PolicyLossSpec = PolicyLossSpec {
-    name: "decoupled_actor_critic",
-    loss: |input, settings| combine(ACTOR_CRITIC.name, input, settings, Some(decoupled_actor_loss), true),
+    loss_type: "decoupled_actor_critic",
+    loss: |input, settings| {
+        combine(
+            ACTOR_CRITIC.loss_type,
+            input,
+            settings,
+            Some(decoupled_actor_loss),
+            true,
+        )
+    },
     critic: true,
     proximal: true,
 };
@@ -70,23 +83,23 @@ mod tests {
     fn a_row_whose_policy_is_too_far_away_is_left_out() {
         let (old, proximal) = (Tensor::from_slice(&[0.0f32, 0.0]), Tensor::from_slice(&[0.5f32, 2.0]));
         let logprob = Tensor::from_slice(&[0.5f32, 2.0]).set_requires_grad(true);
-        let advantage = Tensor::from_slice(&[1.0f32, 1.0]);
+        let advantages = Tensor::from_slice(&[1.0f32, 1.0]);
         let input = ActorInput {
-            logprob: &logprob,
+            new_logprob: &logprob,
             old_logprob: &old,
             proximal_logprob: Some(&proximal),
             reference_logprob: None,
-            advantage: &advantage,
+            advantages: &advantages,
             mask: None,
             episode_len: None,
         };
         let settings = ActorSettings {
-            clip_low: 0.2,
-            clip_high: 0.2,
-            dual_clip: None,
-            log_ratio_clamp: None,
+            clip_ratio_low: 0.2,
+            clip_ratio_high: 0.2,
+            clip_ratio_c: None,
+            clip_log_ratio: None,
             episode_steps: None,
-            behaviour_ratio_max: Some(3.0),
+            behave_weight_threshold: Some(3.0),
             kl_beta: None,
         };
         let loss = decoupled_actor_loss(&input, &settings).unwrap();

@@ -109,8 +109,8 @@ pub struct PolicySettings {
     pub critic: CriticSettings,
     /// Factor of the critic loss in the sum.
     pub value_coef: f64,
-    /// Factor of the mean entropy that is subtracted; 0: the entropy is only reported.
-    pub entropy_coef: f64,
+    /// Factor of the mean entropy that is subtracted; none: the entropy is only reported.
+    pub entropy_bonus: Option<f64>,
 }
 
 /// A whole loss and its metrics; a part that the loss does not have is `None`.
@@ -133,7 +133,7 @@ pub type PolicyLossFn = fn(&PolicyInput<'_>, &PolicySettings) -> Result<PolicyLo
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyLossSpec {
     /// `algorithm.loss_type` of the configuration.
-    pub name: &'static str,
+    pub loss_type: &'static str,
     /// The loss.
     pub loss: PolicyLossFn,
     /// Whether it trains a value head.
@@ -157,13 +157,13 @@ pub const WARM_UP: PolicyLossFn = critic::loss;
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
     POLICY_LOSSES
         .iter()
-        .find(|spec| spec.name == name)
+        .find(|spec| spec.loss_type == name)
         .map(|spec| spec.loss)
 }
 
 type ActorLossFn = fn(&ActorInput<'_>, &ActorSettings) -> Result<ActorLoss>;
 
-/// `L = L_policy + value_coef L_value - entropy_coef S` (Schulman et al. 2017, eq. 9); `L_policy` holds the KL penalty.
+/// `L = L_policy + value_coef L_value - entropy_bonus S` (Schulman et al. 2017, eq. 9); `L_policy` holds the KL penalty.
 fn combine(
     name: &'static str,
     input: &PolicyInput<'_>,
@@ -184,15 +184,15 @@ fn combine(
         let actor = actor_loss(actor_input, &settings.actor)?;
         terms.push(actor.loss * input.share.surrogate);
         whole.actor = Some(actor.metrics);
-        if settings.entropy_coef > 0.0 && input.entropy.is_none() {
+        if settings.entropy_bonus.is_some() && input.entropy.is_none() {
             return Err(missing("entropy"));
         }
         if let Some(entropy) = input.entropy {
             let entropy = mean_entropy(entropy, actor_input.mask)?;
             let [value] = read_metrics(&[entropy.detach()])?;
             whole.entropy = Some(value);
-            if settings.entropy_coef > 0.0 {
-                terms.push(entropy * (-settings.entropy_coef * input.share.entropy));
+            if let Some(entropy_bonus) = settings.entropy_bonus {
+                terms.push(entropy * (-entropy_bonus * input.share.entropy));
             }
         }
     }
@@ -260,12 +260,12 @@ mod tests {
     fn a_missing_input_is_named() {
         let settings = PolicySettings {
             actor: ActorSettings {
-                clip_low: 0.2,
-                clip_high: 0.2,
-                dual_clip: None,
-                log_ratio_clamp: None,
+                clip_ratio_low: 0.2,
+                clip_ratio_high: 0.2,
+                clip_ratio_c: None,
+                clip_log_ratio: None,
                 episode_steps: None,
-                behaviour_ratio_max: None,
+                behave_weight_threshold: None,
                 kl_beta: None,
             },
             critic: CriticSettings {
@@ -274,17 +274,17 @@ mod tests {
                 episode_steps: None,
             },
             value_coef: 1.0,
-            entropy_coef: 0.0,
+            entropy_bonus: None,
         };
         let error = WARM_UP(&PolicyInput::default(), &settings).unwrap_err();
         assert_eq!(error.to_string(), "policy loss `critic` needs the `critic` input");
         let logprob = f(&[0.0]);
         let actor = ActorInput {
-            logprob: &logprob,
+            new_logprob: &logprob,
             old_logprob: &logprob,
             proximal_logprob: None,
             reference_logprob: None,
-            advantage: &logprob,
+            advantages: &logprob,
             mask: None,
             episode_len: None,
         };
@@ -293,7 +293,7 @@ mod tests {
             ..PolicyInput::default()
         };
         let bonus = PolicySettings {
-            entropy_coef: 0.1,
+            entropy_bonus: Some(0.1),
             ..settings
         };
         let error = policy_loss("actor").unwrap()(&input, &bonus).unwrap_err();

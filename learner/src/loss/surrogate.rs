@@ -9,23 +9,23 @@ use super::{
 
 /// PPO's clipped surrogate as a loss per element (Schulman et al. 2017, eq. 7, with separate bounds):
 /// `max(-A r, -A clip(r, 1 - low, 1 + high))`.
-pub fn clipped_surrogate(ratio: &Tensor, advantage: &Tensor, clip_low: f64, clip_high: f64) -> Tensor {
-    let unclipped = -(advantage * ratio);
-    let clipped = -(advantage * ratio.clamp(1.0 - clip_low, 1.0 + clip_high));
+pub fn clipped_surrogate(ratio: &Tensor, advantages: &Tensor, clip_ratio_low: f64, clip_ratio_high: f64) -> Tensor {
+    let unclipped = -(advantages * ratio);
+    let clipped = -(advantages * ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high));
     unclipped.maximum(&clipped)
 }
 
-/// Dual clip (Ye et al. 2020, eq. 5): a bound `c |A|` on the loss of an action that was bad and has become likely.
+/// Bounds the loss of an action that was bad and has become likely by `c |A|` (dual clip, Ye et al. 2020, eq. 5).
 /// Where the advantage is positive the loss is negative and the bound does nothing.
-pub fn dual_clip(surrogate: &Tensor, advantage: &Tensor, bound: f64) -> Tensor {
-    surrogate.minimum(&(advantage.abs() * bound))
+pub fn dual_clip(surrogate: &Tensor, advantages: &Tensor, clip_ratio_c: f64) -> Tensor {
+    surrogate.minimum(&(advantages.abs() * clip_ratio_c))
 }
 
-/// What the policy losses read. All tensors fit `logprob` in the sense of [`align`].
+/// What the policy losses read. All tensors fit `new_logprob` in the sense of [`align`].
 #[derive(Debug, Clone, Copy)]
 pub struct ActorInput<'a> {
     /// Log-probability of the recorded action under the current weights, at the configured level, with gradient.
-    pub logprob: &'a Tensor,
+    pub new_logprob: &'a Tensor,
     /// The same under the weights that acted.
     pub old_logprob: &'a Tensor,
     /// The same under the policy that the update stays close to; without it that is the one that acted.
@@ -33,33 +33,33 @@ pub struct ActorInput<'a> {
     /// The same under a reference policy, for the KL penalty; without it the penalty is against the policy that acted.
     pub reference_logprob: Option<&'a Tensor>,
     /// Advantage of each row.
-    pub advantage: &'a Tensor,
+    pub advantages: &'a Tensor,
     /// Rows (or elements) that count; all without it.
     pub mask: Option<&'a Tensor>,
     /// Valid elements of the row's episode, for [`super::episode_weighted_mean`].
     pub episode_len: Option<&'a Tensor>,
 }
 
-/// What the configuration says about the policy loss.
+/// Settings of the policy loss, under the names of the configuration's keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ActorSettings {
-    /// The ratio is clipped below `1 - clip_low`.
-    pub clip_low: f64,
-    /// The ratio is clipped above `1 + clip_high`.
-    pub clip_high: f64,
-    /// Bound of [`dual_clip`], above 1.
-    pub dual_clip: Option<f64>,
+    /// The ratio is clipped below `1 - clip_ratio_low`.
+    pub clip_ratio_low: f64,
+    /// The ratio is clipped above `1 + clip_ratio_high`.
+    pub clip_ratio_high: f64,
+    /// Factor of [`dual_clip`]'s bound, above 1; none: no bound.
+    pub clip_ratio_c: Option<f64>,
     /// Bounds of the log-ratio; without them a log-ratio above 88 overflows to an infinite loss.
-    pub log_ratio_clamp: Option<(f64, f64)>,
+    pub clip_log_ratio: Option<(f64, f64)>,
     /// Elements per episode, valid or not: with it, and with mask and episode lengths, rows are weighted by
     /// [`super::episode_weighted_mean`].
     pub episode_steps: Option<f64>,
     /// Factor of the KL penalty [`super::k3`] against the reference policy, or without one against the policy that acted; none: no
     /// penalty.
     pub kl_beta: Option<f64>,
-    /// Decoupled loss only: rows whose proximal-to-behaviour ratio exceeds this add nothing to the mean. They stay in its count, so
-    /// that the parts of a minibatch add up to the whole.
-    pub behaviour_ratio_max: Option<f64>,
+    /// Decoupled loss only: elements whose ratio of proximal to behaviour policy exceeds this add nothing to the mean. They stay in its
+    /// count, so that the parts of a minibatch add up to the whole.
+    pub behave_weight_threshold: Option<f64>,
 }
 
 /// What happened in one policy loss; all means over the valid elements, the ratio after the configured clamp.
@@ -113,80 +113,117 @@ pub struct ActorLoss {
     pub metrics: ActorMetrics,
 }
 
-/// The loss of both: without a proximal policy that is the one that acted.
-pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
-    let logprob = input.logprob.to_kind(Kind::Float);
-    let companion = |name, tensor: &Tensor| align(name, &tensor.to_kind(Kind::Float), "logprob", &logprob);
-    let old_logprob = companion("old_logprob", input.old_logprob)?.detach();
-    let proximal = match input.proximal_logprob {
-        Some(proximal) => companion("proximal_logprob", proximal)?.detach(),
-        None => old_logprob.shallow_clone(),
-    };
-    let given_mask = match input.mask {
-        Some(mask) => align("mask", mask, "logprob", &logprob)?
-            .to_kind(Kind::Bool)
-            .expand_as(&logprob),
-        None => logprob.ones_like().to_kind(Kind::Bool).detach(),
-    };
-    let left_out = given_mask.logical_not();
-    // an element that does not count may hold anything, in the backward pass too
-    let advantage = companion("advantage", input.advantage)?
-        .detach()
-        .expand_as(&logprob)
-        .masked_fill(&left_out, 0.0);
+/// The inputs in f32, spread over `new_logprob`, without gradient except its own.
+struct Elements {
+    new_logprob: Tensor,
+    old_logprob: Tensor,
+    /// `old_logprob` where there is no proximal policy.
+    proximal_logprob: Tensor,
+    advantages: Tensor,
+    /// Elements that the mask admits, bool.
+    valid: Tensor,
+    invalid: Tensor,
+}
 
-    let behaviour_ratio = (&proximal - &old_logprob).masked_fill(&left_out, 0.0).exp();
-    let mask = match settings.behaviour_ratio_max {
-        Some(bound) => given_mask.logical_and(&behaviour_ratio.le(bound)),
-        None => given_mask.shallow_clone(),
-    };
-
-    let mut log_ratio = (&logprob - &proximal).masked_fill(&mask.logical_not(), 0.0);
-    if let Some((low, high)) = settings.log_ratio_clamp {
-        log_ratio = log_ratio.clamp(low, high);
+impl Elements {
+    fn new(input: &ActorInput<'_>) -> Result<Self> {
+        let new_logprob = input.new_logprob.to_kind(Kind::Float);
+        let old_logprob = companion("old_logprob", input.old_logprob, &new_logprob)?;
+        let proximal_logprob = match input.proximal_logprob {
+            Some(proximal) => companion("proximal_logprob", proximal, &new_logprob)?,
+            None => old_logprob.shallow_clone(),
+        };
+        let valid = match input.mask {
+            Some(mask) => align("mask", mask, "new_logprob", &new_logprob)?
+                .to_kind(Kind::Bool)
+                .expand_as(&new_logprob),
+            None => new_logprob.ones_like().to_kind(Kind::Bool).detach(),
+        };
+        let invalid = valid.logical_not();
+        // an element that does not count may hold anything, in the backward pass too
+        let advantages = companion("advantages", input.advantages, &new_logprob)?
+            .expand_as(&new_logprob)
+            .masked_fill(&invalid, 0.0);
+        Ok(Self {
+            new_logprob,
+            old_logprob,
+            proximal_logprob,
+            advantages,
+            valid,
+            invalid,
+        })
     }
-    let ratio = log_ratio.exp();
-    let surrogate = clipped_surrogate(&ratio, &advantage, settings.clip_low, settings.clip_high);
-    let bounded = match settings.dual_clip {
-        Some(bound) => dual_clip(&surrogate, &advantage, bound),
-        None => surrogate.shallow_clone(),
-    };
-    let weighted = &bounded * &behaviour_ratio;
-    let total = |values: &Tensor| {
-        let mask = input.mask.is_some().then_some(&given_mask);
+}
+
+fn companion(name: &'static str, tensor: &Tensor, new_logprob: &Tensor) -> Result<Tensor> {
+    Ok(align(name, &tensor.to_kind(Kind::Float), "new_logprob", new_logprob)?.detach())
+}
+
+/// The policy loss of PPO and of decoupled PPO; without a proximal policy the ratio is to the policy that acted.
+pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
+    let elements = Elements::new(input)?;
+    let Elements {
+        new_logprob,
+        old_logprob,
+        proximal_logprob,
+        advantages,
+        valid,
+        invalid,
+    } = &elements;
+    let mean = |values: &Tensor| {
+        let mask = input.mask.is_some().then_some(valid);
         aggregate(values, mask, input.episode_len, settings.episode_steps)
     };
-    let surrogate_loss = total(&weighted.masked_fill(&mask.logical_not(), 0.0))?;
-    let moved = (&logprob - &old_logprob).masked_fill(&left_out, 0.0);
+
+    let behave_weight = (proximal_logprob - old_logprob).masked_fill(invalid, 0.0).exp();
+    let used = match settings.behave_weight_threshold {
+        Some(threshold) => valid.logical_and(&behave_weight.le(threshold)),
+        None => valid.shallow_clone(),
+    };
+    let unused = used.logical_not();
+
+    let mut log_ratio = (new_logprob - proximal_logprob).masked_fill(&unused, 0.0);
+    if let Some((min, max)) = settings.clip_log_ratio {
+        log_ratio = log_ratio.clamp(min, max);
+    }
+    let ratio = log_ratio.exp();
+    let clipped = clipped_surrogate(&ratio, advantages, settings.clip_ratio_low, settings.clip_ratio_high);
+    let surrogate = match settings.clip_ratio_c {
+        Some(clip_ratio_c) => dual_clip(&clipped, advantages, clip_ratio_c),
+        None => clipped.shallow_clone(),
+    };
+    let weighted = &surrogate * &behave_weight;
+    let policy_loss = mean(&weighted.masked_fill(&unused, 0.0))?;
+
+    let log_ratio_to_old = (new_logprob - old_logprob).masked_fill(invalid, 0.0);
     let (loss, kl_penalty) = match settings.kl_beta {
-        Some(beta) => {
+        Some(kl_beta) => {
             let log_ratio = match input.reference_logprob {
-                Some(reference) => companion("reference_logprob", reference)?.detach() - &logprob,
-                None => moved.shallow_clone(),
+                Some(reference) => companion("reference_logprob", reference, new_logprob)? - new_logprob,
+                None => log_ratio_to_old.shallow_clone(),
             };
-            let penalty = total(&k3(&log_ratio.masked_fill(&left_out, 0.0)))?;
-            (&surrogate_loss + &penalty * beta, penalty.detach())
+            let kl_penalty = mean(&k3(&log_ratio.masked_fill(invalid, 0.0)))?;
+            (&policy_loss + &kl_penalty * kl_beta, kl_penalty.detach())
         }
-        None => (surrogate_loss.shallow_clone(), surrogate_loss.zeros_like().detach()),
+        None => (policy_loss.shallow_clone(), policy_loss.zeros_like().detach()),
     };
 
     let metrics = tch::no_grad(|| {
-        let mean = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&mask));
-        let over_all = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&given_mask));
+        let over_used = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(&used));
+        let over_valid = |values: &Tensor| masked_mean(&values.to_kind(Kind::Float), Some(valid));
         let deviation = (&ratio - 1.0).abs();
-        let unclipped = -(&advantage * &ratio);
-        let dropped = masked_mean(&mask.logical_not().to_kind(Kind::Float), Some(&given_mask));
+        let unclipped = -(advantages * &ratio);
         read_metrics(&[
-            surrogate_loss.detach(),
+            policy_loss.detach(),
             kl_penalty,
-            mean(&ratio),
-            mean(&deviation),
-            deviation.masked_fill(&mask.logical_not(), 0.0).max(),
-            over_all(&k3(&moved)),
-            over_all(&moved.neg()),
-            mean(&unclipped.lt_tensor(&surrogate)),
-            mean(&bounded.lt_tensor(&surrogate)),
-            dropped,
+            over_used(&ratio),
+            over_used(&deviation),
+            deviation.masked_fill(&unused, 0.0).max(),
+            over_valid(&k3(&log_ratio_to_old)),
+            over_valid(&log_ratio_to_old.neg()),
+            over_used(&unclipped.lt_tensor(&clipped)),
+            over_used(&surrogate.lt_tensor(&clipped)),
+            over_valid(&unused),
         ])
     })?;
     let [
@@ -197,21 +234,23 @@ pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Re
         ratio_deviation_max,
         approx_kl,
         approx_kl_k1,
-        clip,
-        dual,
-        behaviour,
+        clip_fraction,
+        dual_clip_fraction,
+        behaviour_clip_fraction,
     ] = metrics;
-    let metrics = ActorMetrics {
-        policy_loss,
-        kl_penalty,
-        ratio,
-        ratio_deviation,
-        ratio_deviation_max,
-        approx_kl,
-        approx_kl_k1,
-        clip_fraction: clip,
-        dual_clip_fraction: dual,
-        behaviour_clip_fraction: behaviour,
-    };
-    Ok(ActorLoss { loss, metrics })
+    Ok(ActorLoss {
+        loss,
+        metrics: ActorMetrics {
+            policy_loss,
+            kl_penalty,
+            ratio,
+            ratio_deviation,
+            ratio_deviation_max,
+            approx_kl,
+            approx_kl_k1,
+            clip_fraction,
+            dual_clip_fraction,
+            behaviour_clip_fraction,
+        },
+    })
 }

@@ -28,8 +28,8 @@ pub(crate) struct LikelihoodObjective {
     loss: PolicyLossSpec,
     settings: PolicySettings,
     executed: Executed,
-    level: LogprobType,
-    joint: Option<JointLogprob>,
+    logprob_type: LogprobType,
+    joint_logprob: Option<JointLogprob>,
     num_steps: usize,
     detach_critic_input: bool,
     by_episode: bool,
@@ -111,12 +111,12 @@ impl LikelihoodObjective {
         let model = &plan.config.actor.model;
         let settings = PolicySettings {
             actor: ActorSettings {
-                clip_low: algorithm.clip_ratio_low,
-                clip_high: algorithm.clip_ratio_high,
-                dual_clip: algorithm.clip_ratio_c,
-                log_ratio_clamp: algorithm.clip_log_ratio.map(|bounds| (bounds.min, bounds.max)),
+                clip_ratio_low: algorithm.clip_ratio_low,
+                clip_ratio_high: algorithm.clip_ratio_high,
+                clip_ratio_c: algorithm.clip_ratio_c,
+                clip_log_ratio: algorithm.clip_log_ratio.map(|bounds| (bounds.min, bounds.max)),
                 episode_steps: None,
-                behaviour_ratio_max: algorithm.behave_weight_threshold,
+                behave_weight_threshold: algorithm.behave_weight_threshold,
                 kl_beta: algorithm.kl_beta,
             },
             critic: CriticSettings {
@@ -125,14 +125,14 @@ impl LikelihoodObjective {
                 episode_steps: None,
             },
             value_coef: 1.0,
-            entropy_coef: algorithm.entropy_bonus.unwrap_or(0.0),
+            entropy_bonus: algorithm.entropy_bonus,
         };
         Ok(Self {
             loss,
             settings,
             executed: Executed::of(plan),
-            level: algorithm.logprob_type,
-            joint: model.openpi.joint_logprob,
+            logprob_type: algorithm.logprob_type,
+            joint_logprob: model.openpi.joint_logprob,
             num_steps: model.num_steps,
             detach_critic_input: model.value_head.as_ref().is_none_or(|head| head.detach_critic_input),
             by_episode: algorithm.loss_agg == LossAgg::EpisodeLength,
@@ -192,7 +192,7 @@ impl LikelihoodObjective {
                 .and_then(|now| now.value.as_ref())
                 .map(Tensor::shallow_clone)
         };
-        let old_logprob = aggregate_logprob(&samples.pick(&batch.old_logprob), self.level)?;
+        let old_logprob = aggregate_logprob(&samples.pick(&batch.old_logprob), self.logprob_type)?;
         let old_value = samples.pick(&batch.old_value);
         let gaps = gaps(
             &samples,
@@ -215,18 +215,18 @@ impl LikelihoodObjective {
             }
             _ => None,
         };
-        let (advantage, mask) = (samples.pick(&batch.advantage), samples.pick(&batch.mask));
+        let (advantages, mask) = (samples.pick(&batch.advantages), samples.pick(&batch.mask));
         let policy_len = samples.pick(&batch.policy_episodes.len);
         let (returns, value_len) = (samples.pick(&batch.returns), samples.pick(&batch.value_episodes.len));
         let all = returns.ones_like();
         let share = valid_share(&batch.valid, part, minibatch);
         let input = PolicyInput {
             actor: policy_part.map(|now| ActorInput {
-                logprob: &now.logprob,
+                new_logprob: &now.logprob,
                 old_logprob: &old_logprob,
                 proximal_logprob: proximal.as_ref(),
                 reference_logprob: reference.as_ref(),
-                advantage: &advantage,
+                advantages: &advantages,
                 mask: Some(&mask),
                 episode_len: Some(&policy_len),
             }),
@@ -290,7 +290,7 @@ impl LikelihoodObjective {
         };
         let terms = (self.num_steps + 1) as f64;
         let logprob = over_steps(&out.logprob);
-        let logprob = match self.joint {
+        let logprob = match self.joint_logprob {
             Some(JointLogprob::Mean) => {
                 let initial = samples
                     .seen(&batch.chain.select(1, 0))
@@ -301,7 +301,7 @@ impl LikelihoodObjective {
             }
             Some(JointLogprob::Sum) | None => logprob,
         };
-        let entropy = out.entropy.map(|entropy| match self.joint {
+        let entropy = out.entropy.map(|entropy| match self.joint_logprob {
             Some(JointLogprob::Mean) => (over_steps(&entropy) + standard_normal_entropy()) / terms,
             Some(JointLogprob::Sum) | None => over_steps(&entropy) / steps as f64,
         });
@@ -309,7 +309,7 @@ impl LikelihoodObjective {
             .value
             .map(|v| v.view([count, steps]).mean_dim(1, false, Kind::Float));
         Ok(Recomputed {
-            logprob: aggregate_logprob(&logprob, self.level)?,
+            logprob: aggregate_logprob(&logprob, self.logprob_type)?,
             entropy,
             value,
         })

@@ -71,7 +71,7 @@ impl VelocityObjective {
 
     /// Whether the records can teach anything.
     pub(crate) fn informed(&self, batch: &RolloutBatch) -> bool {
-        batch.informative || !self.method.reads_advantage()
+        batch.informative || !self.method.reads_advantages()
     }
 
     /// Gives credit to the samples of an iteration. The reference acts on the recorded initial noise, by ODE.
@@ -93,12 +93,12 @@ impl VelocityObjective {
         } else {
             Vec::new()
         };
-        let advantage: Vec<f32> = Vec::try_from(batch.advantage.to_kind(Kind::Float).contiguous())
+        let advantages: Vec<f32> = Vec::try_from(batch.advantages.to_kind(Kind::Float).contiguous())
             .map_err(|e| LearnerError::Missing(format!("reading the advantages: {e}")))?;
         let credit = self.method.credit(&Episodes {
             episode: &batch.episode,
             success: &batch.success,
-            advantage: &advantage,
+            advantages: &advantages,
             displacement: &displacement,
         });
         let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len().max(1) as f64;

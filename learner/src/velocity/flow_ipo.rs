@@ -45,14 +45,14 @@ impl VelocityLoss for FlowIpo {
         self.credit == Credit::Displacement
     }
 
-    fn reads_advantage(&self) -> bool {
+    fn reads_advantages(&self) -> bool {
         self.credit == Credit::Advantage
     }
 
     fn credit(&self, episodes: &Episodes<'_>) -> Vec<f32> {
         let weight = |credit: f64| (1.0 / (1.0 + (-self.alpha * credit).exp())) as f32;
         if self.credit == Credit::Advantage {
-            return episodes.advantage.iter().map(|a| weight(f64::from(*a))).collect();
+            return episodes.advantages.iter().map(|a| weight(f64::from(*a))).collect();
         }
         let count = episodes.episode.iter().max().map_or(0, |last| last + 1);
         let mut by_episode: Vec<Vec<f32>> = vec![Vec::new(); count];

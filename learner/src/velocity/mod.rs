@@ -19,8 +19,8 @@ pub struct Episodes<'a> {
     pub episode: &'a [usize],
     /// Whether that episode succeeded.
     pub success: &'a [bool],
-    /// Advantage of `algorithm.adv_type`, normalised when configured.
-    pub advantage: &'a [f32],
+    /// Advantage of `algorithm.adv_type`, normalized when configured.
+    pub advantages: &'a [f32],
     /// Distance of the executed actions from those of the reference on the same initial noise, model units; empty unless
     /// [`VelocityLoss::reads_displacement`].
     pub displacement: &'a [f32],
@@ -59,8 +59,8 @@ pub trait VelocityLoss: Debug {
         false
     }
 
-    /// Whether [`Episodes::advantage`] is read: then records without any advantage teach nothing.
-    fn reads_advantage(&self) -> bool {
+    /// Whether [`Episodes::advantages`] is read: then records without any advantage teach nothing.
+    fn reads_advantages(&self) -> bool {
         false
     }
 

@@ -39,14 +39,14 @@ pub(super) fn build(params: &toml::Table) -> Result<Box<dyn VelocityLoss>, Strin
 }
 
 impl VelocityLoss for Nft {
-    fn reads_advantage(&self) -> bool {
+    fn reads_advantages(&self) -> bool {
         true
     }
 
     /// `y = A / advantage_max`, cut to -1 to 1.
     fn credit(&self, episodes: &Episodes<'_>) -> Vec<f32> {
         let credit = |a: &f32| (f64::from(*a) / self.advantage_max).clamp(-1.0, 1.0) as f32;
-        episodes.advantage.iter().map(credit).collect()
+        episodes.advantages.iter().map(credit).collect()
     }
 
     fn times(&self) -> (f64, f64) {

@@ -89,7 +89,7 @@ fn displacement_is_compared_within_its_episode_and_directed_by_success() {
     let credit = method.credit(&Episodes {
         episode: &[0, 1, 0, 1, 2],
         success: &[true, false, true, false, true],
-        advantage: &[0.0; 5],
+        advantages: &[0.0; 5],
         displacement: &[1.0, 1.0, 3.0, 3.0, 9.0],
     });
     // z of (1, 3) with the unbiased deviation sqrt(2): -+1/sqrt(2)
@@ -105,7 +105,7 @@ fn an_episode_that_never_left_the_reference_has_even_weights() {
     let credit = method("flow_ipo", FLOW_IPO).credit(&Episodes {
         episode: &[0, 0],
         success: &[true, true],
-        advantage: &[0.0; 2],
+        advantages: &[0.0; 2],
         displacement: &[0.0; 2],
     });
     assert_eq!(credit, [0.5, 0.5]);
@@ -176,7 +176,7 @@ fn credit_of_nft_is_the_cut_advantage() {
     let credit = method("nft", NFT).credit(&Episodes {
         episode: &[0, 0, 0],
         success: &[true; 3],
-        advantage: &[1.0, -9.0, 0.0],
+        advantages: &[1.0, -9.0, 0.0],
         displacement: &[],
     });
     assert_eq!(credit, [0.5, -1.0, 0.0]);

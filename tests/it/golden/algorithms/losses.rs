@@ -16,12 +16,12 @@ pub(super) fn actor_settings(case: &Case<'_>) -> ActorSettings {
         (low.is_some() || high.is_some()).then(|| (low.unwrap_or(f64::NEG_INFINITY), high.unwrap_or(f64::INFINITY)))
     };
     ActorSettings {
-        clip_low: case.need("clip_ratio_low"),
-        clip_high: case.need("clip_ratio_high"),
-        dual_clip: case.number("clip_ratio_c"),
-        log_ratio_clamp: clamp(case.number("clip_log_ratio_min"), case.number("clip_log_ratio_max")),
+        clip_ratio_low: case.need("clip_ratio_low"),
+        clip_ratio_high: case.need("clip_ratio_high"),
+        clip_ratio_c: case.number("clip_ratio_c"),
+        clip_log_ratio: clamp(case.number("clip_log_ratio_min"), case.number("clip_log_ratio_max")),
         episode_steps: case.number("max_episode_steps"),
-        behaviour_ratio_max: case.number("behave_weight_threshold"),
+        behave_weight_threshold: case.number("behave_weight_threshold"),
         kl_beta: None,
     }
 }
@@ -36,12 +36,12 @@ pub(super) struct ActorOracle {
 }
 
 pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> ActorOracle {
-    let logprob = input.logprob.detach();
+    let logprob = input.new_logprob.detach();
     let spread = |tensor: &Tensor| -> Vec<f64> {
         let aligned = align("oracle", &tensor.to_kind(Kind::Double), "logprob", &logprob).unwrap();
         Vec::try_from(aligned.expand_as(&logprob).contiguous().reshape([-1])).unwrap()
     };
-    let (new, old, advantage) = (spread(&logprob), spread(input.old_logprob), spread(input.advantage));
+    let (new, old, advantage) = (spread(&logprob), spread(input.old_logprob), spread(input.advantages));
     let ones = logprob.ones_like();
     let mask = spread(input.mask.unwrap_or(&ones));
     let valid = mask.iter().filter(|m| **m != 0.0).count().max(1) as f64;
@@ -58,14 +58,14 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
     for at in (0..new.len()).filter(|at| mask[*at] != 0.0) {
         let moved = new[at] - old[at];
         let log_ratio = settings
-            .log_ratio_clamp
+            .clip_log_ratio
             .map_or(moved, |(low, high)| moved.clamp(low, high));
         // f32, as both programs have it: an overflow is infinite here too
         let ratio = f64::from((log_ratio as f32).exp());
-        let clipped_ratio = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high);
+        let clipped_ratio = ratio.clamp(1.0 - settings.clip_ratio_low, 1.0 + settings.clip_ratio_high);
         let (unclipped, clipped) = (-advantage[at] * ratio, -advantage[at] * clipped_ratio);
         let surrogate = unclipped.max(clipped);
-        let bound = settings.dual_clip.map_or(f64::INFINITY, |c| c * advantage[at].abs());
+        let bound = settings.clip_ratio_c.map_or(f64::INFINITY, |c| c * advantage[at].abs());
         largest = largest.max((ratio - 1.0).abs());
         let mut add = |name, value: f64| *sums.entry(name).or_insert(0.0) += value;
         add("policy_loss", surrogate.min(bound));
@@ -169,7 +169,7 @@ struct ActorTensors {
     logprob: Tensor,
     old_logprob: Tensor,
     proximal: Option<Tensor>,
-    advantage: Tensor,
+    advantages: Tensor,
     mask: Option<Tensor>,
     episode_len: Option<Tensor>,
 }
@@ -187,18 +187,18 @@ impl ActorTensors {
             logprob,
             old_logprob,
             proximal,
-            advantage: case.input("advantages"),
+            advantages: case.input("advantages"),
             mask,
             episode_len,
         }
     }
     fn input(&self) -> ActorInput<'_> {
         ActorInput {
-            logprob: &self.logprob,
+            new_logprob: &self.logprob,
             old_logprob: &self.old_logprob,
             proximal_logprob: self.proximal.as_ref(),
             reference_logprob: None,
-            advantage: &self.advantage,
+            advantages: &self.advantages,
             mask: self.mask.as_ref(),
             episode_len: self.episode_len.as_ref(),
         }

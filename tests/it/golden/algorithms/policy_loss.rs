@@ -27,8 +27,8 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
     let old_logprob = aggregate_logprob(&case.input("old_logprobs"), level).unwrap();
     case.close_array("out.pre.logprobs", &floats(&logprob));
     case.close_array("out.pre.old_logprobs", &floats(&old_logprob));
-    let (advantage, mask) = (case.input("advantages"), case.input("loss_mask"));
-    let aligned = align("advantages", &advantage, "logprobs", &logprob).unwrap();
+    let (advantages, mask) = (case.input("advantages"), case.input("loss_mask"));
+    let aligned = align("advantages", &advantages, "logprobs", &logprob).unwrap();
     assert_eq!(aligned.size(), case.array("out.pre.advantages").dims(), "{}", case.id);
     case.close_array("out.pre.advantages", &floats(&aligned));
     let episode_len = case.input("loss_mask_sum");
@@ -47,11 +47,11 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
         case.close_array(&format!("out.pre.{name}"), &floats(&case.input(name)));
     }
     let actor = ActorInput {
-        logprob: &logprob,
+        new_logprob: &logprob,
         old_logprob: &old_logprob,
         proximal_logprob: None,
         reference_logprob: None,
-        advantage: &advantage,
+        advantages: &advantages,
         mask: Some(&mask),
         episode_len: Some(&episode_len),
     };
@@ -60,7 +60,7 @@ fn check_policy_loss(case: &Case<'_>, coverage: &mut Coverage) {
         actor: actor_settings(case),
         critic: critic_settings(case),
         value_coef: 1.0,
-        entropy_coef: 0.0,
+        entropy_bonus: None,
     };
     let name = case.text("loss_type");
     let input = PolicyInput {
