@@ -433,7 +433,7 @@ proptest! {
             proximal: numbers.logprob.clone(),
             ..numbers
         };
-        for PolicyLossSpec { name, loss, .. } in POLICY_LOSSES.iter().copied() {
+        for PolicyLossSpec { loss_type: name, loss, .. } in POLICY_LOSSES.iter().copied() {
             for level in LEVELS {
                 let rows = ROWS as i64;
                 let element = Tensor::from_slice(&equal.logprob).view([rows, ACTIONS as i64, DIMS as i64]);

@@ -8,7 +8,7 @@ use std::{
 };
 
 use policy::{
-    bundle::{Bundle, BundleError, MANIFEST, Manifest, TOKENIZER_MODEL, describe_file},
+    bundle::{Bundle, BundleError, MANIFEST, Manifest, TOKENIZER_MODEL, VerifiedFiles, describe_file},
     flow::Sampling,
     prompt::PromptError,
     transform::Transform,
@@ -98,6 +98,8 @@ pub struct Policy {
     pub transform: Arc<Transform>,
     /// Largest difference to the publisher's reference actions; `None` when the manifest has no reference.
     pub self_test_difference: Option<f32>,
+    /// Its files, which the next version need not verify again.
+    verified: VerifiedFiles,
     held: Held,
 }
 
@@ -130,7 +132,10 @@ impl Policy {
         if let Some(live) = live {
             same_policy(live.manifest(), &bundle.manifest)?;
         }
-        bundle.verify()?;
+        let verified = match live {
+            Some(live) => bundle.verify_with(&live.verified)?,
+            None => bundle.verify_with(&VerifiedFiles::default())?,
+        };
         let manifest = bundle.manifest.clone();
         let mut digests: BTreeMap<String, String> = manifest
             .files
@@ -153,6 +158,7 @@ impl Policy {
             sampler,
             digests,
             transform,
+            verified,
             held,
         })
     }
