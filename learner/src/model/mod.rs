@@ -3,7 +3,9 @@
 //! Public functions check the shapes that they are given; inside, tensor operations fit together by construction and end the
 //! program only when memory runs out.
 
+mod error;
 mod store;
+mod prefix_cache;
 mod gemma;
 mod siglip;
 mod expert;
@@ -12,162 +14,27 @@ mod sampler;
 mod flow_matching;
 
 use policy::{
-    dims::{DimsError, PolicyDims},
+    dims::PolicyDims,
     params::{CriticInput, EMBEDDING, Heads, NoiseHeadDims, Pooling, VLM, ValueHeadDims},
-    weights::WeightsError,
 };
 use tch::{Device, Kind, Tensor};
 
-pub(crate) use self::flow_matching::path;
+pub use self::{
+    error::ModelError,
+    expert::Velocity,
+    flow_matching::FlowMatching,
+    prefix_cache::PrefixCache,
+    sampler::Sample,
+    siglip::VisionOutput,
+    store::{ExportedParam, ParamStore},
+};
+pub(crate) use self::{error::check_shape, flow_matching::path};
 use self::{
     expert::Expert,
     gemma::{Layer, Norm, Rope, attention_bias},
     heads::{NoiseHead, ValueHead},
     siglip::Siglip,
 };
-pub use self::{
-    expert::Velocity,
-    flow_matching::FlowMatching,
-    sampler::Sample,
-    siglip::VisionOutput,
-    store::{ExportedParam, ParamStore},
-};
-
-/// What the network can refuse.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ModelError {
-    /// Sizes that cannot be a policy.
-    #[error(transparent)]
-    Dims(#[from] DimsError),
-    /// A weight file that does not fit.
-    #[error("weights: {0}")]
-    Weights(#[from] WeightsError),
-    /// No tensor of this name.
-    #[error("no parameter `{0}` in this policy")]
-    NoParam(String),
-    /// Another number of elements.
-    #[error("`{name}` has {found} elements, expected {expected}")]
-    Elements {
-        /// Which array.
-        name: String,
-        /// Elements of the policy.
-        expected: usize,
-        /// Elements given.
-        found: usize,
-    },
-    /// A tensor of another shape.
-    #[error("`{name}` has shape {found:?}, expected {expected:?}")]
-    Shape {
-        /// Which tensor.
-        name: &'static str,
-        /// The shape that fits the policy and the batch.
-        expected: Vec<i64>,
-        /// The shape given.
-        found: Vec<i64>,
-    },
-    /// pi0 reads the state.
-    #[error("pi0 needs the `state` and none was given")]
-    NoState,
-    /// A value was asked of a policy without a value head.
-    #[error("this policy has no value head, configure `actor.model.value_head`")]
-    NoValueHead,
-    /// A denoise step that the table has not, or that has no density.
-    #[error("denoise step {found} has no log-probability, expected 0 to {limit} (exclusive)")]
-    Step {
-        /// Step given.
-        found: i64,
-        /// Number of usable steps.
-        limit: usize,
-    },
-}
-
-/// Checks a shape against the expected one.
-pub(crate) fn check_shape(name: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<(), ModelError> {
-    let found = tensor.size();
-    if found == expected {
-        Ok(())
-    } else {
-        Err(ModelError::Shape {
-            name,
-            expected: expected.to_vec(),
-            found,
-        })
-    }
-}
-
-/// Keys, values and mask of a prefix: all that the expert reads of an observation.
-#[derive(Debug)]
-pub struct PrefixCache {
-    /// Keys after RoPE, `[B, depth, kv, S, head_dim]`.
-    pub k: Tensor,
-    /// Values, `[B, depth, kv, S, head_dim]`.
-    pub v: Tensor,
-    /// Which prefix tokens are valid, bool `[B, S]`.
-    pub mask: Tensor,
-    /// Whether all of them are: then no mask is built.
-    all_valid: bool,
-}
-
-impl PrefixCache {
-    /// A cache from stored tensors (shapes at the fields).
-    ///
-    /// # Errors
-    /// The shapes do not fit each other.
-    pub fn new(k: Tensor, v: Tensor, mask: Tensor) -> Result<Self, ModelError> {
-        check_shape("v", &v, &k.size())?;
-        match k.size().as_slice() {
-            [batch, _, _, tokens, _] => check_shape("prefix_mask", &mask, &[*batch, *tokens])?,
-            found => {
-                return Err(ModelError::Shape {
-                    name: "k",
-                    expected: vec![-1; 5],
-                    found: found.to_vec(),
-                });
-            }
-        }
-        let all_valid = mask.all().int64_value(&[]) != 0;
-        Ok(Self { k, v, mask, all_valid })
-    }
-
-    /// The rows `[n]` (i64) as a cache of their own.
-    ///
-    /// # Errors
-    /// None for rows inside the batch.
-    pub fn index_select(&self, rows: &Tensor) -> Result<Self, ModelError> {
-        Self::new(
-            self.k.index_select(0, rows),
-            self.v.index_select(0, rows),
-            self.mask.index_select(0, rows),
-        )
-    }
-
-    /// Samples in the cache.
-    pub fn batch(&self) -> i64 {
-        self.mask.size().first().copied().unwrap_or(0)
-    }
-
-    /// Prefix tokens, padding included.
-    pub fn len(&self) -> i64 {
-        self.mask.size().get(1).copied().unwrap_or(0)
-    }
-
-    /// Whether there is no prefix token.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Positions of `tokens` suffix tokens: they go on from the number of valid prefix tokens. `[1, tokens]` when it is the same
-    /// for all samples, else `[B, tokens]`.
-    fn suffix_positions(&self, tokens: i64) -> Tensor {
-        let own = Tensor::arange(tokens, (Kind::Int64, self.mask.device())).unsqueeze(0);
-        if self.all_valid {
-            own + self.len()
-        } else {
-            own + self.mask.sum_dim_intlist(1, true, Kind::Int64)
-        }
-    }
-}
 
 /// The prefix pass: image and text tokens through the vision-language stack. A run reads `cache` and `out`; the steps on the way to
 /// them are held for the golden tests, which find a deviation where it begins.
