@@ -4,7 +4,10 @@
 use serde::Deserialize;
 use tch::Tensor;
 
-use super::{Episodes, Velocities, VelocityLoss, check_positive, check_times, parameters};
+use super::{
+    method::{Episodes, Velocities, VelocityLoss},
+    params::{check_positive, check_times, parameters},
+};
 use crate::advantage::mean_and_std;
 
 /// Keeps the quotient finite in episodes whose chunks are all as far from the reference.

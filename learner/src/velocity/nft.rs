@@ -4,7 +4,10 @@
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::{Episodes, Velocities, VelocityLoss, check_positive, check_times, parameters};
+use super::{
+    method::{Episodes, Velocities, VelocityLoss},
+    params::{check_positive, check_times, parameters},
+};
 
 /// How the two distances become a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

@@ -1,5 +1,7 @@
 //! Each method against its formula written out in plain numbers.
 
+use tch::{Kind, Tensor};
+
 use super::*;
 
 /// One sample of two rows with two elements, the second row not executed.
