@@ -1,6 +1,6 @@
 //! Group-relative advantages (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
 
-use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group_spreads};
+use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group::group_spreads};
 
 /// Added to the standard deviation of a group's scores.
 const GROUP_EPS: f64 = 1e-6;

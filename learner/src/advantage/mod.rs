@@ -7,144 +7,22 @@
 //! Reinforcement Learning", eq. 3).
 
 mod normalize;
+mod error;
+mod episode;
+mod spec;
+mod group;
+mod two_layer;
+mod gae;
+mod reward_to_go;
 mod raw;
 mod grpo;
 mod reinforce_pp;
-mod two_layer;
-mod gae;
 
-use std::collections::BTreeMap;
-
-use thiserror::Error;
-
+pub use episode::{Advantages, Episode, LayeredEpisode};
+pub use error::{AdvantageError, Result};
 pub use gae::gae_episode;
 pub use normalize::{NORMALIZE_EPS, mean_and_std, normalize};
-
-/// What can be wrong with the episodes given to an estimator.
-#[derive(Debug, Error)]
-pub enum AdvantageError {
-    /// A group has a single episode, so that it has no spread.
-    #[error("group {group} has 1 episode, a group-relative advantage needs at least 2: collect more per start state")]
-    LonelyEpisode {
-        /// The group's id.
-        group: u64,
-    },
-    /// The estimator needs values and the episode has none.
-    #[error("estimator `gae` needs one value per chunk, episode {episode} has {values} for {chunks} chunks")]
-    NoValues {
-        /// Index of the episode in the batch.
-        episode: usize,
-        /// Chunks of the episode.
-        chunks: usize,
-        /// Values given.
-        values: usize,
-    },
-}
-
-/// Result of this module.
-pub type Result<T, E = AdvantageError> = std::result::Result<T, E>;
-
-/// Advantages of every step and the value targets of every chunk.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Advantages {
-    /// How much better the taken action was than the value said.
-    pub advantages: Vec<f32>,
-    /// What the critic is trained towards.
-    pub returns: Vec<f32>,
-}
-
-/// One episode as an estimator of the registry sees it.
-#[derive(Debug, Clone, Copy)]
-pub struct Episode<'a> {
-    /// Reward of each step. A step is a chunk, or an executed action where rewards are at the action level.
-    pub rewards: &'a [f32],
-    /// Steps per chunk, at least 1: 1 where a step is a chunk, else the executed actions of a full chunk. Only the last
-    /// chunk may have fewer.
-    pub chunk_len: usize,
-    /// Value of the observation before each chunk; empty where no critic is trained.
-    pub values: &'a [f32],
-    /// Value of the observation after the last chunk: 0 where nothing is bootstrapped.
-    pub final_value: f32,
-    /// Episodes of one group have the same task and started from the same state.
-    pub group: u64,
-}
-
-impl Episode<'_> {
-    /// Undiscounted reward of the whole episode.
-    pub fn score(&self) -> f32 {
-        self.rewards.iter().map(|reward| f64::from(*reward)).sum::<f64>() as f32
-    }
-
-    /// Number of chunks.
-    pub fn chunks(&self) -> usize {
-        self.rewards.len().div_ceil(self.chunk_len.max(1))
-    }
-
-    /// Rewards to go of every step, discounted by `gamma` per step, and those of every chunk's first step.
-    fn rewards_to_go(&self, gamma: f64) -> Advantages {
-        let zeros = vec![0.0; self.chunks()];
-        let to_go = gae_episode(self.rewards, self.chunk_len, &zeros, 0.0, gamma, 1.0);
-        let returns = to_go.iter().step_by(self.chunk_len.max(1)).copied().collect();
-        Advantages {
-            advantages: to_go,
-            returns,
-        }
-    }
-
-    /// The same advantage for every step; the returns are the undiscounted rewards to go.
-    fn constant(&self, advantage: f32) -> Advantages {
-        Advantages {
-            advantages: vec![advantage; self.rewards.len()],
-            returns: self.rewards_to_go(1.0).returns,
-        }
-    }
-}
-
-/// What the configuration says about estimating advantages.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct EstimatorSettings {
-    /// Discount per step, in (0, 1].
-    pub gamma: f64,
-    /// GAE's bias-variance trade-off per chunk, in [0, 1].
-    pub gae_lambda: f64,
-}
-
-/// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalized.
-pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
-
-/// Estimates the advantages of one episode over both layers of the two-layer MDP: one advantage and one return per denoise step, from
-/// the values of all of them.
-pub type LayeredEstimator = fn(&LayeredEpisode<'_>, EstimatorSettings) -> Advantages;
-
-/// One episode whose denoise steps are transitions of their own.
-#[derive(Debug, Clone, Copy)]
-pub struct LayeredEpisode<'a> {
-    /// Reward of each chunk.
-    pub rewards: &'a [f32],
-    /// Value before each denoise step, `[chunks * steps]` in time order.
-    pub values: &'a [f32],
-    /// Denoise steps of a chunk.
-    pub steps: usize,
-    /// Value of the observation after the last chunk: 0 where nothing is bootstrapped.
-    pub final_value: f32,
-}
-
-/// An estimator of the registry with what it asks of a run.
-#[derive(Debug, Clone, Copy)]
-pub struct EstimatorSpec {
-    /// `algorithm.adv_type` of the configuration.
-    pub adv_type: &'static str,
-    /// The estimator.
-    pub estimate: Estimator,
-    /// Its form where every denoise step is a transition; without one all denoise steps have the advantage of their chunk.
-    pub layered: Option<LayeredEstimator>,
-    /// Whether it reads values, and so needs a critic.
-    pub values: bool,
-    /// Whether it compares the episodes of a group.
-    pub groups: bool,
-    /// Whether it is defined by the normalization over the batch, and so demands `algorithm.normalize_advantages`.
-    pub normalize_advantages: bool,
-}
+pub use spec::{Estimator, EstimatorSettings, EstimatorSpec, LayeredEstimator};
 
 /// The one table of advantage estimators.
 pub const ESTIMATORS: &[EstimatorSpec] = &[
@@ -161,21 +39,6 @@ pub fn estimator(name: &str) -> Option<Estimator> {
         .iter()
         .find(|spec| spec.adv_type == name)
         .map(|spec| spec.estimate)
-}
-
-/// Mean and unbiased standard deviation of the scores of every group; a group of one episode has none.
-fn group_spreads(episodes: &[Episode<'_>]) -> Result<BTreeMap<u64, (f64, f64)>> {
-    let mut groups: BTreeMap<u64, Vec<f32>> = BTreeMap::new();
-    for episode in episodes {
-        groups.entry(episode.group).or_default().push(episode.score());
-    }
-    groups
-        .into_iter()
-        .map(|(group, scores)| {
-            let spread = mean_and_std(&scores, None).ok_or(AdvantageError::LonelyEpisode { group })?;
-            Ok((group, spread))
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! The normalization is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a reference model is
 //! `algorithm.kl_beta` with `algorithm.kl_reference`, a term of the loss.
 
-use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group_spreads};
+use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group::group_spreads};
 
 /// In the registry.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
