@@ -1,6 +1,6 @@
 //! `actor`: the clipped policy loss of PPO, alone.
 
-use super::{ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine, surrogate::actor_loss};
+use super::{ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine::combine, surrogate::actor_loss};
 
 /// The clipped policy loss of PPO (Schulman et al. 2017, eq. 7; dual clip as in Ye et al. 2020, eq. 5).
 /// A masked element gives neither loss nor gradient, even where its ratio overflows.

@@ -1,6 +1,6 @@
 //! `actor_critic`: the losses of PPO's policy and critic.
 
-use super::{PolicyLossSpec, actor::ppo_actor_loss, combine};
+use super::{PolicyLossSpec, actor::ppo_actor_loss, combine::combine};
 
 /// Policy and critic.
 pub(super) const SPEC: PolicyLossSpec = PolicyLossSpec {

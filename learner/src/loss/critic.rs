@@ -3,7 +3,7 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::{
-    PolicyInput, PolicyLoss, PolicySettings, Result, combine,
+    Result,
     reduce::{aggregate, align, masked_mean, read_metrics},
 };
 
@@ -173,9 +173,4 @@ pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Re
             explained_variance,
         },
     })
-}
-
-/// The critic's part alone.
-pub(super) fn loss(input: &PolicyInput<'_>, settings: &PolicySettings) -> Result<PolicyLoss> {
-    combine("critic", input, settings, None, true)
 }

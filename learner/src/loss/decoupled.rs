@@ -4,7 +4,8 @@
 use tch::Tensor;
 
 use super::{
-    ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine, reduce::align, surrogate::actor_loss,
+    ActorInput, ActorLoss, ActorSettings, PolicyLossSpec, Result, combine::combine, reduce::align,
+    surrogate::actor_loss,
 };
 
 /// The proximal log-probability between the behaviour policy and the current one, by policy versions (decoupled PPO,

@@ -6,141 +6,29 @@
 //! every mean is taken over the elements it was spread to. Nothing is ever spread over leading dimensions, so that a
 //! `[N]` tensor never meets an `[N, 1]` one as `[N, N]`.
 
+mod error;
 mod reduce;
 mod kl;
 mod entropy;
 mod surrogate;
 mod critic;
+mod spec;
+mod combine;
 mod actor;
 mod actor_critic;
 mod decoupled;
-
-use tch::Tensor;
-use thiserror::Error;
 
 pub use actor::ppo_actor_loss;
 pub use critic::{CriticInput, CriticLoss, CriticMetrics, CriticSettings, ExplainedVariance, huber, ppo_critic_loss};
 pub use decoupled::{decoupled_actor_loss, interpolated_proximal};
 pub use entropy::mean_entropy;
+pub use error::{LossError, Result};
 pub use kl::k3;
 pub use reduce::{aggregate_logprob, align, episode_weighted_mean, masked_mean};
+pub use spec::{PolicyInput, PolicyLoss, PolicyLossFn, PolicyLossSpec, PolicySettings, Share};
 pub use surrogate::{ActorInput, ActorLoss, ActorMetrics, ActorSettings, clipped_surrogate, dual_clip};
 
-use reduce::read_metrics;
-
-/// What can be wrong with the tensors given to a loss.
-#[derive(Debug, Error)]
-pub enum LossError {
-    /// A tensor does not fit the one it accompanies.
-    #[error("`{name}` of shape {found:?} does not fit `{like}` of shape {expected:?}: leading sizes must be equal")]
-    Shape {
-        /// The tensor that does not fit.
-        name: &'static str,
-        /// Its shape.
-        found: Vec<i64>,
-        /// The tensor it accompanies.
-        like: &'static str,
-        /// That one's shape.
-        expected: Vec<i64>,
-    },
-    /// The log-probabilities are not per action element.
-    #[error("`logprob` needs shape [rows, actions, action dim], found {found:?}")]
-    NotElementwise {
-        /// Shape found.
-        found: Vec<i64>,
-    },
-    /// The loss needs an input that is not there.
-    #[error("policy loss `{loss}` needs the `{input}` input")]
-    Missing {
-        /// Name of the loss.
-        loss: &'static str,
-        /// Missing part of [`PolicyInput`].
-        input: &'static str,
-    },
-    /// The metrics could not be read from the device.
-    #[error("reading the loss metrics: {source}")]
-    Metrics {
-        /// What libtorch said.
-        source: tch::TchError,
-    },
-}
-
-/// Result of this module.
-pub type Result<T, E = LossError> = std::result::Result<T, E>;
-
-/// What a policy loss of the registry reads.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct PolicyInput<'a> {
-    /// The policy's part.
-    pub actor: Option<ActorInput<'a>>,
-    /// The critic's part.
-    pub critic: Option<CriticInput<'a>>,
-    /// Entropy of the policy per row (or per element), with gradient; masked as the policy's part is.
-    pub entropy: Option<&'a Tensor>,
-    /// Factors of the means over the valid elements; 1 without.
-    pub share: Share,
-}
-
-/// A part of a minibatch is weighed by its rows; its means over valid elements have its share of the minibatch's valid elements over its
-/// share of the rows as a factor, so that the parts add up to the minibatch's means.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Share {
-    /// Of the policy's mean; 1 where that is by episodes, which counts all elements.
-    pub surrogate: f64,
-    /// Of the mean entropy, which is over valid elements whatever the policy's is.
-    pub entropy: f64,
-}
-
-impl Default for Share {
-    fn default() -> Self {
-        Self {
-            surrogate: 1.0,
-            entropy: 1.0,
-        }
-    }
-}
-
-/// What the configuration says about the whole loss.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PolicySettings {
-    /// The policy's part.
-    pub actor: ActorSettings,
-    /// The critic's part.
-    pub critic: CriticSettings,
-    /// Factor of the critic loss in the sum.
-    pub value_coef: f64,
-    /// Factor of the mean entropy that is subtracted; none: the entropy is only reported.
-    pub entropy_bonus: Option<f64>,
-}
-
-/// A whole loss and its metrics; a part that the loss does not have is `None`.
-#[derive(Debug)]
-pub struct PolicyLoss {
-    /// Scalar with gradient.
-    pub loss: Tensor,
-    /// The policy's part.
-    pub actor: Option<ActorMetrics>,
-    /// The critic's part.
-    pub critic: Option<CriticMetrics>,
-    /// Mean entropy.
-    pub entropy: Option<f64>,
-}
-
-/// A loss of the registry.
-pub type PolicyLossFn = fn(&PolicyInput<'_>, &PolicySettings) -> Result<PolicyLoss>;
-
-/// A loss of the registry with what it asks of a run.
-#[derive(Debug, Clone, Copy)]
-pub struct PolicyLossSpec {
-    /// `algorithm.loss_type` of the configuration.
-    pub loss_type: &'static str,
-    /// The loss.
-    pub loss: PolicyLossFn,
-    /// Whether it trains a value head.
-    pub critic: bool,
-    /// Whether it clips around a proximal policy of its own, and so may read records of older versions.
-    pub proximal: bool,
-}
+use combine::combine;
 
 /// The one table of policy losses.
 pub const POLICY_LOSSES: &[PolicyLossSpec] = &[
@@ -151,7 +39,7 @@ pub const POLICY_LOSSES: &[PolicyLossSpec] = &[
 ];
 
 /// The loss of the critic's warm-up: the policy stays as it is.
-pub const WARM_UP: PolicyLossFn = critic::loss;
+pub const WARM_UP: PolicyLossFn = |input, settings| combine("critic", input, settings, None, true);
 
 /// The policy loss of this name; see [`POLICY_LOSSES`].
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
@@ -161,57 +49,9 @@ pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
         .map(|spec| spec.loss)
 }
 
-type ActorLossFn = fn(&ActorInput<'_>, &ActorSettings) -> Result<ActorLoss>;
-
-/// `L = L_policy + value_coef L_value - entropy_bonus S` (Schulman et al. 2017, eq. 9); `L_policy` holds the KL penalty.
-fn combine(
-    name: &'static str,
-    input: &PolicyInput<'_>,
-    settings: &PolicySettings,
-    actor_loss: Option<ActorLossFn>,
-    with_critic: bool,
-) -> Result<PolicyLoss> {
-    let missing = |input| LossError::Missing { loss: name, input };
-    let mut terms: Vec<Tensor> = Vec::new();
-    let mut whole = PolicyLoss {
-        loss: Tensor::new(),
-        actor: None,
-        critic: None,
-        entropy: None,
-    };
-    if let Some(actor_loss) = actor_loss {
-        let actor_input = input.actor.as_ref().ok_or_else(|| missing("actor"))?;
-        let actor = actor_loss(actor_input, &settings.actor)?;
-        terms.push(actor.loss * input.share.surrogate);
-        whole.actor = Some(actor.metrics);
-        if settings.entropy_bonus.is_some() && input.entropy.is_none() {
-            return Err(missing("entropy"));
-        }
-        if let Some(entropy) = input.entropy {
-            let entropy = mean_entropy(entropy, actor_input.mask)?;
-            let [value] = read_metrics(&[entropy.detach()])?;
-            whole.entropy = Some(value);
-            if let Some(entropy_bonus) = settings.entropy_bonus {
-                terms.push(entropy * (-entropy_bonus * input.share.entropy));
-            }
-        }
-    }
-    if with_critic {
-        let critic_input = input.critic.as_ref().ok_or_else(|| missing("critic"))?;
-        let critic = ppo_critic_loss(critic_input, &settings.critic)?;
-        terms.push(critic.loss * settings.value_coef);
-        whole.critic = Some(critic.metrics);
-    }
-    whole.loss = terms
-        .into_iter()
-        .reduce(|sum, term| sum + term)
-        .ok_or_else(|| missing("actor"))?;
-    Ok(whole)
-}
-
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
+    use tch::{Kind, Tensor};
 
     use super::*;
 
