@@ -18,6 +18,6 @@ pub mod plan;
 #[cfg(test)]
 mod recipes;
 pub mod graph;
-pub mod selftest;
 pub mod bundle;
 pub mod transform;
+pub mod selftest;

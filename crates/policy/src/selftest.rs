@@ -3,19 +3,14 @@
 use crate::{
     dims::PolicyDims,
     noise::{Purpose, below, fill_normal, stream, uniform},
+    transform::ModelInput,
 };
 
-/// One observation in model units and its initial noise.
+/// One observation in model units, all cameras and at least one prompt token valid, and its initial noise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTestInput {
-    /// Pixels, `[cameras, size, size, 3]`, 0 to 255.
-    pub images: Vec<u8>,
-    /// Prompt ids, `[prompt_len]`.
-    pub prompt: Vec<i64>,
-    /// Which of them are valid, `[prompt_len]`; at least the first.
-    pub prompt_mask: Vec<bool>,
-    /// State, `[action_dim]`.
-    pub state: Vec<f32>,
+    /// The observation.
+    pub input: ModelInput,
     /// Initial noise, `[action_horizon, action_dim]`.
     pub noise: Vec<f32>,
 }
@@ -38,12 +33,13 @@ impl SelfTestInput {
             .collect();
         let mut noise = vec![0.0; dims.action_horizon * dims.action_dim];
         fill_normal(&mut rng, &mut noise);
-        Self {
+        let input = ModelInput {
             images,
+            image_mask: vec![true; dims.cameras],
             prompt,
             prompt_mask,
             state,
-            noise,
-        }
+        };
+        Self { input, noise }
     }
 }

@@ -6,10 +6,11 @@ use std::{collections::BTreeMap, path::Path};
 
 use crate::{
     bundle::Manifest,
+    config::ModelConfig,
     guidance::Guidance,
     image::{CHANNELS, ImageError, RgbImage, resize_with_pad},
     norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, bool_mask, delta_from_absolute},
-    prompt::{PromptError, Tokenizer},
+    prompt::{PromptError, PromptTokens, Tokenizer},
 };
 
 /// An observation that the policy cannot read.
@@ -155,6 +156,26 @@ impl Transform {
         })
     }
 
+    /// Returns the transform of a configuration; `norm_stats` are those that it names.
+    ///
+    /// # Errors
+    /// The tokenizer cannot be read.
+    pub fn of_config(model: &ModelConfig, norm_stats: Option<NormStats>) -> Result<Self, PromptError> {
+        Ok(Self {
+            cameras: model.cameras.clone(),
+            image_size: model.vision.image_size,
+            prompt_len: model.prompt_len,
+            action_dim: model.action_dim,
+            action_horizon: model.action_horizon,
+            env_action_dim: model.env_action_dim,
+            discrete_state_input: model.discrete_state_input,
+            normalization: model.normalization,
+            norm_stats,
+            delta_mask: model.delta_actions.as_deref().map(bool_mask),
+            tokenizer: Tokenizer::from_config(&model.tokenizer, None)?,
+        })
+    }
+
     /// Names of the policy's cameras, in its order.
     pub fn cameras(&self) -> &[String] {
         &self.cameras
@@ -193,12 +214,7 @@ impl Transform {
             }
         }
         let mut state = self.state(&raw.state)?;
-        let tokens = if self.discrete_state_input {
-            self.tokenizer
-                .tokenize_with_state(&raw.prompt, &state, self.prompt_len)?
-        } else {
-            self.tokenizer.tokenize(&raw.prompt, self.prompt_len)?
-        };
+        let tokens = self.tokens(&raw.prompt, &state)?;
         state.resize(self.action_dim, 0.0);
         Ok(ModelInput {
             images,
@@ -207,6 +223,23 @@ impl Transform {
             prompt_mask: tokens.mask,
             state,
         })
+    }
+
+    /// Checks that a prompt can be tokenized.
+    ///
+    /// # Errors
+    /// See [`Tokenizer::tokenize`].
+    pub fn check_prompt(&self, prompt: &str) -> Result<(), PromptError> {
+        self.tokens(prompt, &[]).map(drop)
+    }
+
+    /// Returns the tokens of a prompt; `state` is in model units, not padded.
+    fn tokens(&self, prompt: &str, state: &[f32]) -> Result<PromptTokens, PromptError> {
+        if self.discrete_state_input {
+            self.tokenizer.tokenize_with_state(prompt, state, self.prompt_len)
+        } else {
+            self.tokenizer.tokenize(prompt, self.prompt_len)
+        }
     }
 
     /// Returns a state in model units, not padded.

@@ -1,6 +1,7 @@
 //! A batch of observations in model units, and its prefix.
 
-use tch::{Device, Kind, Tensor};
+use policy::{dims::PolicyDims, transform::ModelInput};
+use tch::{Device, Kind, Tensor, kind::Element, no_grad};
 
 use crate::model::{ModelError, Pi0, Prefix, PrefixCache};
 
@@ -20,6 +21,19 @@ pub struct ObservationBatch {
 }
 
 impl ObservationBatch {
+    /// Lays out observations of a policy of these sizes as one batch in main memory.
+    pub fn of(inputs: &[ModelInput], dims: &PolicyDims) -> Self {
+        let (n, cameras, side) = (inputs.len() as i64, dims.cameras as i64, dims.vision.image_size as i64);
+        let (prompt_len, action_dim) = (dims.prompt_len as i64, dims.action_dim as i64);
+        Self {
+            images: rows(inputs, |input| &input.images).view([n, cameras, side, side, 3]),
+            image_mask: rows(inputs, |input| &input.image_mask).view([n, cameras]),
+            prompt: rows(inputs, |input| &input.prompt).view([n, prompt_len]),
+            prompt_mask: rows(inputs, |input| &input.prompt_mask).view([n, prompt_len]),
+            state: rows(inputs, |input| &input.state).view([n, action_dim]),
+        }
+    }
+
     /// Number of observations.
     pub fn len(&self) -> i64 {
         self.prompt.size().first().copied().unwrap_or(0)
@@ -71,6 +85,27 @@ impl ObservationBatch {
         policy.prefix(&here.pixels(), &here.image_mask, &here.prompt, &here.prompt_mask)
     }
 
+    /// Returns cache and pooled output of these rows, computed in one pass without gradient. A single row is passed twice: a matrix of
+    /// one row is multiplied as a vector, which sums in another order, and a row's prefix must not depend on the other rows of its pass.
+    ///
+    /// # Errors
+    /// A shape that does not fit the policy.
+    pub(crate) fn frozen_rows(&self, policy: &Pi0, rows: &[i64]) -> Result<(PrefixCache, Tensor), ModelError> {
+        let padded = match rows {
+            [one] => vec![*one, *one],
+            several => several.to_vec(),
+        };
+        no_grad(|| {
+            let prefix = self.select(&Tensor::from_slice(&padded)).prefix(policy)?;
+            let own = |t: &Tensor| t.narrow(0, 0, rows.len() as i64);
+            let PrefixCache { k, v, mask, .. } = &prefix.cache;
+            Ok((
+                PrefixCache::new(own(k), own(v), own(mask))?,
+                own(&policy.pooled(&prefix)),
+            ))
+        })
+    }
+
     /// The prefix of a frozen vision-language model for all rows: cache and pooled output `[N, vlm width]`, without gradient, in
     /// parts of `batch` rows.
     ///
@@ -93,4 +128,9 @@ impl ObservationBatch {
         let cache = PrefixCache::new(Tensor::cat(&k, 0), Tensor::cat(&v, 0), Tensor::cat(&mask, 0))?;
         Ok((cache, Tensor::cat(&pooled, 0)))
     }
+}
+
+/// Returns one field of all inputs, one after another.
+fn rows<T: Element>(inputs: &[ModelInput], field: impl Fn(&ModelInput) -> &[T]) -> Tensor {
+    Tensor::from_slice(&inputs.iter().map(field).collect::<Vec<_>>().concat())
 }

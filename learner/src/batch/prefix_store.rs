@@ -7,7 +7,7 @@ use std::{
 };
 
 use policy::{config::PrefixCachePlace, dims::PolicyDims, plan::RunPlan};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 use super::observation::ObservationBatch;
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Most rows of one prefix pass, whatever the micro-batch.
-const MAX_PASS_ROWS: usize = 256;
+pub(crate) const MAX_PASS_ROWS: usize = 256;
 /// Bytes of a number as it is kept: f32, so that a kept prefix is the computed one bit for bit.
 const NUMBER: usize = 4;
 
@@ -128,19 +128,10 @@ impl<'a> PrefixStore<'a> {
         Ok(all.index_select(0, &Tensor::from_slice(&order)))
     }
 
-    /// One pass without gradient, packed, in main memory. A pass of one row is made of two: a matrix of one row is multiplied as a
-    /// vector, which sums in another order, and a record's prefix shall not depend on its company.
+    /// Runs one pass; returns it packed, in main memory.
     fn pass(&self, records: &[i64]) -> Result<Tensor> {
-        let padded: Vec<i64> = match records {
-            [one] => vec![*one, *one],
-            several => several.to_vec(),
-        };
-        no_grad(|| {
-            let rows = Tensor::from_slice(&padded).to_device(self.observations.prompt.device());
-            let prefix = self.observations.select(&rows).prefix(self.policy)?;
-            let packed = packed(&prefix.cache, &self.policy.pooled(&prefix));
-            Ok(packed.narrow(0, 0, records.len() as i64).to_device(Device::Cpu))
-        })
+        let (cache, pooled) = self.observations.frozen_rows(self.policy, records)?;
+        Ok(packed(&cache, &pooled).to_device(Device::Cpu))
     }
 
     /// Rows of one pass.

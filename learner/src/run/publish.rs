@@ -12,7 +12,7 @@ use policy::{
     plan::RunPlan,
     selftest::SelfTestInput,
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{batch::observation::ObservationBatch, error::Result, model::Pi0};
 
@@ -125,19 +125,11 @@ impl Publisher {
 /// The reference output of this policy: an ODE pass on the drawn inputs.
 fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
     let dims = policy.dims();
-    let input = SelfTestInput::draw(dims, SELF_TEST_SEED);
-    let size = dims.vision.image_size as i64;
-    let cameras = dims.cameras as i64;
-    let batch = ObservationBatch {
-        images: Tensor::from_slice(&input.images).view([1, cameras, size, size, 3]),
-        image_mask: Tensor::ones([1, cameras], (Kind::Bool, tch::Device::Cpu)),
-        prompt: Tensor::from_slice(&input.prompt).view([1, -1]),
-        prompt_mask: Tensor::from_slice(&input.prompt_mask).view([1, -1]),
-        state: Tensor::from_slice(&input.state).view([1, -1]),
-    };
+    let drawn = SelfTestInput::draw(dims, SELF_TEST_SEED);
+    let batch = ObservationBatch::of(&[drawn.input], dims);
     let (cache, _) = batch.frozen_prefix(policy, 1)?;
     let device = policy.device();
-    let noise = Tensor::from_slice(&input.noise)
+    let noise = Tensor::from_slice(&drawn.noise)
         .view([1, dims.action_horizon as i64, dims.action_dim as i64])
         .to_device(device);
     let sample = policy.sample(
@@ -147,7 +139,7 @@ fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
         &Schedule::of(&plan.sampling(0)),
         &[],
     )?;
-    let mut actions = vec![0.0f32; input.noise.len()];
+    let mut actions = vec![0.0f32; drawn.noise.len()];
     let len = actions.len();
     sample.actions.contiguous().copy_data(&mut actions, len);
     Ok(SelfTest {

@@ -377,13 +377,6 @@ fn noise_at(noise: &ChunkNoise, k: usize) -> Option<&StepNoise> {
 
 /// Draws an observation in model units and its initial noise, `[action_horizon, action_dim]`, from a seed.
 pub fn drawn_input(manifest: &Manifest, seed: u64) -> (ModelInput, Vec<f32>) {
-    let drawn = SelfTestInput::draw(&manifest.dims, seed);
-    let input = ModelInput {
-        images: drawn.images,
-        image_mask: vec![true; manifest.dims.cameras],
-        prompt: drawn.prompt,
-        prompt_mask: drawn.prompt_mask,
-        state: drawn.state,
-    };
-    (input, drawn.noise)
+    let SelfTestInput { input, noise } = SelfTestInput::draw(&manifest.dims, seed);
+    (input, noise)
 }
