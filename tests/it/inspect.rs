@@ -59,6 +59,10 @@ fn a_wrong_configuration_is_one_line() {
             "actor.model.delta_actions=[8]",
             "`actor.model.delta_actions` (--set): [8], expected",
         ),
+        (
+            "actor.model.cameras=[\"base\",\"wrist\",\"base\"]",
+            "`actor.model.cameras` (--set): `base` is there twice",
+        ),
         ("env.worker=\"rust\"", "base/libero.toml): given, but"),
         ("algorithm.adv_type=\"gea\"", "`algorithm.adv_type` (--set): `gea`"),
     ] {

@@ -62,6 +62,13 @@ pub(super) fn check(model: &ModelConfig) -> Result<(), ConfigError> {
     for (key, value, bound_key, bound) in most {
         at_most(key, value, bound_key, bound)?;
     }
+    let mut cameras = model.cameras.iter().enumerate();
+    if let Some((_, name)) = cameras.find(|(index, name)| model.cameras[..*index].contains(name)) {
+        return Err(refuse(
+            "actor.model.cameras",
+            format!("`{name}` is there twice, expected a name of its own for each camera"),
+        ));
+    }
     if !model.openpi.train_expert_only {
         return Err(refuse(
             "actor.model.openpi.train_expert_only",
