@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use policy::{
     bundle::BundleError,
     config::{ConfigError, Origins},
+    norm::NormError,
     prompt::PromptError,
+    transform::ObservationError,
     weights::WeightsError,
 };
+use safetensors::Dtype;
 use wire::{array::ArrayError, socket::SocketError};
 
 use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError};
@@ -72,12 +75,12 @@ pub enum LearnerError {
         detail: String,
     },
     /// A data set.
-    #[error("data set `{path}`: {detail}")]
+    #[error("failed to read the data set `{path}`")]
     Dataset {
         /// Which file.
         path: PathBuf,
-        /// Expected and found.
-        detail: String,
+        /// What is wrong.
+        source: DatasetError,
     },
     /// A checkpoint that cannot be resumed from.
     #[error("checkpoint `{path}`: {detail}")]
@@ -157,6 +160,120 @@ impl LearnerError {
             other => other,
         }
     }
+}
+
+/// A data set that cannot be read, or a row of it that the policy cannot be trained on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DatasetError {
+    /// The file cannot be read.
+    #[error("the file cannot be read")]
+    Read(#[source] std::io::Error),
+    /// The header is longer than the file or the format's limit.
+    #[error(
+        "the header has {found} bytes, expected at most {limit}; it is not a safetensors file, or cut: write it again"
+    )]
+    HeaderLength {
+        /// Bytes by the file's first number.
+        found: u64,
+        /// Most that this file can have.
+        limit: u64,
+    },
+    /// The header is not one of the format, or its tensors do not lie one after another.
+    #[error("the header is invalid")]
+    Header(#[source] serde_json::Error),
+    /// The tensors do not fill the file.
+    #[error("the file has {found} bytes, its header expects {expected}; it may be cut: write it again")]
+    Length {
+        /// Bytes of header and tensors.
+        expected: u64,
+        /// Bytes of the file.
+        found: u64,
+    },
+    /// No prompts.
+    #[error("the metadata key `meta` is missing, expected JSON with the list `prompts`")]
+    NoMeta,
+    /// Metadata without a list of prompts.
+    #[error("the metadata key `meta` is invalid, expected JSON with the list `prompts`")]
+    Meta(#[source] serde_json::Error),
+    /// A tensor is missing.
+    #[error("tensor `{0}` is missing")]
+    NoTensor(&'static str),
+    /// A tensor of another type.
+    #[error("tensor `{tensor}` has type {found}, expected {expected}")]
+    Type {
+        /// Its name.
+        tensor: &'static str,
+        /// The type of the layout.
+        expected: Dtype,
+        /// The type in the file.
+        found: Dtype,
+    },
+    /// A tensor of another shape.
+    #[error("`{field}` has shape {found:?}, expected {expected}")]
+    Shape {
+        /// Its name.
+        field: &'static str,
+        /// What the policy needs.
+        expected: String,
+        /// The shape in the data set.
+        found: Vec<usize>,
+    },
+    /// No rows.
+    #[error("found 0 rows, expected at least 1")]
+    Empty,
+    /// A prompt that cannot be tokenized.
+    #[error(transparent)]
+    Prompt(PromptError),
+    /// A row whose prompt is not in the list.
+    #[error("`prompt_id` of row {row} is {found}, expected 0 to {prompts} (exclusive)")]
+    PromptId {
+        /// Which row.
+        row: usize,
+        /// Its number.
+        found: i64,
+        /// Length of the list.
+        prompts: usize,
+    },
+    /// NaN or infinity.
+    #[error("`{field}` of row {row} holds {value} in column {column}, expected finite numbers")]
+    NotFinite {
+        /// `state`, `actions` or `keypoints`.
+        field: &'static str,
+        /// Which row.
+        row: usize,
+        /// Which of the row's numbers, counted over all its dimensions.
+        column: usize,
+        /// NaN or infinity.
+        value: f32,
+    },
+    /// Another length or time of change than when the file was opened.
+    #[error("the file was changed while it was read; leave it alone until the stage ends")]
+    Changed,
+    /// A row that the data set does not have.
+    #[error("row {row} does not exist, the data set has {rows}")]
+    NoRow {
+        /// Which row.
+        row: usize,
+        /// Rows of the data set.
+        rows: usize,
+    },
+    /// An observation that the policy cannot read.
+    #[error("row {row} cannot be read by the policy")]
+    Observation {
+        /// Which row.
+        row: usize,
+        /// Why.
+        source: ObservationError,
+    },
+    /// Actions that cannot be turned into model units.
+    #[error("the actions of row {row} cannot be turned into model units")]
+    Actions {
+        /// Which row.
+        row: usize,
+        /// Why.
+        source: NormError,
+    },
 }
 
 /// A chunk record that does not fit the plan.

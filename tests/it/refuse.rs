@@ -18,7 +18,7 @@ use policy::{
     params::Part,
     weights::WeightFile,
 };
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use tch::Device;
 
 fn run(name: &str, args: &[&str]) -> Output {
@@ -77,6 +77,44 @@ fn training_without_sft_says_what_to_run() {
     let output = run("learner", &["train", "--config", &quickstart(), "--set", &output_dir]);
     assert_refusal(&output, &["model.safetensors", "learner sft"]);
     assert!(!dir.path().join("policy").exists(), "nothing half-written");
+}
+
+/// Numbers that are not finite are found before the first step, in data sets of both stages, and a file that was cut.
+#[test]
+fn a_damaged_data_set_is_named_with_row_and_column() {
+    let dir = tempfile::tempdir().expect("folder");
+    let output_dir = format!("runner.output_dir={:?}", dir.path().display().to_string());
+    let (config, data) = (quickstart(), dir.path().join("data"));
+    let sft = || {
+        let few = [
+            "pretrain.optim.steps=1",
+            "sft.optim.steps=1",
+            "pretrain.scenes=9",
+            "sft.demos=1",
+        ];
+        let set = [few.as_slice(), &[&output_dir]].concat();
+        let set: Vec<&str> = set.into_iter().flat_map(|key| ["--set", key]).collect();
+        run("learner", &[&["sft", "--config", &config], set.as_slice()].concat())
+    };
+    let made = sft();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    std::fs::remove_dir_all(dir.path().join("sft")).expect("weights of whole data sets");
+    for (name, tensor, row, column, width) in [("scenes", "keypoints", 8, 5, 6), ("demos", "state", 3, 2, 4)] {
+        let path = data.join(format!("{name}.safetensors"));
+        let whole = std::fs::read(&path).expect("data set");
+        let (header, metadata) = SafeTensors::read_metadata(&whole).expect("safetensors");
+        let from = 8 + header + metadata.info(tensor).expect("tensor").data_offsets.0;
+        let at = from + 4 * (row * width + column);
+        let mut bytes = whole.clone();
+        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        std::fs::write(&path, bytes).expect("written");
+        let text = format!("`{tensor}` of row {row} holds NaN in column {column}");
+        assert_refusal(&sft(), &[&path.display().to_string(), &text]);
+        std::fs::write(&path, &whole[..whole.len() / 2]).expect("written");
+        assert_refusal(&sft(), &[&path.display().to_string(), "may be cut"]);
+        std::fs::write(&path, whole).expect("written");
+    }
+    assert!(!dir.path().join("sft").exists(), "nothing half-written");
 }
 
 #[test]

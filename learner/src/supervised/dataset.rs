@@ -1,282 +1,301 @@
-//! Data sets on disk as tensors: demonstrations and scenes in safetensors files (layout at the env workers that write them).
+//! Data sets on disk: demonstrations and scenes in safetensors files (layout at the env workers that write them), read row by row.
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use policy::{
-    config::ModelConfig,
-    dims::PolicyDims,
-    norm::{NormStats, bool_mask},
-    prompt::{PromptTokens, Tokenizer},
+    image::{CHANNELS, RgbImage},
+    plan::RunPlan,
+    transform::{ObservationError, RawObservation},
 };
-use safetensors::{Dtype, SafeTensors};
-use tch::{Kind, Tensor};
+use safetensors::{Dtype, tensor::Metadata};
+use serde::Deserialize;
 
-use crate::{
-    batch::observation::ObservationBatch,
-    error::{LearnerError, Result},
-};
+use super::source::{Demo, DemoSource};
+use crate::error::{DatasetError, LearnerError, Result};
 
-/// A data set in memory.
+/// Longest header, as safetensors itself has it.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Bytes of the header's length, in front of it.
+const LENGTH_BYTES: u64 = 8;
+/// Bytes that are read at once to check a tensor.
+const BLOCK_BYTES: usize = 1 << 20;
+
+/// An open data set. Only its header is in memory.
 #[derive(Debug)]
-pub struct Dataset {
-    /// Observations in model units.
-    pub observations: ObservationBatch,
-    /// Demonstrations: normalised actions, f32 `[N, action_horizon, action_dim]`. Scenes: key points `[N, P, 2]` in `[0, 1]`.
-    pub targets: Tensor,
+pub struct DataFile {
+    path: PathBuf,
+    file: File,
+    /// Length and time of the last change at the opening.
+    stamp: (u64, SystemTime),
+    rows: usize,
+    /// Names of the cameras, in the order of the file's images.
+    cameras: Vec<String>,
+    side: usize,
+    prompts: Vec<String>,
+    target_shape: [usize; 2],
+    images: Column,
+    state: Column,
+    prompt_id: Column,
+    target: Column,
 }
 
-/// Largest data set that is read.
-const MAX_BYTES: u64 = 32 << 30;
+/// A tensor with one entry per row.
+#[derive(Debug)]
+struct Column {
+    name: &'static str,
+    /// Of the first row, from the start of the file.
+    offset: u64,
+    row_bytes: usize,
+}
 
-/// Reads `images`, `state`, `prompt_id` and the named targets (`actions` or `keypoints`).
-///
-/// # Errors
-/// The file is missing, no safetensors, or its arrays do not fit the policy.
-pub fn read(
-    path: &Path,
-    targets: &str,
-    dims: &PolicyDims,
-    model: &ModelConfig,
-    stats: Option<&NormStats>,
-) -> Result<Dataset> {
-    let bad = |detail: String| LearnerError::Dataset {
-        path: path.to_owned(),
-        detail,
-    };
-    let size = std::fs::metadata(path)
-        .map_err(crate::error::io("opening the data set", path))?
-        .len();
-    if size > MAX_BYTES {
-        return Err(bad(format!("{size} bytes, at most {MAX_BYTES} are read")));
+#[derive(Deserialize)]
+struct Meta {
+    prompts: Vec<String>,
+}
+
+impl DataFile {
+    /// Opens a file with `images`, `state`, `prompt_id` and the named targets (`actions` or `keypoints`) for the policy of a plan.
+    /// All of it but the images is read once, to find a number that cannot be used before the training begins.
+    ///
+    /// # Errors
+    /// The file is missing, not a whole safetensors file, holds NaN or infinity, or its tensors do not fit the policy.
+    pub fn open(path: &Path, targets: &'static str, plan: &RunPlan) -> Result<Self> {
+        Self::open_file(path, targets, plan).map_err(|source| LearnerError::Dataset {
+            path: path.to_owned(),
+            source,
+        })
     }
-    let bytes = std::fs::read(path).map_err(crate::error::io("reading the data set", path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(format!("no whole safetensors file: {e}")))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
-    let meta: serde_json::Value = header
-        .metadata()
-        .as_ref()
-        .and_then(|m| m.get("meta"))
-        .and_then(|text| serde_json::from_str(text).ok())
-        .ok_or_else(|| bad("metadata key `meta` with the prompts is missing".to_owned()))?;
-    let prompts: Vec<String> = meta
-        .get("prompts")
-        .and_then(|p| serde_json::from_value(p.clone()).ok())
-        .ok_or_else(|| bad("`meta.prompts` is no list of strings".to_owned()))?;
 
-    let array = |name: &str, dtype: Dtype| -> Result<(Vec<i64>, Tensor)> {
-        let view = file
-            .tensor(name)
-            .map_err(|_e| bad(format!("tensor `{name}` is missing")))?;
-        if view.dtype() != dtype {
-            return Err(bad(format!(
-                "tensor `{name}` has type {:?}, expected {dtype:?}",
-                view.dtype()
-            )));
-        }
-        let shape: Vec<i64> = view.shape().iter().map(|s| *s as i64).collect();
-        let kind = match dtype {
-            Dtype::U8 => Kind::Uint8,
-            Dtype::I64 => Kind::Int64,
-            _ => Kind::Float,
+    fn open_file(path: &Path, targets: &'static str, plan: &RunPlan) -> Result<Self, DatasetError> {
+        let file = File::open(path).map_err(DatasetError::Read)?;
+        let stamp = stamp(&file)?;
+        let (header, data_offset) = read_header(&file, stamp.0)?;
+        let meta = header.metadata().as_ref().and_then(|all| all.get("meta"));
+        let Meta { prompts } = serde_json::from_str(meta.ok_or(DatasetError::NoMeta)?).map_err(DatasetError::Meta)?;
+
+        let tensor = |name: &'static str, expected: Dtype| {
+            let info = header.info(name).ok_or(DatasetError::NoTensor(name))?;
+            if info.dtype != expected {
+                return Err(DatasetError::Type {
+                    tensor: name,
+                    expected,
+                    found: info.dtype,
+                });
+            }
+            let (from, to) = info.data_offsets;
+            let rows = info.shape.first().copied().unwrap_or(0);
+            let column = Column {
+                name,
+                offset: data_offset + from as u64,
+                row_bytes: (to - from).checked_div(rows).unwrap_or(0),
+            };
+            Ok((column, info.shape.as_slice()))
         };
-        Ok((shape.clone(), Tensor::from_data_size(view.data(), &shape, kind)))
-    };
-    let (images_shape, images) = array("images", Dtype::U8)?;
-    let (state_shape, state) = array("state", Dtype::F32)?;
-    let (prompt_shape, prompt_id) = array("prompt_id", Dtype::I64)?;
-    let (target_shape, target) = array(targets, Dtype::F32)?;
-    let n = prompt_shape.first().copied().unwrap_or(0);
-    let side = dims.vision.image_size as i64;
-    if n == 0 || images_shape != [n, dims.cameras as i64, side, side, 3] {
-        return Err(bad(format!(
-            "`images` is {images_shape:?}, expected [{n}, {}, {side}, {side}, 3]",
-            dims.cameras
-        )));
-    }
-    if state_shape.len() != 2 || state_shape[0] != n || state_shape[1] > dims.action_dim as i64 {
-        return Err(bad(format!(
-            "`state` is {state_shape:?}, expected [{n}, at most {}]",
-            dims.action_dim
-        )));
-    }
-    if target_shape.first() != Some(&n) || target_shape.len() != 3 {
-        return Err(bad(format!("`{targets}` is {target_shape:?}, expected [{n}, _, _]")));
-    }
-
-    if prompt_id.min().int64_value(&[]) < 0 || prompt_id.max().int64_value(&[]) >= prompts.len() as i64 {
-        return Err(bad(format!("`prompt_id` lies outside 0..{}", prompts.len())));
-    }
-
-    let normalise = |values: &Tensor, which: fn(&NormStats) -> &policy::norm::DimStats| -> Result<Tensor> {
-        let Some(stats) = stats else {
-            return Ok(values.shallow_clone());
+        let (prompt_id, prompt_shape) = tensor("prompt_id", Dtype::I64)?;
+        let (images, images_shape) = tensor("images", Dtype::U8)?;
+        let (state, state_shape) = tensor("state", Dtype::F32)?;
+        let (target, target_shape) = tensor(targets, Dtype::F32)?;
+        let (dims, side) = (&plan.dims, plan.dims.vision.image_size);
+        let shape = |field: &'static str, found: &[usize], expected: String| DatasetError::Shape {
+            field,
+            expected,
+            found: found.to_vec(),
         };
-        let width = values.size().last().copied().unwrap_or(1) as usize;
-        let mut data = vec![0.0f32; values.numel()];
-        let len = data.len();
-        values.copy_data(&mut data, len);
-        let rows: Vec<f32> = data
-            .chunks(width)
-            .map(|row| {
-                model
-                    .normalization
-                    .normalize(which(stats), row)
-                    .map_err(|e| bad(e.to_string()))
-            })
-            .collect::<Result<Vec<_>>>()?
-            .concat();
-        Ok(Tensor::from_slice(&rows).view_as(values))
-    };
-    let pad = |values: Tensor| {
-        let missing = dims.action_dim as i64 - values.size().last().copied().unwrap_or(0);
-        values.constant_pad_nd([0, missing.max(0)])
-    };
-    let raw_state = state.shallow_clone();
-    let state = normalise(&state, |s| &s.state)?;
-    let tokenizer = Tokenizer::from_config(&model.tokenizer, None)?;
-    let (prompt, prompt_mask) = tokenized(model, &tokenizer, &prompts, &prompt_id, &state)?;
-    let state = pad(state);
-    let target = if targets == "actions" {
-        if target_shape[1] != dims.action_horizon as i64 || target_shape[2] > dims.action_dim as i64 {
-            return Err(bad(format!(
-                "`actions` is {target_shape:?}, expected [{n}, {}, at most {}]",
-                dims.action_horizon, dims.action_dim
-            )));
-        }
-        let target = match &model.delta_actions {
-            Some(runs) => differences(&target, &raw_state, &bool_mask(runs)).map_err(bad)?,
-            None => target,
+        let [rows] = *prompt_shape else {
+            return Err(shape("prompt_id", prompt_shape, "[rows]".to_owned()));
         };
-        pad(normalise(&target, |s| &s.actions)?)
-    } else {
-        target
-    };
-    let image_mask = Tensor::ones([n, dims.cameras as i64], (Kind::Bool, tch::Device::Cpu));
-    let observations = ObservationBatch {
-        images,
-        image_mask,
-        prompt,
-        prompt_mask,
-        state,
-    };
-    Ok(Dataset {
-        observations,
-        targets: target,
-    })
-}
-
-/// Prompt ids and masks, `[N, prompt_len]`. `state` is normalised, not padded; only a prompt that holds it reads it.
-fn tokenized(
-    model: &ModelConfig,
-    tokenizer: &Tokenizer,
-    prompts: &[String],
-    prompt_id: &Tensor,
-    state: &Tensor,
-) -> Result<(Tensor, Tensor)> {
-    let length = model.prompt_len;
-    let (mut ids, mut masks) = (Vec::new(), Vec::new());
-    let mut add = |tokens: PromptTokens| {
-        ids.extend(tokens.ids);
-        masks.extend(tokens.mask);
-    };
-    if !model.discrete_state_input {
-        // prompts are few: tokenize each once, then pick rows
-        for prompt in prompts {
-            add(tokenizer.tokenize(prompt, length)?);
+        if images_shape != [rows, dims.cameras, side, side, CHANNELS] {
+            let expected = format!("[{rows}, {}, {side}, {side}, {CHANNELS}]", dims.cameras);
+            return Err(shape("images", images_shape, expected));
         }
-        let table = |flat: Tensor| flat.view([-1, length as i64]).index_select(0, prompt_id);
-        return Ok((table(Tensor::from_slice(&ids)), table(Tensor::from_slice(&masks))));
+        if !matches!(state_shape, [n, width] if *n == rows && (1..=dims.action_dim).contains(width)) {
+            let expected = format!("[{rows}, 1 to {}]", dims.action_dim);
+            return Err(shape("state", state_shape, expected));
+        }
+        let target_shape = match *target_shape {
+            [n, points, width] if n == rows => [points, width],
+            _ => return Err(shape(targets, target_shape, format!("[{rows}, _, _]"))),
+        };
+        let opened = Self {
+            path: path.to_owned(),
+            file,
+            stamp,
+            rows,
+            cameras: plan.config.actor.model.cameras.clone(),
+            side,
+            prompts,
+            target_shape,
+            images,
+            state,
+            prompt_id,
+            target,
+        };
+        opened.check()?;
+        Ok(opened)
     }
-    let rows = prompt_id.size().first().copied().unwrap_or(0);
-    for row in 0..rows {
-        let own = |t: &Tensor| t.get(row);
-        let mut numbers = vec![0.0f32; own(state).numel()];
-        let len = numbers.len();
-        own(state).copy_data(&mut numbers, len);
-        // the ids were checked against the list of prompts
-        let prompt = prompts
-            .get(own(prompt_id).int64_value(&[]) as usize)
-            .map_or("", String::as_str);
-        add(tokenizer.tokenize_with_state(prompt, &numbers, length)?);
+
+    /// Checks all prompt numbers, states and targets.
+    fn check(&self) -> Result<(), DatasetError> {
+        self.scan(&self.prompt_id, |row, bytes| self.prompt(row, bytes).map(drop))?;
+        for column in [&self.state, &self.target] {
+            let width = column.row_bytes / size_of::<f32>();
+            self.scan(column, |index, bytes| {
+                let value = f32::from_le_bytes(bytes);
+                if value.is_finite() {
+                    return Ok(());
+                }
+                Err(DatasetError::NotFinite {
+                    field: column.name,
+                    row: index / width,
+                    column: index % width,
+                    value,
+                })
+            })?;
+        }
+        Ok(())
     }
-    let table = |flat: Tensor| flat.view([-1, length as i64]);
-    Ok((table(Tensor::from_slice(&ids)), table(Tensor::from_slice(&masks))))
-}
 
-/// Actions `[N, H, A]` as differences from the state `[N, D]` of their observation where the mask says so; both raw.
-fn differences(actions: &Tensor, state: &Tensor, mask: &[bool]) -> std::result::Result<Tensor, String> {
-    let width = |values: &Tensor| values.size().last().copied().unwrap_or(0);
-    let dims = mask.len() as i64;
-    if dims > width(actions) || dims > width(state) {
-        return Err(format!(
-            "`actor.model.delta_actions` covers {dims} dimensions, the data has {} of the actions and {} of the state",
-            width(actions),
-            width(state)
-        ));
+    /// Calls `check` with every element of a tensor and its place, in blocks of bounded size.
+    fn scan<const N: usize>(
+        &self,
+        column: &Column,
+        check: impl Fn(usize, [u8; N]) -> Result<(), DatasetError>,
+    ) -> Result<(), DatasetError> {
+        let total = self.rows * column.row_bytes;
+        let mut from = 0;
+        while from < total {
+            let block = self.bytes(column.offset + from as u64, BLOCK_BYTES.min(total - from))?;
+            for (index, element) in block.as_chunks::<N>().0.iter().enumerate() {
+                check(from / N + index, *element)?;
+            }
+            from += block.len();
+        }
+        Ok(())
     }
-    let shift = state.narrow(-1, 0, dims) * Tensor::from_slice(mask).to_kind(Kind::Float);
-    Ok(actions - shift.constant_pad_nd([0, width(actions) - dims]).unsqueeze(1))
-}
 
-#[cfg(test)]
-mod tests {
-    use policy::norm::delta_from_absolute;
+    fn prompt(&self, row: usize, id: [u8; 8]) -> Result<&String, DatasetError> {
+        let id = i64::from_le_bytes(id);
+        let prompt = usize::try_from(id).ok().and_then(|id| self.prompts.get(id));
+        prompt.ok_or(DatasetError::PromptId {
+            row,
+            found: id,
+            prompts: self.prompts.len(),
+        })
+    }
 
-    use super::*;
-
-    #[test]
-    fn a_prompt_with_the_state_is_tokenized_for_every_row() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
-        let mut model = policy::config::RunConfig::load(&path, &[])
-            .expect("configuration")
-            .actor
-            .model;
-        let words = [
-            "pick", "red", "Task", ":", ",", "State", ";", "Action", "0", "128", "255",
-        ]
-        .map(str::to_owned);
-        let tokenizer = Tokenizer::from_words(&words).expect("words");
-        model.prompt_len = 16;
-        let prompts = ["pick".to_owned(), "pick red".to_owned()];
-        let (prompt_id, state) = (
-            Tensor::from_slice(&[1i64, 0, 1]),
-            Tensor::from_slice(&[-1.0f32, 0.0, 1.0]).view([3, 1]),
-        );
-        for discrete in [true, false] {
-            model.discrete_state_input = discrete;
-            let (ids, mask) = tokenized(&model, &tokenizer, &prompts, &prompt_id, &state).expect("prompts");
-            assert_eq!((ids.size(), mask.kind()), (vec![3, 16], Kind::Bool));
-            for (row, (prompt, state)) in [("pick red", -1.0f32), ("pick", 0.0), ("pick red", 1.0)]
-                .into_iter()
-                .enumerate()
-            {
-                let want = if discrete {
-                    tokenizer.tokenize_with_state(prompt, &[state], 16)
-                } else {
-                    tokenizer.tokenize(prompt, 16)
-                };
-                let got: Vec<i64> = Vec::try_from(ids.get(row as i64)).expect("ids");
-                assert_eq!(got, want.expect("words").ids, "row {row}");
+    fn bytes(&self, offset: u64, length: usize) -> Result<Vec<u8>, DatasetError> {
+        let mut bytes = vec![0; length];
+        match self.file.read_exact_at(&mut bytes, offset) {
+            Ok(()) => Ok(bytes),
+            Err(error) => {
+                self.check_unchanged()?;
+                Err(DatasetError::Read(error))
             }
         }
     }
 
-    #[test]
-    fn actions_become_differences_as_openpi_makes_them() {
-        let mask = bool_mask(&[2, -1]);
-        let actions = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view([1, 2, 4]);
-        let state = Tensor::from_slice(&[0.5f32, -1.0, 9.0]).view([1, 3]);
-        let got: Vec<f32> =
-            Vec::try_from(differences(&actions, &state, &mask).expect("fits").flatten(0, -1)).expect("f32");
-        let rows = [[1.0f32, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]];
-        let expected = rows.map(|row| delta_from_absolute(&row, &[0.5f32, -1.0, 9.0], &mask).expect("fits"));
-        assert_eq!(got, expected.concat());
-        assert_eq!(got, [0.5, 3.0, 3.0, 4.0, 4.5, 7.0, 7.0, 8.0]);
-
-        let narrow = differences(&actions, &state.narrow(-1, 0, 2), &mask).expect_err("too narrow a state");
-        assert!(
-            narrow.contains("3 dimensions") && narrow.contains("2 of the state"),
-            "{narrow}"
-        );
+    fn check_unchanged(&self) -> Result<(), DatasetError> {
+        if stamp(&self.file)? == self.stamp {
+            Ok(())
+        } else {
+            Err(DatasetError::Changed)
+        }
     }
+
+    fn read_row(&self, row: usize) -> Result<Demo, DatasetError> {
+        if row >= self.rows {
+            return Err(DatasetError::NoRow { row, rows: self.rows });
+        }
+        let bytes = |column: &Column| self.bytes(column.offset + (row * column.row_bytes) as u64, column.row_bytes);
+        let floats = |column: &Column| -> Result<Vec<f32>, DatasetError> {
+            let bytes = bytes(column)?;
+            Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        };
+        let pixels = bytes(&self.images)?;
+        let mut images = BTreeMap::new();
+        for (camera, pixels) in self
+            .cameras
+            .iter()
+            .zip(pixels.chunks_exact(self.side * self.side * CHANNELS))
+        {
+            let image = RgbImage::new(self.side, self.side, pixels.to_vec()).map_err(|source| {
+                let camera = camera.clone();
+                let source = ObservationError::Image { camera, source };
+                DatasetError::Observation { row, source }
+            })?;
+            images.insert(camera.clone(), image);
+        }
+        let mut id = [0; 8];
+        id.copy_from_slice(&bytes(&self.prompt_id)?);
+        Ok(Demo {
+            observation: RawObservation {
+                images,
+                state: floats(&self.state)?,
+                prompt: self.prompt(row, id)?.clone(),
+            },
+            target: floats(&self.target)?,
+        })
+    }
+}
+
+impl DemoSource for DataFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn len(&self) -> usize {
+        self.rows
+    }
+
+    fn prompts(&self) -> &[String] {
+        &self.prompts
+    }
+
+    fn target_shape(&self) -> [usize; 2] {
+        self.target_shape
+    }
+
+    fn read(&self, rows: &[usize]) -> Result<Vec<Demo>, DatasetError> {
+        let demos = rows.iter().map(|row| self.read_row(*row)).collect::<Result<_, _>>()?;
+        self.check_unchanged()?;
+        Ok(demos)
+    }
+}
+
+fn stamp(file: &File) -> Result<(u64, SystemTime), DatasetError> {
+    let metadata = file.metadata().map_err(DatasetError::Read)?;
+    Ok((metadata.len(), metadata.modified().map_err(DatasetError::Read)?))
+}
+
+/// Reads the header of a file of this length; returns the offset of the first tensor, too. Checks that each tensor begins where the one
+/// before ends, and that the last ends with the file.
+fn read_header(file: &File, length: u64) -> Result<(Metadata, u64), DatasetError> {
+    let limit = length.saturating_sub(LENGTH_BYTES).min(MAX_HEADER_BYTES);
+    let mut found = [0; 8];
+    if length >= LENGTH_BYTES {
+        file.read_exact_at(&mut found, 0).map_err(DatasetError::Read)?;
+    }
+    let found = u64::from_le_bytes(found);
+    if found == 0 || found > limit {
+        return Err(DatasetError::HeaderLength { found, limit });
+    }
+    let mut text = vec![0; found as usize];
+    file.read_exact_at(&mut text, LENGTH_BYTES)
+        .map_err(DatasetError::Read)?;
+    let header: Metadata = serde_json::from_slice(&text).map_err(DatasetError::Header)?;
+    let data = LENGTH_BYTES + found;
+    let expected = data.saturating_add(header.data_len() as u64);
+    if expected != length {
+        return Err(DatasetError::Length {
+            expected,
+            found: length,
+        });
+    }
+    Ok((header, data))
 }

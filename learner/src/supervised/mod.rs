@@ -1,20 +1,28 @@
 //! `learner sft`: the supervised stages, from data sets to a checkpoint.
 
 pub(crate) mod prepare;
+pub mod source;
 pub mod dataset;
+pub mod loader;
+mod prefixes;
 mod stage;
 pub mod pretrain;
 pub mod sft;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
 use policy::{
     params::{Heads, Part},
     plan::RunPlan,
+    transform::Transform,
 };
 use tch::Device;
 
 use self::{
+    dataset::DataFile,
+    loader::{Loader, Targets},
     prepare::{load, norm_stats, prepare},
     pretrain::pretrain,
     sft::sft,
@@ -49,7 +57,7 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
         .as_ref()
         .ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
     let mut log = MetricsLog::open(&dir)?;
-    let stats = norm_stats(plan)?;
+    let transform = Transform::of_config(&config.actor.model, norm_stats(plan)?)?;
     let mut children = Children::default();
     let store = ParamStore::random(
         &plan.dims,
@@ -77,7 +85,9 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
         ]
         .concat();
         let path = data(&mut children, "scenes", &args)?;
-        let scenes = dataset::read(&path, "keypoints", &plan.dims, &config.actor.model, stats.as_ref())?;
+        let targets = Targets::KeyPoints(stage.keypoints * plan.dims.cameras);
+        let scenes = DataFile::open(&path, targets.name(), plan)?;
+        let scenes = Loader::new(plan, &transform, &scenes, targets)?;
         let error = pretrain(&policy, stage, &scenes, config.runner.seed, &mut log)?;
         tracing::info!("pre-training: mean localisation error {error:.4} of the image");
     }
@@ -88,9 +98,17 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
     ]
     .concat();
     let path = data(&mut children, "demos", &args)?;
-    let demos = dataset::read(&path, "actions", &plan.dims, &config.actor.model, stats.as_ref())?;
-    let loss = sft(&policy, sft_config, &demos, config.runner.seed, &mut log)?;
-    tracing::info!("SFT: loss {loss:.4} on {} frames", demos.observations.len());
+    let demos = DataFile::open(&path, Targets::Actions.name(), plan)?;
+    let demos = Loader::new(plan, &transform, &demos, Targets::Actions)?;
+    let loss = sft(
+        &policy,
+        sft_config,
+        &demos,
+        prefixes::bound(plan),
+        config.runner.seed,
+        &mut log,
+    )?;
+    tracing::info!("SFT: loss {loss:.4} on {} frames", demos.rows());
     policy
         .store()
         .write(&[Part::Vlm, Part::Expert], &sft_checkpoint(&dir))?;

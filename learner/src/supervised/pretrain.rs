@@ -11,9 +11,9 @@ use policy::{
 };
 use tch::{Device, Kind, Reduction, Tensor};
 
-use super::{dataset::Dataset, stage::Stage};
+use super::{loader::Loader, stage::Stage};
 use crate::{
-    error::{LearnerError, Result},
+    error::Result,
     metrics::MetricsLog,
     model::{Pi0, Prefix},
 };
@@ -127,24 +127,18 @@ impl ReadOuts {
 /// the image side.
 ///
 /// # Errors
-/// Shapes that do not fit, or a metrics file that cannot be written.
+/// A row that cannot be read, shapes that do not fit, or a metrics file that cannot be written.
 pub fn pretrain(
     policy: &Pi0,
     config: &PretrainConfig,
-    scenes: &Dataset,
+    scenes: &Loader<'_>,
     seed: u64,
     log: &mut MetricsLog,
 ) -> Result<f64> {
     let stage = &config.optim;
     policy.store().set_trainable(&[Part::Vlm]);
-    let points = scenes.targets.size()[1];
-    let expected = (config.keypoints * policy.dims().cameras) as i64;
-    if points != expected {
-        return Err(LearnerError::Missing(format!(
-            "the scenes have {points} key points, `pretrain.keypoints` and the cameras make {expected}"
-        )));
-    }
-    let read_outs = ReadOuts::new(policy, points, seed);
+    let points = config.keypoints * policy.dims().cameras;
+    let read_outs = ReadOuts::new(policy, points as i64, seed);
     let mut params: Vec<(String, Tensor)> = policy
         .store()
         .part(Part::Vlm)
@@ -153,20 +147,21 @@ pub fn pretrain(
     params.extend(read_outs.params());
     let mut training = Stage::new("pre-training", stage, params)?;
     let mut rng = stream(Purpose::Minibatch, seed, 1, 0, 0);
-    let total = scenes.observations.len() as usize;
+    let total = scenes.rows();
+    let draws = (0..stage.steps).map(|_| ((0..stage.batch_size).map(|_| below(&mut rng, total)).collect(), ()));
     let mut error = f64::NAN;
-    for step in 0..u64::from(stage.steps) {
-        let rows: Vec<i64> = (0..stage.batch_size).map(|_| below(&mut rng, total) as i64).collect();
-        let rows = Tensor::from_slice(&rows);
-        let target = scenes.targets.index_select(0, &rows).to_device(policy.device()) * SCALE - SCALE / 2.0;
-        let prefix = scenes.observations.select(&rows).prefix(policy)?;
+    let mut step = 0;
+    scenes.for_each(draws, |minibatch, ()| {
+        step += 1;
+        let target = minibatch.targets.to_device(policy.device()) * SCALE - SCALE / 2.0;
+        let prefix = minibatch.observations.prefix(policy)?;
         let (located, probed, pooled) = read_outs.forward(policy, &prefix);
         let probe_target = target.unsqueeze(1).expand_as(&probed);
         let loss = located.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA)
             + probed.smooth_l1_loss(&probe_target, Reduction::Mean, SMOOTH_L1_BETA) * probed.size()[1] as f64
             + pooled.smooth_l1_loss(&target, Reduction::Mean, SMOOTH_L1_BETA) * POOLED_WEIGHT;
         let report = training.step(&loss)?;
-        if step % 50 == 49 || step + 1 == u64::from(stage.steps) {
+        if step % 50 == 0 || step == u64::from(stage.steps) {
             let distance = |got: &Tensor| {
                 let d = (got - &target).square().sum_dim_intlist(-1, false, Kind::Float).sqrt();
                 d.mean(Kind::Float).double_value(&[]) / SCALE
@@ -177,7 +172,7 @@ pub fn pretrain(
                 .set_message(format!("pre-training: error {error:.4} of the image"));
             log.write(
                 "pretrain",
-                step + 1,
+                step,
                 &[
                     ("loss", loss.double_value(&[])),
                     ("grad_norm", report.grad_norm),
@@ -187,7 +182,8 @@ pub fn pretrain(
                 ],
             )?;
         }
-    }
+        Ok(())
+    })?;
     training.bar.finish();
     policy.store().set_trainable(&[]);
     Ok(error)
