@@ -66,7 +66,7 @@ pub enum WorkerError {
         present: u32,
     },
     /// A slot that the worker does not have.
-    #[error("expected slot 0 to {}", .count.saturating_sub(1))]
+    #[error("expected 0 to {}", .count.saturating_sub(1))]
     Slot {
         /// Slots of the worker.
         count: usize,
