@@ -16,6 +16,7 @@ use crate::{
     batch::{RolloutBatch, observation::ObservationBatch},
     error::{LearnerError, Result, io},
     model::{ParamStore, Pi0},
+    ranks::OneRank,
     update::{
         Updater,
         reference_records::{act, episode},
@@ -72,7 +73,7 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     let trajectories = episodes(plan, &acting, records)?;
     // past the warm-up the critic and the actor train
     let iteration = actor.optim.critic_warmup_epochs;
-    let batch = RolloutBatch::new(plan, &trajectories, 0)?.to_device(acting.device());
+    let batch = RolloutBatch::new(plan, trajectories, 0, &OneRank)?.to_device(acting.device());
     // the folder of the disk's file, not the run's
     let scratch = std::env::temp_dir().join(format!("pirl-bench-{}", std::process::id()));
     let mut runs: Vec<Vec<(f64, u64)>> = vec![Vec::new(); PLACES.len()];
@@ -88,7 +89,7 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
                 _ => Some(actor.prefix_cache_mb.unwrap_or(DEFAULT_PREFIX_CACHE_MB)),
             };
             let policy = network(&plan)?;
-            let report = Updater::new(&plan, &policy)?.update(&policy, &batch, iteration)?;
+            let report = Updater::new(&plan, &policy, &OneRank)?.update(&batch, iteration)?;
             if report.updates == 0 {
                 return Err(LearnerError::Missing(format!(
                     "none of the {records} drawn records taught anything, so nothing was measured: use more with `--records`"

@@ -11,9 +11,13 @@ use policy::{
     weights::WeightsError,
 };
 use safetensors::Dtype;
+use tch::TchError;
 use wire::{array::ArrayError, socket::SocketError};
 
-use crate::{advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError};
+use crate::{
+    advantage::AdvantageError, loss::LossError, model::ModelError, optim::OptimError, ranks::RanksError,
+    versions::VersionError,
+};
 
 /// An error of the learner.
 #[derive(Debug, thiserror::Error)]
@@ -54,8 +58,19 @@ pub enum LearnerError {
     /// The endpoint.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// An array of a trajectory.
-    #[error("trajectory of env {env}, episode {episode}: {source}")]
+    /// An exchange between ranks.
+    #[error(transparent)]
+    Ranks(#[from] RanksError),
+    /// Numbers could not be copied from the device.
+    #[error("failed to read {what} from the device")]
+    FromDevice {
+        /// Which numbers.
+        what: &'static str,
+        /// What libtorch said.
+        source: TchError,
+    },
+    /// An episode that cannot be used.
+    #[error("rejected the trajectory of env {env}, episode {episode}")]
     Trajectory {
         /// Environment.
         env: u32,
@@ -64,16 +79,9 @@ pub enum LearnerError {
         /// What is wrong.
         source: RecordError,
     },
-    /// A record that cannot be used.
-    #[error("trajectory of env {env}, episode {episode}: {detail}")]
-    Record {
-        /// Environment.
-        env: u32,
-        /// Episode.
-        episode: u64,
-        /// Expected and found.
-        detail: String,
-    },
+    /// The saved weights of a reference policy.
+    #[error("failed to restore the reference policy")]
+    Reference(#[from] ReferenceError),
     /// A data set.
     #[error("failed to read the data set `{path}`")]
     Dataset {
@@ -129,6 +137,12 @@ pub enum LearnerError {
         version: u64,
         /// Its reason.
         reason: String,
+    },
+    /// An iteration whose episodes nobody ordered.
+    #[error("failed to collect the episodes of iteration {}: they were not ordered", .iteration + 1)]
+    NotOrdered {
+        /// Number of the iteration, from 0.
+        iteration: u32,
     },
     /// Something that a command needs is not there.
     #[error("{0}")]
@@ -276,16 +290,98 @@ pub enum DatasetError {
     },
 }
 
-/// A chunk record that does not fit the plan.
+/// An episode whose records do not fit the plan.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
     /// An array.
     #[error(transparent)]
     Array(#[from] ArrayError),
-    /// Another field.
-    #[error("`{0}` does not fit the policy: {1}")]
-    Field(&'static str, String),
+    /// The policy version of a chunk.
+    #[error(transparent)]
+    Version(#[from] VersionError),
+    /// A training episode has chunks without record.
+    #[error("chunk {chunk} of a training episode has no record")]
+    Missing {
+        /// Which chunk.
+        chunk: usize,
+    },
+    /// A chunk has another number of executed actions.
+    #[error(
+        "chunk {chunk} has {found} rewards, expected {expected}, or 1 to {expected} in the last chunk of the episode"
+    )]
+    Rewards {
+        /// Which chunk.
+        chunk: u32,
+        /// Rewards given.
+        found: usize,
+        /// Actions of a full chunk.
+        expected: usize,
+    },
+    /// A field of another length.
+    #[error("`{field}` has {found} entries, expected {expected}")]
+    Length {
+        /// Which field.
+        field: &'static str,
+        /// Entries given.
+        found: usize,
+        /// Entries of the policy.
+        expected: usize,
+    },
+    /// Denoise steps that the policy version does not draw.
+    #[error("`denoise_steps` is {found:?}, expected {count} below {limit}")]
+    DenoiseSteps {
+        /// Steps given.
+        found: Vec<u32>,
+        /// Stochastic steps of a chunk.
+        count: usize,
+        /// Steps that can be drawn.
+        limit: usize,
+    },
+    /// Stochastic steps without log-probability.
+    #[error("`logprob` is missing, expected that of {steps} stochastic denoise steps")]
+    NoLogprob {
+        /// Stochastic steps of the record.
+        steps: usize,
+    },
+    /// The value of the last observation is missing.
+    #[error(
+        "an episode that was {} came without the value of its last observation; the env worker must report that observation, or set \
+         `algorithm.bootstrap_type = \"none\"`",
+        if *.terminated { "terminated" } else { "cut by its time limit" }
+    )]
+    NoFinalValue {
+        /// How the episode ended.
+        terminated: bool,
+    },
+}
+
+/// Saved weights that are not those of the reference policy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReferenceError {
+    /// A tensor too much.
+    #[error("tensor `{name}` is not of the action expert or the noise head")]
+    Unknown {
+        /// Its name.
+        name: String,
+    },
+    /// A tensor too few.
+    #[error("tensor `{name}` is missing")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// A tensor of another shape.
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Its name.
+        name: String,
+        /// Shape saved.
+        found: Vec<i64>,
+        /// Shape of the policy.
+        expected: Vec<i64>,
+    },
 }
 
 /// Result of the learner.
@@ -295,4 +391,9 @@ pub type Result<T, E = LearnerError> = std::result::Result<T, E>;
 pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> LearnerError {
     let path = path.to_owned();
     move |source| LearnerError::Io { action, path, source }
+}
+
+/// Adds which numbers were read to an error of libtorch.
+pub(crate) fn from_device(what: &'static str) -> impl FnOnce(TchError) -> LearnerError {
+    move |source| LearnerError::FromDevice { what, source }
 }

@@ -4,6 +4,10 @@
 
 mod digits;
 mod progress;
+// Which policy versions may have made a chunk.
+mod versions;
+// What the learners of one run exchange.
+pub mod ranks;
 // The network: pi0 and pi0.5 with their heads, and its weights.
 pub mod model;
 // The optimizer and its learning-rate schedules.

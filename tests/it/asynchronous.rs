@@ -7,6 +7,7 @@ use learner::{
     batch::RolloutBatch,
     collect::ahead::Ahead,
     model::ParamStore,
+    ranks::OneRank,
     ring::{
         hub::{Hub, HubEvent},
         launch::Children,
@@ -20,6 +21,7 @@ use learner::{
     supervised::sft_checkpoint,
 };
 use policy::{
+    message::told,
     noise::NoiseKey,
     params::{Heads, Part},
     plan::RunPlan,
@@ -75,9 +77,9 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
             engine = Engine::start(&plan, dir.path(), &hub.endpoint);
         }
         let got = ahead.sample(&hub, &mut none, &plan, iteration).expect("episodes");
-        let envs: BTreeSet<u32> = got.used.trajectories.iter().map(|t| t.reset.env).collect();
-        assert_eq!((envs.len(), got.episodes, got.used.stale), (24, 24, 0));
-        for trajectory in &got.used.trajectories {
+        let envs: BTreeSet<u32> = got.trajectories.iter().map(|t| t.reset.env).collect();
+        assert_eq!((envs.len(), got.report.episodes, got.report.collect.stale), (24, 24, 0));
+        for trajectory in &got.trajectories {
             assert_eq!(trajectory.reset.episode, version, "an episode of this iteration");
             let records = trajectory
                 .chunks
@@ -93,24 +95,24 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
                 met.insert(version - made_by);
             }
         }
-        let batch = RolloutBatch::new(&plan, &got.used.trajectories, version).expect("records");
+        let batch = RolloutBatch::new(&plan, got.trajectories.clone(), version, &OneRank).expect("records");
         // a chunk is one sample here
-        let records = got.used.trajectories.iter().flat_map(|t| &t.chunks);
+        let records = got.trajectories.iter().flat_map(|t| &t.chunks);
         let lags: Vec<u64> = records
             .map(|chunk| version - chunk.record.as_ref().expect("record").version)
             .collect();
-        assert_eq!(Some(&batch.staleness_max), lags.iter().max());
+        assert_eq!(Some(&batch.whole.staleness_max), lags.iter().max());
         let mean = lags.iter().sum::<u64>() as f64 / lags.len() as f64;
         assert!(
-            (batch.staleness_mean - mean).abs() < 1e-12,
+            (batch.whole.staleness_mean - mean).abs() < 1e-12,
             "{} {mean}",
-            batch.staleness_mean
+            batch.whole.staleness_mean
         );
         assert_eq!(batch.trained_version, version + 1);
         // what is refused beyond the bound
         if iteration == 5 {
-            let late = RolloutBatch::new(&plan, &got.used.trajectories, version + BOUND + 1);
-            let error = late.expect_err("refused").to_string();
+            let late = RolloutBatch::new(&plan, got.trajectories, version + BOUND + 1, &OneRank);
+            let error = told(&late.expect_err("refused"));
             assert!(error.contains("expected 6 to 8"), "{error}");
         }
     }
@@ -208,7 +210,12 @@ fn episode(id: u64, env: u32, version: u64) -> ToLearner {
 /// old, or was never announced by this learner, is counted and ordered again.
 #[test]
 fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
+    let dir = tempfile::tempdir().expect("folder");
+    let plan = plan(dir.path(), &[]);
+    let mut publisher = Publisher::new(&dir.path().join("policy"), &plan, None);
+    let first = publisher.publish(&network(&plan, 12), 0).expect("bundle");
     let hub = Hub::start("tcp://127.0.0.1:0").expect("hub");
+    hub.announce(&first).expect("announce");
     let batch = |oldest, newest, mode, env| Batch {
         oldest,
         newest,

@@ -1,7 +1,9 @@
 //! What a client beside the ring gets of the engine: chunks that go on from the one before, and pi0.5's prompt with the state.
 
 use integration_tests::ring::{Client, Worker, row};
-use learner::{batch::RolloutBatch, collect::sampling::sample, ring::launch::Children, update::Updater};
+use learner::{
+    batch::RolloutBatch, collect::sampling::sample, ranks::OneRank, ring::launch::Children, update::Updater,
+};
 use policy::prompt::Tokenizer;
 use wire::{
     array::Array,
@@ -143,9 +145,9 @@ fn the_prompt_of_pi05_holds_the_state() {
     });
     let worker = Worker::start(&ring.engine.listen, 8);
     let got = sample(&ring.hub, &mut Children::default(), &ring.plan, 0, 0).expect("episodes");
-    let batch = RolloutBatch::new(&ring.plan, &got.used.trajectories, 0).expect("records");
-    let report = Updater::new(&ring.plan, &ring.policy)
-        .and_then(|mut updater| updater.update(&ring.policy, &batch, 0))
+    let batch = RolloutBatch::new(&ring.plan, got.trajectories, 0, &OneRank).expect("records");
+    let report = Updater::new(&ring.plan, &ring.policy, &OneRank)
+        .and_then(|mut updater| updater.update(&batch, 0))
         .expect("update");
     // two programs sum in another order
     assert!(report.first_ratio_deviation < 1e-3, "{}", report.first_ratio_deviation);

@@ -3,6 +3,7 @@
 use learner::{
     batch::RolloutBatch,
     model::Pi0,
+    ranks::OneRank,
     update::Updater,
     velocity::{Episodes, Velocities, VelocityLoss, velocity_loss},
 };
@@ -90,7 +91,7 @@ fn assert_permuted(what: &str, plain: &RolloutBatch, moved: &RolloutBatch, order
         );
         equal("value_episodes", &moved.value_episodes.len, &plain.value_episodes.len);
         equal("returns", &moved.returns, &plain.returns);
-        let record = |batch: &RolloutBatch, rows: &Tensor| batch.record.index_select(0, rows);
+        let record = |batch: &RolloutBatch, rows: &Tensor| Tensor::from_slice(&batch.record).index_select(0, rows);
         let (of_a, of_b) = (record(moved, &a), record(plain, &b));
         let chains = |batch: &RolloutBatch, records: &Tensor| batch.chain.index_select(0, records);
         assert!(chains(moved, &of_a).equal(&chains(plain, &of_b)), "{what}: chain");
@@ -112,7 +113,7 @@ fn assert_permuted(what: &str, plain: &RolloutBatch, moved: &RolloutBatch, order
         }
     }
     assert!((moved.policy_episodes.steps - plain.policy_episodes.steps).abs() < 1e-12);
-    assert!((moved.action_magnitude - plain.action_magnitude).abs() < 1e-9);
+    assert!((moved.whole.action_magnitude - plain.whole.action_magnitude).abs() < 1e-9);
 }
 
 /// From episodes to a batch, and from the batch to weights: the order of the environments changes neither.
@@ -135,9 +136,9 @@ fn permuting_environments_permutes_the_batch_and_changes_no_update() {
         let plan = recipe(name, &[&SMALL_NETWORK, &SMALL, keys].concat());
         let update = |episodes: &[Trajectory]| {
             let policy = network(&plan, 5);
-            let batch = RolloutBatch::new(&plan, episodes, 0).expect("records");
-            let mut updater = Updater::new(&plan, &policy).expect("optimizer");
-            let report = updater.update(&policy, &batch, 0).expect("update");
+            let batch = RolloutBatch::new(&plan, episodes.to_vec(), 0, &OneRank).expect("records");
+            let mut updater = Updater::new(&plan, &policy, &OneRank).expect("optimizer");
+            let report = updater.update(&batch, 0).expect("update");
             assert_eq!((report.updates, report.skipped), (1, 0), "{name}");
             (batch, weights(&policy))
         };
@@ -196,9 +197,9 @@ fn the_cut_of_a_minibatch_changes_no_update_of_any_formulation() {
                 let start = network(&with("actor.micro_batch_size=4096"), 5);
                 let update = |plan: &RunPlan| {
                     let policy = network(plan, 5);
-                    let batch = RolloutBatch::new(plan, &episodes(plan, &policy), 0).expect("records");
-                    let mut updater = Updater::new(plan, &policy).expect("optimizer");
-                    let report = updater.update(&policy, &batch, 0).expect("update");
+                    let batch = RolloutBatch::new(plan, episodes(plan, &policy), 0, &OneRank).expect("records");
+                    let mut updater = Updater::new(plan, &policy, &OneRank).expect("optimizer");
+                    let report = updater.update(&batch, 0).expect("update");
                     assert_eq!((report.updates, report.skipped), (1, 0), "{name}");
                     weights(&policy)
                 };

@@ -30,6 +30,7 @@ mod load;
 mod mdp;
 mod prefix_store;
 mod properties;
+mod ranks;
 mod ratio;
 mod refuse;
 mod report;

@@ -4,6 +4,7 @@ use learner::{
     batch::{RolloutBatch, observation::ObservationBatch},
     model::Pi0,
     optim::{AdamW, AdamWSettings, ParamGroup},
+    ranks::OneRank,
     update::{
         Updater,
         reference_records::{act, episode},
@@ -156,7 +157,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
 
         let contexts = vec![vec![0.3, -0.2, 0.1, 0.5]; SAMPLES];
         let trajectories = episodes(&plan, &policy, &contexts, |_| OPTIMUM, 0);
-        let mut batch = RolloutBatch::new(&plan, &trajectories, 0).expect("batch");
+        let mut batch = RolloutBatch::new(&plan, trajectories.clone(), 0, &OneRank).expect("batch");
         let rewards: Vec<f64> = trajectories.iter().map(|t| f64::from(t.chunks[0].rewards[0])).collect();
         let mean_reward = rewards.iter().sum::<f64>() / SAMPLES as f64;
         let advantage: Vec<f64> = rewards.iter().map(|r| r - mean_reward).collect();
@@ -182,9 +183,9 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
             .collect();
 
         let before = bias().expect("floats");
-        let report = Updater::new(&plan, &policy)
+        let report = Updater::new(&plan, &policy, &OneRank)
             .expect("optimizer")
-            .update(&policy, &batch, 0)
+            .update(&batch, 0)
             .expect("update");
         assert_eq!((report.updates, report.skipped), (1, 0), "{mdp}");
         let after = bias().expect("floats");
@@ -387,15 +388,15 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
         for (name, _, data) in imitator.store().export(Part::Expert) {
             policy.store().assign(&name, &data).expect("assign");
         }
-        let mut updater = Updater::new(&plan, &policy).expect("optimizer");
+        let mut updater = Updater::new(&plan, &policy, &OneRank).expect("optimizer");
         let (mut updates, mut seconds) = (0, 0.0);
         for iteration in 0..ITERATIONS {
             let contexts: Vec<Vec<f32>> = (0..EPISODES as u64)
                 .map(|env| context(&plan, (u64::from(iteration) * EPISODES as u64 + env) / GROUP as u64))
                 .collect();
             let trajectories = episodes(&plan, &policy, &contexts, best, u64::from(iteration));
-            let batch = RolloutBatch::new(&plan, &trajectories, u64::from(iteration)).expect("batch");
-            let report = updater.update(&policy, &batch, iteration).expect("update");
+            let batch = RolloutBatch::new(&plan, trajectories, u64::from(iteration), &OneRank).expect("batch");
+            let report = updater.update(&batch, iteration).expect("update");
             assert!(report.first_ratio_deviation < 1e-3, "{credit} {mdp}: {report:?}");
             updates += report.updates;
             seconds += report.update_seconds;

@@ -3,6 +3,7 @@
 use learner::{
     batch::{RolloutBatch, prefix_store::PrefixStore},
     model::Pi0,
+    ranks::OneRank,
     update::{UpdateReport, Updater},
 };
 use policy::plan::RunPlan;
@@ -32,14 +33,14 @@ fn batch(plan: &RunPlan, policy: &Pi0) -> RolloutBatch {
             .collect();
         (rewards, env.is_multiple_of(2))
     };
-    RolloutBatch::new(plan, &acted(plan, policy, RECORDS, 0, &pay), 0).expect("batch")
+    RolloutBatch::new(plan, acted(plan, policy, RECORDS, 0, &pay), 0, &OneRank).expect("batch")
 }
 
 fn update(plan: &RunPlan, batch: &RolloutBatch) -> (Vec<f32>, UpdateReport) {
     let policy = network(plan, 5);
-    let report = Updater::new(plan, &policy)
+    let report = Updater::new(plan, &policy, &OneRank)
         .expect("optimizer")
-        .update(&policy, batch, 0)
+        .update(batch, 0)
         .expect("update");
     (weights(&policy), report)
 }
@@ -107,19 +108,15 @@ fn a_record_has_the_same_prefix_in_any_company() {
         let plan = store_of(keys);
         let store = PrefixStore::fill(&plan, &policy, &observations).expect("store");
         for order in &orders {
-            let records = Tensor::from_slice(order);
-            let ((a, pooled), (b, also)) = (
-                store.rows(&records).expect("rows"),
-                reference.rows(&records).expect("rows"),
-            );
+            let ((a, pooled), (b, also)) = (store.rows(order).expect("rows"), reference.rows(order).expect("rows"));
             for (a, b) in [(&a.k, &b.k), (&a.v, &b.v), (&a.mask, &b.mask), (&pooled, &also)] {
                 assert!(a.equal(b), "{keys:?}, {} records", order.len());
             }
         }
     }
     // and it is the one of the policy
-    let rows = Tensor::from_slice(&[4i64, 77, 12]);
-    let own = tch::no_grad(|| observations.select(&rows).prefix(&policy)).expect("prefix");
+    let rows = [4, 77, 12];
+    let own = tch::no_grad(|| observations.select(&Tensor::from_slice(&rows)).prefix(&policy)).expect("prefix");
     let (cache, pooled) = reference.rows(&rows).expect("rows");
     assert!(cache.k.equal(&own.cache.k) && cache.v.equal(&own.cache.v) && cache.mask.equal(&own.cache.mask));
     assert!(pooled.equal(&policy.pooled(&own)) && pooled.kind() == Kind::Float);

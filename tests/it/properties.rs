@@ -11,6 +11,7 @@ use learner::{
         ActorInput, ActorSettings, CriticInput, CriticSettings, POLICY_LOSSES, PolicyInput, PolicyLossFn,
         PolicyLossSpec, PolicySettings, Share, aggregate_logprob, policy_loss,
     },
+    ranks::OneRank,
 };
 use policy::config::LogprobType;
 use proptest::{collection::vec, prelude::*};
@@ -61,7 +62,8 @@ fn layered_gae(
         steps,
         final_value,
     };
-    gae.layered.expect("over both layers")(&episode, settings)
+    let mut estimated = gae.layered.expect("over both layers")(&[episode], settings).expect("a value per step");
+    estimated.remove(0)
 }
 
 fn episodes<'a>(drawn: &'a [Drawn], groups: &[u64]) -> Vec<Episode<'a>> {
@@ -125,7 +127,7 @@ proptest! {
     ) {
         let normalised = |entries: &[(f32, bool)]| {
             let (mut values, mask): (Vec<f32>, Vec<bool>) = entries.iter().copied().unzip();
-            normalize(&mut values, Some(&mask));
+            normalize(&mut values, Some(&mask), &OneRank).expect("one rank");
             values
         };
         let order = permutation(entries.len(), ShuffleSeed { run: seed, iteration: 0, epoch: 0 });

@@ -4,6 +4,7 @@
 use learner::{
     batch::RolloutBatch,
     model::Pi0,
+    ranks::OneRank,
     update::{UpdateReport, Updater},
 };
 use policy::plan::RunPlan;
@@ -37,9 +38,9 @@ fn report(plan: &RunPlan, policy: &Pi0, acted_at: u64, updated_at: u32) -> Updat
         (rewards, env.is_multiple_of(2))
     };
     let trajectories = acted(plan, policy, EPISODES, acted_at, &pay);
-    let batch = RolloutBatch::new(plan, &trajectories, acted_at).expect("records");
-    let mut updater = Updater::new(plan, policy).expect("optimizer");
-    updater.update(policy, &batch, updated_at).expect("update")
+    let batch = RolloutBatch::new(plan, trajectories, acted_at, &OneRank).expect("records");
+    let mut updater = Updater::new(plan, policy, &OneRank).expect("optimizer");
+    updater.update(&batch, updated_at).expect("update")
 }
 
 fn assert_one(what: &str, report: &UpdateReport) {

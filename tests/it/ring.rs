@@ -10,6 +10,7 @@ use learner::{
     batch::{RolloutBatch, observation::ObservationBatch},
     collect::{collecting::collect, sampling::sample},
     model::Pi0,
+    ranks::OneRank,
     ring::{
         hub::{Hub, HubEvent},
         launch::Children,
@@ -185,11 +186,11 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
         let _worker = Worker::start(&ring.engine.listen, 64);
         let mut none = Children::default();
         let got = collect(&ring.hub, &mut none, 0, Mode::Train, resets(64, 1), "parity").expect("episodes");
-        let batch = RolloutBatch::new(&ring.plan, &got.trajectories, 0).expect("records");
+        let batch = RolloutBatch::new(&ring.plan, got.trajectories, 0, &OneRank).expect("records");
         assert!(batch.len() >= 500, "{} records", batch.len());
-        let report = Updater::new(&ring.plan, &ring.policy)
+        let report = Updater::new(&ring.plan, &ring.policy, &OneRank)
             .expect("optimizer")
-            .update(&ring.policy, &batch, 0)
+            .update(&batch, 0)
             .expect("update");
         println!(
             "{name}, {} samples: largest |ratio - 1| {:.2e}, |value gap| {:.2e}",
@@ -216,14 +217,19 @@ fn groups_out_of_bounds_are_sampled_again() {
     let mut none = Children::default();
     let got = sample(&ring.hub, &mut none, &ring.plan, 0, 0).expect("episodes");
     // no episode of the tabletop scores 2
-    let counts = (got.rounds, got.groups, got.episodes, got.used.trajectories.len());
+    let counts = (
+        got.report.rounds,
+        got.report.groups,
+        got.report.episodes,
+        got.trajectories.len(),
+    );
     assert_eq!(counts, (3, 0, 48, 0));
     let filter = ring.plan.config.algorithm.filter_rewards.as_mut().expect("filter");
     (filter.lower, filter.upper) = (0.0, 1.0);
     let got = sample(&ring.hub, &mut none, &ring.plan, 1, 0).expect("episodes");
-    assert_eq!((got.rounds, got.groups, got.episodes), (1, 4, 16));
+    assert_eq!((got.report.rounds, got.report.groups, got.report.episodes), (1, 4, 16));
     let mut starts = BTreeMap::new();
-    for trajectory in &got.used.trajectories {
+    for trajectory in &got.trajectories {
         let first = trajectory.chunks[0].record.as_deref().expect("record");
         let group: &mut Vec<_> = starts.entry(trajectory.reset.reset_state).or_default();
         group.push((&first.images, &first.prompt, &first.state, &first.chain));

@@ -21,6 +21,16 @@ pub enum AdvantageError {
         /// Values given.
         values: usize,
     },
+    /// The estimator needs the values of all denoise steps and the episode has another number.
+    #[error("estimator `gae` needs one value per denoise step, episode {episode} has {values} for {steps} steps")]
+    NoStepValues {
+        /// Index of the episode in the batch.
+        episode: usize,
+        /// Denoise steps of the episode.
+        steps: usize,
+        /// Values given.
+        values: usize,
+    },
 }
 
 /// Result of this module.

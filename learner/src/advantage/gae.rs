@@ -7,8 +7,10 @@ use super::{AdvantageError, Advantages, Episode, EstimatorSettings, EstimatorSpe
 /// A value is known where an observation is: before every chunk of `chunk_len` steps. `values[t]` is the value before
 /// chunk `t`, `final_value` the one after the last chunk. With `b = V_{t+1} + lambda A_{t+1}` of the next chunk's first
 /// step, step `j` of a chunk of `n` has `A_{t,j} = r_j + gamma r_{j+1} + .. + gamma^{n-j} b - V_t`: rewards before a step
-/// are not its merit. With one step per chunk this is the usual recursion. Both slices describe the same number of
-/// chunks; surplus entries of a longer one are not read.
+/// are not its merit. With one step per chunk this is the usual recursion.
+///
+/// # Panics
+/// There are fewer values than chunks.
 pub fn gae_episode(
     rewards: &[f32],
     chunk_len: usize,
@@ -17,13 +19,10 @@ pub fn gae_episode(
     gamma: f64,
     lambda: f64,
 ) -> Vec<f32> {
-    let chunks: Vec<(&[f32], f64)> = rewards
-        .chunks(chunk_len.max(1))
-        .zip(values.iter().map(|value| f64::from(*value)))
-        .collect();
     let mut bootstrap = f64::from(final_value);
     let mut advantages = Vec::with_capacity(rewards.len());
-    for (rewards, value) in chunks.into_iter().rev() {
+    for (chunk, rewards) in rewards.chunks(chunk_len.max(1)).enumerate().rev() {
+        let value = f64::from(values[chunk]);
         let mut to_go = bootstrap;
         for reward in rewards.iter().rev() {
             to_go = f64::from(*reward) + gamma * to_go;

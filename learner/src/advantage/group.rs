@@ -8,17 +8,17 @@ use super::{
     normalize::mean_and_std,
 };
 
-/// Mean and unbiased standard deviation of the scores of every group; a group of one episode has none.
-pub(super) fn group_spreads(episodes: &[Episode<'_>]) -> Result<BTreeMap<u64, (f64, f64)>> {
-    let mut groups: BTreeMap<u64, Vec<f32>> = BTreeMap::new();
+/// Returns for every episode the mean and unbiased standard deviation of its group's scores; a group of one episode has none.
+pub(super) fn group_spreads(episodes: &[Episode<'_>]) -> Result<Vec<(f64, f64)>> {
+    let mut scores: BTreeMap<u64, Vec<f32>> = BTreeMap::new();
     for episode in episodes {
-        groups.entry(episode.group).or_default().push(episode.score());
+        scores.entry(episode.group).or_default().push(episode.score());
     }
-    groups
-        .into_iter()
-        .map(|(group, scores)| {
-            let spread = mean_and_std(&scores, None).ok_or(AdvantageError::LonelyEpisode { group })?;
-            Ok((group, spread))
-        })
-        .collect()
+    let mut spreads = BTreeMap::new();
+    for (group, scores) in scores {
+        let spread = mean_and_std(&scores, None).ok_or(AdvantageError::LonelyEpisode { group })?;
+        spreads.insert(group, spread);
+    }
+    // every episode's group has scores: its own
+    Ok(episodes.iter().map(|episode| spreads[&episode.group]).collect())
 }

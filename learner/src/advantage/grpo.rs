@@ -19,9 +19,8 @@ pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
 /// gives 0.
 fn episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
-    let one = |episode: &Episode<'_>| {
-        let (mean, std) = spreads.get(&episode.group).copied().unwrap_or((0.0, 0.0));
+    let one = |(episode, (mean, std)): (&Episode<'_>, (f64, f64))| {
         episode.constant(((f64::from(episode.score()) - mean) / (std + GROUP_EPS)) as f32)
     };
-    Ok(episodes.iter().map(one).collect())
+    Ok(episodes.iter().zip(spreads).map(one).collect())
 }

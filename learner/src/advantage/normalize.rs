@@ -1,11 +1,40 @@
 //! Mean, spread and normalization over all valid entries of an iteration.
 
+use std::convert::Infallible;
+
+use crate::ranks::{Ranks, RanksError};
+
 /// Added to the standard deviation of the normalized advantages.
 pub const NORMALIZE_EPS: f64 = 1e-5;
 
-/// Mean and unbiased standard deviation of the valid entries; `None` with fewer than two of them.
+/// Returns mean and unbiased standard deviation of the valid entries; `None` with fewer than two of them. The mask has an entry per
+/// value.
 pub fn mean_and_std(values: &[f32], mask: Option<&[bool]>) -> Option<(f64, f64)> {
-    let valid = |at: usize| mask.is_none_or(|mask| mask.get(at).copied().unwrap_or(false));
+    let Ok(spread) = spread(values, mask, Ok::<_, Infallible>);
+    spread
+}
+
+/// Shifts and scales all entries by the mean and unbiased standard deviation of the valid ones of all ranks, `NORMALIZE_EPS` added
+/// to the latter. With fewer than two valid entries there is no spread and nothing changes. The mask has an entry per value.
+///
+/// # Errors
+/// The exchange between ranks failed.
+pub fn normalize(values: &mut [f32], mask: Option<&[bool]>, ranks: &dyn Ranks) -> Result<(), RanksError> {
+    if let Some((mean, std)) = spread(values, mask, |sum| ranks.sum_numbers([sum]).map(|[sum]| sum))? {
+        for value in values {
+            *value = ((f64::from(*value) - mean) / (std + NORMALIZE_EPS)) as f32;
+        }
+    }
+    Ok(())
+}
+
+/// Mean and deviation in two passes; `total` turns a sum over these values into the sum over all.
+fn spread<E>(
+    values: &[f32],
+    mask: Option<&[bool]>,
+    total: impl Fn(f64) -> Result<f64, E>,
+) -> Result<Option<(f64, f64)>, E> {
+    let valid = |at: usize| mask.is_none_or(|mask| mask[at]);
     let kept = || {
         values
             .iter()
@@ -13,21 +42,11 @@ pub fn mean_and_std(values: &[f32], mask: Option<&[bool]>) -> Option<(f64, f64)>
             .filter(|(at, _)| valid(*at))
             .map(|(_, value)| f64::from(*value))
     };
-    let count = kept().count();
-    if count < 2 {
-        return None;
+    let count = total(kept().count() as f64)?;
+    if count < 2.0 {
+        return Ok(None);
     }
-    let mean = kept().sum::<f64>() / count as f64;
-    let variance = kept().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1) as f64;
-    Some((mean, variance.sqrt()))
-}
-
-/// Shifts and scales all entries by the mean and unbiased standard deviation of the valid ones, `NORMALIZE_EPS` added
-/// to the latter. With fewer than two valid entries there is no spread and nothing changes.
-pub fn normalize(values: &mut [f32], mask: Option<&[bool]>) {
-    if let Some((mean, std)) = mean_and_std(values, mask) {
-        for value in values {
-            *value = ((f64::from(*value) - mean) / (std + NORMALIZE_EPS)) as f32;
-        }
-    }
+    let mean = total(kept().sum())? / count;
+    let squares = total(kept().map(|value| (value - mean).powi(2)).sum())?;
+    Ok(Some((mean, (squares / (count - 1.0)).sqrt())))
 }

@@ -37,9 +37,7 @@ fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec
 /// The variant with a group baseline: the episode's undiscounted score less the mean of its group, for all its steps.
 fn episodes_with_baseline(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
-    let one = |episode: &Episode<'_>| {
-        let (mean, _) = spreads.get(&episode.group).copied().unwrap_or((0.0, 0.0));
-        episode.constant((f64::from(episode.score()) - mean) as f32)
-    };
-    Ok(episodes.iter().map(one).collect())
+    let one =
+        |(episode, (mean, _)): (&Episode<'_>, (f64, f64))| episode.constant((f64::from(episode.score()) - mean) as f32);
+    Ok(episodes.iter().zip(spreads).map(one).collect())
 }

@@ -17,9 +17,9 @@ pub struct EstimatorSettings {
 /// Estimates the advantages of a batch of episodes: one advantage per step, one return per chunk, not normalized.
 pub type Estimator = fn(&[Episode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
 
-/// Estimates the advantages of one episode over both layers of the two-layer MDP: one advantage and one return per denoise step, from
-/// the values of all of them.
-pub type LayeredEstimator = fn(&LayeredEpisode<'_>, EstimatorSettings) -> Advantages;
+/// Estimates the advantages of a batch of episodes over both layers of the two-layer MDP: one advantage and one return per denoise step,
+/// from the values of all of them.
+pub type LayeredEstimator = fn(&[LayeredEpisode<'_>], EstimatorSettings) -> Result<Vec<Advantages>>;
 
 /// An estimator of the registry with what it asks of a run.
 #[derive(Debug, Clone, Copy)]

@@ -3,13 +3,30 @@
 //! Every denoise step is a transition (piRL, Eq. 10-12): its state is the observation and the partly denoised actions, its reward is 0
 //! until the last step of the chunk, which executes the actions and gets the chunk's reward.
 
-use super::{Advantages, EstimatorSettings, LayeredEpisode};
+use super::{AdvantageError, Advantages, EstimatorSettings, LayeredEpisode, Result};
 
-/// Advantage and return of every denoise step.
+/// Estimates the advantages of every episode; its rewards are of chunks and its values of denoise steps.
+pub(super) fn gae(episodes: &[LayeredEpisode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
+    let one = |(index, episode): (usize, &LayeredEpisode<'_>)| {
+        let (steps, values) = (episode.rewards.len() * episode.steps, episode.values.len());
+        if steps == values {
+            Ok(gae_episode(episode, settings))
+        } else {
+            Err(AdvantageError::NoStepValues {
+                episode: index,
+                steps,
+                values,
+            })
+        }
+    };
+    episodes.iter().enumerate().map(one).collect()
+}
+
+/// Returns advantage and return of every denoise step of an episode with a value per step.
 ///
 /// The discount acts between chunks only. `lambda` is per chunk: each of the `steps` transitions carries its `steps`-th root, so that the
 /// credit of a chunk reaches the chunk before it as in [`super::gae_episode`].
-pub(super) fn gae(episode: &LayeredEpisode<'_>, settings: EstimatorSettings) -> Advantages {
+fn gae_episode(episode: &LayeredEpisode<'_>, settings: EstimatorSettings) -> Advantages {
     let LayeredEpisode {
         rewards,
         values,
@@ -21,16 +38,15 @@ pub(super) fn gae(episode: &LayeredEpisode<'_>, settings: EstimatorSettings) -> 
     let mut advantages = vec![0.0f32; count];
     let mut returns = vec![0.0f32; count];
     let (mut next_value, mut next_advantage) = (f64::from(final_value), 0.0);
-    let value_of = |index: usize| values.get(index).copied().map_or(0.0, f64::from);
     for (index, (advantage, target)) in advantages.iter_mut().zip(&mut returns).enumerate().rev() {
         let last_of_chunk = (index + 1).is_multiple_of(steps);
         let reward = if last_of_chunk {
-            rewards.get(index / steps).copied().map_or(0.0, f64::from)
+            f64::from(rewards[index / steps])
         } else {
             0.0
         };
         let gamma = if last_of_chunk { settings.gamma } else { 1.0 };
-        let value = value_of(index);
+        let value = f64::from(values[index]);
         let delta = reward + gamma * next_value - value;
         next_advantage = delta + gamma * decay * next_advantage;
         next_value = value;
@@ -61,7 +77,7 @@ mod tests {
     #[test]
     fn lambda_one_is_the_discounted_return_minus_the_value() {
         let (rewards, values) = ([0.0f32, 1.0, 0.5], [0.1f32, 0.2, 0.3, 0.4, 0.5, 0.6]);
-        let got = gae(&episode(&rewards, &values, 2, 2.0), SETTINGS);
+        let got = gae_episode(&episode(&rewards, &values, 2, 2.0), SETTINGS);
         // both denoise steps of a chunk see the same discounted return
         let returns = [
             0.9 * (1.0 + 0.9 * (0.5 + 0.9 * 2.0)),
@@ -79,13 +95,19 @@ mod tests {
     }
 
     #[test]
+    fn an_episode_with_a_value_less_is_refused() {
+        let error = gae(&[episode(&[0.0, 1.0], &[0.0; 3], 2, 0.0)], SETTINGS).unwrap_err();
+        assert!(error.to_string().contains("episode 0 has 3 for 4 steps"), "{error}");
+    }
+
+    #[test]
     fn one_denoise_step_is_the_chunk_estimate() {
         let (rewards, values) = ([0.0f32, 0.0, 1.0], [0.2f32, 0.4, 0.7]);
         let settings = EstimatorSettings {
             gamma: 0.95,
             gae_lambda: 0.8,
         };
-        let got = gae(&episode(&rewards, &values, 1, 0.0), settings);
+        let got = gae_episode(&episode(&rewards, &values, 1, 0.0), settings);
         // by hand: A_t = sum (gamma lambda)^k delta_{t+k}
         let next = [0.4, 0.7, 0.0];
         let delta: Vec<f64> = (0..3)
@@ -105,7 +127,7 @@ mod tests {
         };
         for steps in [1, 2, 4] {
             let values = vec![0.0; 2 * steps];
-            let got = gae(&episode(&[0.0, 1.0], &values, steps, 0.0), settings);
+            let got = gae_episode(&episode(&[0.0, 1.0], &values, steps, 0.0), settings);
             // from the end of the second chunk back to the end of the first: one chunk further
             let (last, earlier) = (got.advantages[2 * steps - 1], got.advantages[steps - 1]);
             assert!((earlier / last - 0.5).abs() < 1e-6, "{steps} steps: {earlier} {last}");

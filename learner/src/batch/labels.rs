@@ -9,12 +9,13 @@ use wire::messages::{Reset, Trajectory};
 use crate::{
     advantage::{Advantages, Episode, EstimatorSettings, LayeredEpisode, normalize},
     collect::filter::group_ids,
-    error::{LearnerError, Result},
+    error::{LearnerError, RecordError, Result},
     method,
+    ranks::Ranks,
 };
 
-/// Advantages of the episodes, at the level of the rewards, not normalized. `values` are by episode and sample; a chunk has `samples`
-/// of them: its denoise steps where each is a transition of its own, else 1.
+/// Estimates the advantages of the episodes at the level of the rewards, not normalized. `values` are by episode and sample; a chunk has
+/// `samples` of them: its denoise steps where each is a transition of its own, else 1.
 pub(crate) fn estimate(
     plan: &RunPlan,
     trajectories: &[Trajectory],
@@ -64,16 +65,17 @@ pub(crate) fn estimate(
     if samples > 1
         && let Some(layered) = estimator.layered
     {
-        let of_episode = |(episode, values): (&Episode<'_>, &Vec<f32>)| {
-            let episode = LayeredEpisode {
+        let layers: Vec<LayeredEpisode<'_>> = episodes
+            .iter()
+            .zip(values)
+            .map(|(episode, values)| LayeredEpisode {
                 rewards: episode.rewards,
                 values,
                 steps: samples,
                 final_value: episode.final_value,
-            };
-            layered(&episode, settings)
-        };
-        return Ok(episodes.iter().zip(values).map(of_episode).collect());
+            })
+            .collect();
+        return Ok(layered(&layers, settings)?);
     }
     let per_chunk = (estimator.estimate)(&episodes, settings)?;
     Ok(per_chunk.into_iter().map(|a| repeated(a, samples)).collect())
@@ -99,22 +101,17 @@ fn final_value(trajectory: &Trajectory, bootstrap: BootstrapType) -> Result<f32>
         return Ok(0.0);
     }
     let Reset { env, episode, .. } = trajectory.reset;
-    trajectory.final_value.ok_or_else(|| LearnerError::Record {
+    trajectory.final_value.ok_or(LearnerError::Trajectory {
         env,
         episode,
-        detail: format!(
-            "an episode that was {} came without the value of its last observation; the env worker must report that \
-             observation, or set `algorithm.bootstrap_type = \"none\"`",
-            if trajectory.terminated {
-                "terminated"
-            } else {
-                "cut by its time limit"
-            }
-        ),
+        source: RecordError::NoFinalValue {
+            terminated: trajectory.terminated,
+        },
     })
 }
 
 /// What the update learns from the samples, in their order.
+#[derive(Debug, Default)]
 pub(crate) struct Labels {
     /// `[N * width]`, 0 where a row was not executed.
     pub(crate) advantages: Vec<f32>,
@@ -122,6 +119,10 @@ pub(crate) struct Labels {
     pub(crate) width: usize,
     /// Value targets `[N]`.
     pub(crate) returns: Vec<f32>,
+    /// Which episode.
+    pub(crate) episode: Vec<usize>,
+    /// Whether that episode succeeded.
+    pub(crate) success: Vec<bool>,
     /// Rows that the environment executed.
     pub(crate) executed: Vec<usize>,
     /// Records of the record's episode.
@@ -133,45 +134,58 @@ pub(crate) struct Labels {
 }
 
 impl Labels {
-    /// Normalises the advantages when configured, and lays them out by record.
-    pub(crate) fn new(plan: &RunPlan, trajectories: &[Trajectory], estimated: &[Advantages], samples: usize) -> Self {
+    /// Normalizes the advantages over all ranks when configured, and lays them out by record.
+    ///
+    /// # Errors
+    /// The exchange between ranks failed.
+    pub(crate) fn new(
+        plan: &RunPlan,
+        trajectories: &[Trajectory],
+        estimated: &[Advantages],
+        samples: usize,
+        ranks: &dyn Ranks,
+    ) -> Result<Self> {
         let algorithm = &plan.config.algorithm;
         let mut advantages: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.iter().copied()).collect();
         if algorithm.normalize_advantages {
-            normalize(&mut advantages, None);
+            normalize(&mut advantages, None, ranks)?;
         }
         let mut labels = Self {
-            advantages: Vec::new(),
             width: 1,
             returns: estimated.iter().flat_map(|a| a.returns.iter().copied()).collect(),
-            executed: Vec::new(),
-            episode_records: Vec::new(),
-            episode_rows: Vec::new(),
             episodes: trajectories.len(),
+            ..Self::default()
         };
-        for trajectory in trajectories {
-            let chunks = trajectory.chunks.iter().map(|c| c.rewards.len());
-            let executed: Vec<usize> = chunks.flat_map(|n| std::iter::repeat_n(n, samples)).collect();
-            let (records, rows) = (executed.len(), executed.iter().sum::<usize>());
-            labels
-                .episode_records
-                .extend(std::iter::repeat_n(records as f32, records));
-            labels.episode_rows.extend(std::iter::repeat_n(rows as f32, records));
-            labels.executed.extend(executed);
+        for (index, trajectory) in trajectories.iter().enumerate() {
+            labels.push_episode(index, trajectory, samples);
         }
         if algorithm.reward_type == RewardType::ActionLevel {
             labels.width = plan.config.actor.model.num_action_chunks;
-            let mut steps = advantages.into_iter();
+            let mut rest = advantages.as_slice();
             for executed in &labels.executed {
+                let (own, later) = rest.split_at(*executed);
                 // rows that were never executed have no advantage; the mask leaves them out
-                labels.advantages.extend(steps.by_ref().take(*executed));
+                labels.advantages.extend(own);
                 labels
                     .advantages
                     .extend(std::iter::repeat_n(0.0, labels.width - executed));
+                rest = later;
             }
         } else {
             labels.advantages = advantages;
         }
-        labels
+        Ok(labels)
+    }
+
+    fn push_episode(&mut self, index: usize, trajectory: &Trajectory, samples: usize) {
+        let chunks = trajectory.chunks.iter().map(|c| c.rewards.len());
+        let executed: Vec<usize> = chunks.flat_map(|n| std::iter::repeat_n(n, samples)).collect();
+        let (records, rows) = (executed.len(), executed.iter().sum::<usize>());
+        self.episode.extend(std::iter::repeat_n(index, records));
+        self.success.extend(std::iter::repeat_n(trajectory.success, records));
+        self.episode_records
+            .extend(std::iter::repeat_n(records as f32, records));
+        self.episode_rows.extend(std::iter::repeat_n(rows as f32, records));
+        self.executed.extend(executed);
     }
 }

@@ -7,6 +7,8 @@
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 
+use crate::ranks::{Ranks, RanksError};
+
 /// Where in a run a shuffle stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShuffleSeed {
@@ -54,17 +56,35 @@ fn below(generator: &mut ChaCha8Rng, bound: u64) -> u64 {
     }
 }
 
-/// Number of minibatches for `rows` rows and about `minibatch_size` rows each: `max(1, round(rows / size))`, never
-/// more than there are rows. 0 rows give 0.
+/// Returns the number of minibatches for `rows` rows of all ranks and about `minibatch_size` rows each: `max(1, round(rows / size))`,
+/// never more than there are rows. 0 rows give 0.
 pub fn minibatch_count(rows: usize, minibatch_size: usize) -> usize {
     let size = minibatch_size.max(1);
     ((rows + size / 2) / size).clamp(1, rows.max(1)).min(rows)
 }
 
-/// Splits `order` into [`minibatch_count`] consecutive minibatches whose sizes differ by at most one row. No row is
-/// left out.
-pub fn minibatches(order: &[usize], minibatch_size: usize) -> Vec<&[usize]> {
-    split_evenly(order, minibatch_count(order.len(), minibatch_size))
+/// Splits the rows of a rank into its parts of `count` minibatches. Their sizes differ by at most one row and no row is left out; with
+/// fewer rows than minibatches the last ones are empty.
+pub fn minibatches(order: &[usize], count: usize) -> Vec<&[usize]> {
+    split_evenly(order, count)
+}
+
+/// What a minibatch has on all ranks together: what its means are divided by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MinibatchTotals {
+    rows: f64,
+    valid: f64,
+}
+
+impl MinibatchTotals {
+    /// Counts the rows and the valid elements of a minibatch, of which this rank has `rows`; `valid` is by row of the rank.
+    ///
+    /// # Errors
+    /// The exchange between ranks failed.
+    pub fn new(rows: &[usize], valid: &[u32], ranks: &dyn Ranks) -> Result<Self, RanksError> {
+        let [rows, valid] = ranks.sum_numbers([rows.len() as f64, count_valid(rows, valid)])?;
+        Ok(Self { rows, valid })
+    }
 }
 
 /// Part of a minibatch that goes through the network at once.
@@ -72,22 +92,36 @@ pub fn minibatches(order: &[usize], minibatch_size: usize) -> Vec<&[usize]> {
 pub struct MicroBatch<'a> {
     /// Row indices.
     pub rows: &'a [usize],
-    /// Share of the minibatch, in (0, 1]: the factor of this part's mean loss, so that the accumulated gradient is the
-    /// gradient of the minibatch's mean.
+    /// Share of the rows of the minibatch, in (0, 1]: the factor of this part's mean loss, so that the gradient accumulated over the parts
+    /// of all ranks is the gradient of the minibatch's mean.
     pub weight: f64,
+    /// Share of the valid elements of the minibatch over `weight`: the factor of a mean over valid elements.
+    pub valid_share: f64,
 }
 
-/// Splits a minibatch into as few even parts of at most `micro_batch_size` rows as possible.
-pub fn micro_batches(minibatch: &[usize], micro_batch_size: usize) -> Vec<MicroBatch<'_>> {
-    let parts = minibatch.len().div_ceil(micro_batch_size.max(1));
-    let weight = |rows: &[usize]| rows.len() as f64 / minibatch.len() as f64;
-    split_evenly(minibatch, parts)
+/// Splits a rank's part of a minibatch into as few even parts of at most `micro_batch_size` rows as possible.
+pub fn micro_batches<'a>(
+    rows: &'a [usize],
+    valid: &[u32],
+    totals: MinibatchTotals,
+    micro_batch_size: usize,
+) -> Vec<MicroBatch<'a>> {
+    let parts = rows.len().div_ceil(micro_batch_size.max(1));
+    split_evenly(rows, parts)
         .into_iter()
-        .map(|rows| MicroBatch {
-            rows,
-            weight: weight(rows),
+        .map(|rows| {
+            let weight = rows.len() as f64 / totals.rows;
+            MicroBatch {
+                rows,
+                weight,
+                valid_share: count_valid(rows, valid) / totals.valid.max(1.0) / weight,
+            }
         })
         .collect()
+}
+
+fn count_valid(rows: &[usize], valid: &[u32]) -> f64 {
+    rows.iter().map(|row| f64::from(valid[*row])).sum()
 }
 
 fn split_evenly(rows: &[usize], parts: usize) -> Vec<&[usize]> {
@@ -104,6 +138,7 @@ fn split_evenly(rows: &[usize], parts: usize) -> Vec<&[usize]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ranks::OneRank;
 
     const SEED: ShuffleSeed = ShuffleSeed {
         run: 7,
@@ -153,7 +188,7 @@ mod tests {
             (3, 0, 3),
         ] {
             let order = permutation(rows, SEED);
-            let split = minibatches(&order, size);
+            let split = minibatches(&order, minibatch_count(rows, size));
             assert_eq!(split.len(), expected, "{rows} rows of {size}");
             assert_eq!(split.concat(), order);
             let sizes: Vec<usize> = split.iter().map(|part| part.len()).collect();
@@ -163,11 +198,15 @@ mod tests {
     }
 
     #[test]
-    fn micro_batches_are_bounded_and_their_weights_sum_to_one() {
+    fn micro_batches_are_bounded_and_their_shares_sum_to_one() {
         let order = permutation(10, SEED);
-        let parts = micro_batches(&order, 4);
+        let valid: Vec<u32> = (0..10).collect();
+        let totals = MinibatchTotals::new(&order, &valid, &OneRank).expect("one rank");
+        let parts = micro_batches(&order, &valid, totals, 4);
         assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 3, 3]);
         assert!((parts.iter().map(|part| part.weight).sum::<f64>() - 1.0).abs() < 1e-12);
-        assert!(micro_batches(&[], 4).is_empty());
+        let of_valid = parts.iter().map(|part| part.weight * part.valid_share);
+        assert!((of_valid.sum::<f64>() - 1.0).abs() < 1e-12);
+        assert!(micro_batches(&[], &valid, totals, 4).is_empty());
     }
 }

@@ -4,6 +4,7 @@ pub mod observation;
 pub mod minibatch;
 pub mod prefix_store;
 mod labels;
+mod rows;
 mod rollout;
 
-pub use self::rollout::{EpisodeLengths, RolloutBatch};
+pub use self::rollout::{EpisodeLengths, RolloutBatch, WholeBatch};

@@ -36,7 +36,7 @@ impl ObservationBatch {
 
     /// Number of observations.
     pub fn len(&self) -> i64 {
-        self.prompt.size().first().copied().unwrap_or(0)
+        self.prompt.size()[0]
     }
 
     /// Whether there is none.

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::observation::ObservationBatch;
 use crate::{
-    error::{LearnerError, Result, io},
+    error::{Result, io},
     model::{Pi0, PrefixCache},
 };
 
@@ -67,7 +67,7 @@ impl<'a> PrefixStore<'a> {
         };
         let records: Vec<i64> = (0..held).collect();
         for part in records.chunks(store.pass) {
-            let from = part.first().copied().unwrap_or(0);
+            let from = part[0];
             let rows = store.pass(part)?;
             match &mut kept {
                 Kept::Nothing => {}
@@ -79,18 +79,16 @@ impl<'a> PrefixStore<'a> {
         Ok(store)
     }
 
-    /// Keys, values and mask of these records (i64 `[n]`, in any order, repeated or not), and what `V_vlm` reads, `[n, vlm width]`.
+    /// Returns keys, values and mask of these records (in any order, repeated or not), and what `V_vlm` reads, `[n, vlm width]`.
     ///
     /// # Errors
     /// A file that cannot be read.
-    pub fn rows(&self, records: &Tensor) -> Result<(PrefixCache, Tensor)> {
-        let wanted = Vec::<i64>::try_from(records)
-            .map_err(|e| LearnerError::Missing(format!("reading the records of a micro-batch: {e}")))?;
+    pub fn rows(&self, records: &[i64]) -> Result<(PrefixCache, Tensor)> {
         let packed = match &self.kept {
-            Kept::Memory(all) if wanted.iter().all(|record| *record < self.held) => {
-                all.index_select(0, &records.to_device(Device::Cpu))
+            Kept::Memory(all) if records.iter().all(|record| *record < self.held) => {
+                all.index_select(0, &Tensor::from_slice(records))
             }
-            _ => self.gather(&wanted)?,
+            _ => self.gather(records)?,
         };
         self.layout.unpack(&packed.to_device(self.policy.device()))
     }
@@ -123,7 +121,8 @@ impl<'a> PrefixStore<'a> {
         if distinct == wanted {
             return Ok(all);
         }
-        let position = |record: &i64| distinct.binary_search(record).map_or(-1, |at| at as i64);
+        // all of them are among the distinct ones: where a record stands is how many are below
+        let position = |record: &i64| distinct.partition_point(|other| other < record) as i64;
         let order: Vec<i64> = wanted.iter().map(position).collect();
         Ok(all.index_select(0, &Tensor::from_slice(&order)))
     }
@@ -135,8 +134,8 @@ impl<'a> PrefixStore<'a> {
     }
 
     /// Rows of one pass.
-    pub(crate) fn pass_rows(&self) -> i64 {
-        self.pass as i64
+    pub(crate) fn pass_rows(&self) -> usize {
+        self.pass
     }
 
     /// Records that are kept.
@@ -206,7 +205,7 @@ impl Layout {
     }
 
     fn unpack(&self, packed: &Tensor) -> Result<(PrefixCache, Tensor)> {
-        let batch = packed.size().first().copied().unwrap_or(0);
+        let batch = packed.size()[0];
         let [depth, kv_heads, tokens, head_dim] =
             [self.depth, self.kv_heads, self.tokens, self.head_dim].map(|n| n as i64);
         let (keys, pooled) = (self.keys() as i64, self.pooled as i64);
@@ -258,7 +257,7 @@ impl Scratch {
     fn write(&self, from: u64, rows: &Tensor) -> Result<()> {
         let mut bytes = vec![0u8; rows.numel() * NUMBER];
         rows.contiguous().copy_data_u8(&mut bytes, rows.numel());
-        let row = rows.size().get(1).copied().unwrap_or(0) as u64 * NUMBER as u64;
+        let row = rows.size()[1] as u64 * NUMBER as u64;
         self.file.write_all_at(&bytes, from * row).map_err(io(
             "writing the prefix cache (`actor.prefix_cache_mb` bounds its size)",
             &self.path,

@@ -13,7 +13,7 @@ use policy::plan::RunPlan;
 use wire::messages::{Batch, Mode, Reset, Trajectory};
 
 use super::{
-    collecting::{Collected, Waited, success_rate, wait},
+    collecting::{CollectReport, Collected, Waited, success_rate, wait},
     evaluation,
     sampling::{Sampled, group_count, label, sample_from, training_resets},
 };
@@ -115,26 +115,23 @@ impl Ahead {
     /// A child ends, an engine refuses the version, or nothing comes for two minutes.
     pub fn sample(&mut self, hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32) -> Result<Sampled> {
         let begin = Instant::now();
-        let missing = self.ordered.front().map_or(0, |ordered| ordered.missing);
+        let next = self.ordered.front().filter(|ordered| ordered.iteration == iteration);
+        let missing = next.ok_or(LearnerError::NotOrdered { iteration })?.missing;
         let version = u64::from(iteration);
         let waited = wait(hub, children, version, missing, &label(plan, iteration), |trajectory| {
             self.keep(trajectory) == Some(iteration)
         })?;
         self.note(waited);
-        let complete = self
-            .ordered
-            .pop_front()
-            .filter(|ordered| ordered.iteration == iteration);
-        let mut complete = complete.ok_or_else(|| {
-            LearnerError::Missing(format!("the episodes of iteration {} were not ordered", iteration + 1))
-        })?;
+        let mut complete = self.ordered.pop_front().ok_or(LearnerError::NotOrdered { iteration })?;
         complete.trajectories.sort_by_key(|t| number(&t.reset));
         let got = Collected {
             trajectories: complete.trajectories,
-            reload_seconds: std::mem::take(&mut self.reload_seconds),
-            seconds: complete.begin.elapsed().as_secs_f64(),
-            waited: begin.elapsed().as_secs_f64(),
-            stale: std::mem::take(&mut self.stale),
+            report: CollectReport {
+                reload_seconds: std::mem::take(&mut self.reload_seconds),
+                seconds: complete.begin.elapsed().as_secs_f64(),
+                waited: begin.elapsed().as_secs_f64(),
+                stale: std::mem::take(&mut self.stale),
+            },
         };
         // the plan allows no filter that orders groups again
         sample_from(plan, got, |_, _| Ok(Collected::default()))

@@ -19,12 +19,19 @@ const SILENCE: Duration = Duration::from_mins(2);
 /// How often children are looked after while waiting.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Episodes of an iteration, with what the reports of engines said meanwhile.
+/// Episodes of an order.
 #[derive(Debug, Default)]
 pub struct Collected {
     /// Episodes in the order of their environment and episode numbers.
     pub trajectories: Vec<Trajectory>,
-    /// Seconds until the version was live, from the announce.
+    /// What happened meanwhile.
+    pub report: CollectReport,
+}
+
+/// What happened while the episodes of an order, or of all orders of an iteration, came.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CollectReport {
+    /// Seconds until the version was live, from the announce; 0 where that was not reported meanwhile.
     pub reload_seconds: f64,
     /// Seconds from the order to the last episode.
     pub seconds: f64,
@@ -58,10 +65,12 @@ pub fn collect(
     let seconds = begin.elapsed().as_secs_f64();
     Ok(Collected {
         trajectories,
-        reload_seconds: waited.reload_seconds.unwrap_or(0.0),
-        seconds,
-        waited: seconds,
-        stale: waited.stale,
+        report: CollectReport {
+            reload_seconds: waited.reload_seconds.unwrap_or(0.0),
+            seconds,
+            waited: seconds,
+            stale: waited.stale,
+        },
     })
 }
 
@@ -74,8 +83,7 @@ pub(crate) struct Waited {
     pub stale: usize,
 }
 
-/// Waits until `wanted` episodes have come of which `take` says that they are waited for; it is given every one. `version` is the
-/// newest that was announced.
+/// Blocks until `take`, which gets every episode, has accepted `wanted` of them. `version` is the newest that was announced.
 ///
 /// # Errors
 /// A child ends, an engine refuses the version, or nothing comes for two minutes.

@@ -4,10 +4,10 @@ use policy::{
     config::{FilterConfig, FilterMode},
     plan::RunPlan,
 };
-use wire::messages::{Mode, Reset};
+use wire::messages::{Mode, Reset, Trajectory};
 
 use super::{
-    collecting::{Collected, collect, failure_rate, success_rate},
+    collecting::{CollectReport, Collected, collect, failure_rate, success_rate},
     filter::{Kept, keep},
 };
 use crate::{
@@ -15,11 +15,20 @@ use crate::{
     ring::{hub::Hub, launch::Children},
 };
 
-/// An iteration's episodes and what they say of the policy.
+/// An iteration's episodes that the update reads.
 #[derive(Debug)]
 pub struct Sampled {
-    /// Episodes that the update reads, and the timings of all orders.
-    pub used: Collected,
+    /// The episodes.
+    pub trajectories: Vec<Trajectory>,
+    /// What they say of the policy; it holds none of them.
+    pub report: SampleReport,
+}
+
+/// What an iteration's episodes say of the policy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleReport {
+    /// All orders together, but for the reload: that is of the first.
+    pub collect: CollectReport,
     /// Share of successes of the first order, which no filter has touched.
     pub success: f64,
     /// Share of episodes of the first order that ended by themselves without success.
@@ -96,25 +105,25 @@ pub(crate) fn sample_from(
 ) -> Result<Sampled> {
     let wanted = group_count(plan);
     let filter = plan.config.algorithm.filter_rewards;
-    let mut sampled = Sampled {
+    let mut report = SampleReport {
+        collect: CollectReport {
+            reload_seconds: got.report.reload_seconds,
+            ..CollectReport::default()
+        },
         success: success_rate(&got.trajectories),
         failure: failure_rate(&got.trajectories),
         episodes: 0,
         env_steps: 0,
         rounds: 1,
         groups: wanted,
-        used: Collected {
-            trajectories: Vec::new(),
-            reload_seconds: got.reload_seconds,
-            ..Collected::default()
-        },
     };
-    sampled.count(&got);
+    report.count(&got);
     let Some(filter) = filter else {
-        sampled.used.trajectories = got.trajectories;
-        return Ok(sampled);
+        let trajectories = got.trajectories;
+        return Ok(Sampled { trajectories, report });
     };
-    sampled.groups = 0;
+    report.groups = 0;
+    let mut used = Vec::new();
     let mut outside = (0, 0);
     loop {
         let Kept {
@@ -122,26 +131,29 @@ pub(crate) fn sample_from(
             groups,
             outside: (below, above),
         } = keep(got.trajectories, &filter);
-        sampled.used.trajectories.extend(trajectories);
-        sampled.groups += groups;
+        used.extend(trajectories);
+        report.groups += groups;
         outside = (outside.0 + below, outside.1 + above);
-        let again = filter.mode == FilterMode::Resample && sampled.groups < wanted;
-        if !again || filter.max_rounds.is_none_or(|most| sampled.rounds >= most) {
+        let again = filter.mode == FilterMode::Resample && report.groups < wanted;
+        if !again || filter.max_rounds.is_none_or(|most| report.rounds >= most) {
             break;
         }
-        got = order(sampled.rounds, wanted - sampled.groups)?;
-        sampled.rounds += 1;
-        sampled.count(&got);
+        got = order(report.rounds, wanted - report.groups)?;
+        report.rounds += 1;
+        report.count(&got);
     }
-    sampled.log(&filter, wanted, outside);
-    Ok(sampled)
+    report.log(&filter, wanted, outside);
+    Ok(Sampled {
+        trajectories: used,
+        report,
+    })
 }
 
-impl Sampled {
+impl SampleReport {
     fn count(&mut self, order: &Collected) {
-        self.used.seconds += order.seconds;
-        self.used.waited += order.waited;
-        self.used.stale += order.stale;
+        self.collect.seconds += order.report.seconds;
+        self.collect.waited += order.report.waited;
+        self.collect.stale += order.report.stale;
         self.episodes += order.trajectories.len();
         let chunks = order.trajectories.iter().flat_map(|t| &t.chunks);
         self.env_steps += chunks.map(|c| c.rewards.len()).sum::<usize>();

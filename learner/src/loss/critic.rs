@@ -6,6 +6,7 @@ use super::{
     Result,
     reduce::{aggregate, align, masked_mean, read_metrics},
 };
+use crate::ranks::{Ranks, RanksError};
 
 /// What the critic loss reads. All tensors fit `value` in the sense of [`align`].
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +57,27 @@ impl ExplainedVariance {
         self.returns_sq_sum += other.returns_sq_sum;
         self.errors_sum += other.errors_sum;
         self.errors_sq_sum += other.errors_sq_sum;
+    }
+
+    /// Adds up the sums of the ranks.
+    ///
+    /// # Errors
+    /// The exchange between ranks failed.
+    pub fn sum_over(&self, ranks: &dyn Ranks) -> Result<Self, RanksError> {
+        let [count, returns_sum, returns_sq_sum, errors_sum, errors_sq_sum] = ranks.sum_numbers([
+            self.count,
+            self.returns_sum,
+            self.returns_sq_sum,
+            self.errors_sum,
+            self.errors_sq_sum,
+        ])?;
+        Ok(Self {
+            count,
+            returns_sum,
+            returns_sq_sum,
+            errors_sum,
+            errors_sq_sum,
+        })
     }
 
     /// `1 - Var(return - value) / Var(return)`: 1 is a perfect critic, 0 one that knows only the mean. `None` where the

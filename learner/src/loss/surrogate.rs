@@ -6,6 +6,7 @@ use super::{
     Result, k3,
     reduce::{aggregate, align, masked_mean, read_metrics},
 };
+use crate::ranks::{Ranks, RanksError};
 
 /// PPO's clipped surrogate as a loss per element (Schulman et al. 2017, eq. 7, with separate bounds):
 /// `max(-A r, -A clip(r, 1 - low, 1 + high))`.
@@ -101,6 +102,46 @@ impl ActorMetrics {
         self.clip_fraction += weight * one.clip_fraction;
         self.dual_clip_fraction += weight * one.dual_clip_fraction;
         self.behaviour_clip_fraction += weight * one.behaviour_clip_fraction;
+    }
+
+    /// Adds up what the ranks added; the largest deviation is the largest of all.
+    ///
+    /// # Errors
+    /// The exchange between ranks failed.
+    pub fn sum_over(&self, ranks: &dyn Ranks) -> Result<Self, RanksError> {
+        let [
+            policy_loss,
+            kl_penalty,
+            ratio,
+            ratio_deviation,
+            approx_kl,
+            approx_kl_k1,
+            clip_fraction,
+            dual_clip_fraction,
+            behaviour_clip_fraction,
+        ] = ranks.sum_numbers([
+            self.policy_loss,
+            self.kl_penalty,
+            self.ratio,
+            self.ratio_deviation,
+            self.approx_kl,
+            self.approx_kl_k1,
+            self.clip_fraction,
+            self.dual_clip_fraction,
+            self.behaviour_clip_fraction,
+        ])?;
+        Ok(Self {
+            policy_loss,
+            kl_penalty,
+            ratio,
+            ratio_deviation,
+            ratio_deviation_max: ranks.largest(self.ratio_deviation_max)?,
+            approx_kl,
+            approx_kl_k1,
+            clip_fraction,
+            dual_clip_fraction,
+            behaviour_clip_fraction,
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tch::{Kind, TchError, Tensor};
 
 use super::{OptimError, Result};
+use crate::ranks::Ranks;
 
 /// What the configuration says about the optimizer as a whole.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,7 +35,8 @@ impl AdamWSettings {
                 });
             }
         }
-        for (name, found) in [("eps", self.eps), ("clip_norm", self.clip_norm.unwrap_or(1.0))] {
+        let clip_norm = self.clip_norm.map(|clip_norm| ("clip_norm", clip_norm));
+        for (name, found) in [("eps", self.eps)].into_iter().chain(clip_norm) {
             if found <= 0.0 || !found.is_finite() {
                 return Err(OptimError::Setting {
                     name,
@@ -144,6 +146,23 @@ impl AdamW {
         for slot in self.groups.iter_mut().flat_map(|group| &mut group.slots) {
             slot.param.zero_grad();
         }
+    }
+
+    /// Sums the gradients over the ranks. A parameter that a backward pass reached on any rank has a gradient on all of them afterwards.
+    ///
+    /// # Errors
+    /// The exchange between ranks or a tensor operation failed.
+    pub fn sum_gradients(&mut self, ranks: &dyn Ranks) -> Result<()> {
+        let slots = || self.groups.iter().flat_map(|group| &group.slots);
+        let mut reached: Vec<f64> = slots().map(|slot| f64::from(u8::from(slot.grad().is_some()))).collect();
+        ranks.sum_in_place(&mut reached)?;
+        let mut gradients = Vec::with_capacity(reached.len());
+        for (slot, reached) in slots().zip(reached) {
+            if reached > 0.0 {
+                gradients.push(slot.grad_or_zeros()?);
+            }
+        }
+        Ok(ranks.sum(&mut gradients)?)
     }
 
     /// L2 norm of the gradient of all groups together; 0 where there is none.
@@ -288,6 +307,15 @@ impl Slot {
     fn grad(&self) -> Option<Tensor> {
         let grad = self.param.grad();
         grad.defined().then_some(grad)
+    }
+
+    /// The gradient, made of zeros where no backward pass has reached the parameter: libtorch makes one in a backward pass only.
+    fn grad_or_zeros(&self) -> Result<Tensor, TchError> {
+        if let Some(grad) = self.grad() {
+            return Ok(grad);
+        }
+        self.param.f_mul_scalar(0.0)?.f_sum(self.param.kind())?.f_backward()?;
+        Ok(self.param.grad())
     }
 
     /// Loshchilov and Hutter 2019, algorithm 2, lines 5 to 12, with the bias corrections folded into the step size.

@@ -6,6 +6,8 @@ mod schedule;
 use tch::TchError;
 use thiserror::Error;
 
+use crate::ranks::RanksError;
+
 pub use self::{
     adamw::{AdamW, AdamWSettings, ParamGroup, StepReport},
     schedule::{Decay, Schedule},
@@ -53,16 +55,19 @@ pub enum OptimError {
         found: String,
     },
     /// A tensor operation failed.
-    #[error("updating parameter `{name}`: {source}")]
+    #[error("failed to update parameter `{name}`")]
     Update {
         /// The parameter.
         name: String,
         /// What libtorch said.
         source: TchError,
     },
-    /// The norm could not be computed or a tensor not be made.
-    #[error("optimizer tensors: {0}")]
+    /// A norm or a gradient could not be computed, or a tensor not be made.
+    #[error("failed to compute on optimizer tensors")]
     Torch(#[from] TchError),
+    /// Gradients could not be summed.
+    #[error(transparent)]
+    Ranks(#[from] RanksError),
 }
 
 /// Result of this module.

@@ -27,7 +27,10 @@ use wire::{
     socket::{Peer, RouterEvent, RouterReceiver, RouterSender, bind_router},
 };
 
-use crate::error::{LearnerError, Result};
+use crate::{
+    error::{LearnerError, Result},
+    versions::{VersionError, check_version},
+};
 
 /// Bytes of a file per message.
 const PART_BYTES: usize = 4 << 20;
@@ -106,18 +109,13 @@ impl Wanted {
         }
     }
 
-    /// Refuses an episode with a chunk of a version that the batch does not allow, or that was not announced: an engine may have
-    /// it from a learner that was replaced.
-    fn check(&self, trajectory: &Trajectory, announced: Option<u64>) -> Result<(), String> {
-        let newest = self.newest.min(announced.unwrap_or(0));
+    /// Rejects an episode with a chunk of a version that the batch does not allow, or newer than the announced one: an engine may have
+    /// such a version from a learner that was replaced.
+    fn check(&self, trajectory: &Trajectory, announced: u64) -> Result<(), VersionError> {
+        let versions = self.oldest..=self.newest.min(announced);
+        // the chunks of an evaluation have no record
         let mut records = trajectory.chunks.iter().filter_map(|chunk| chunk.record.as_deref());
-        match records.find(|record| !(self.oldest..=newest).contains(&record.version)) {
-            Some(record) => Err(format!(
-                "its chunk {} is of version {}, expected {} to {newest}",
-                record.key.chunk, record.version, self.oldest
-            )),
-            None => Ok(()),
-        }
+        records.try_for_each(|record| check_version(record.key.chunk, record.version, versions.clone()))
     }
 }
 
@@ -455,10 +453,11 @@ impl State {
         }
     }
 
-    /// What a new trajectory is to the training thread; `None`: nobody wants it.
+    /// What a new trajectory is to the training thread; `None`: nobody wants it, or no version has been announced.
     fn claim(&mut self, trajectory: Box<Trajectory>) -> Option<HubEvent> {
         let key = episode_key(&trajectory.reset);
-        let announced = self.announce.as_ref().map(|(announce, _)| announce.version);
+        let (announce, _) = self.announce.as_ref()?;
+        let announced = announce.version;
         let place = self
             .wanted
             .iter()

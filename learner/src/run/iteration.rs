@@ -1,13 +1,13 @@
 //! What an iteration of RL came to, as metrics and as a line of the log.
 
-use crate::{batch::RolloutBatch, collect::sampling::Sampled, update::UpdateReport};
+use crate::{batch::WholeBatch, collect::sampling::SampleReport, update::UpdateReport};
 
 /// One iteration, done.
 pub(crate) struct Iteration<'a> {
-    /// Its episodes.
-    pub(crate) got: &'a Sampled,
+    /// What its episodes said.
+    pub(crate) got: &'a SampleReport,
     /// Their records as the update read them.
-    pub(crate) batch: &'a RolloutBatch,
+    pub(crate) batch: &'a WholeBatch,
     /// What the update did.
     pub(crate) report: &'a UpdateReport,
     /// Seconds until the next version was announced.
@@ -54,10 +54,10 @@ impl Iteration<'_> {
             ("stopped_early", f64::from(u8::from(report.stopped_early))),
             ("staleness_mean", batch.staleness_mean),
             ("staleness_max", batch.staleness_max as f64),
-            ("stale_dropped", got.used.stale as f64),
-            ("rollout_seconds", got.used.seconds),
-            ("wait_seconds", got.used.waited),
-            ("reload_seconds", got.used.reload_seconds),
+            ("stale_dropped", got.collect.stale as f64),
+            ("rollout_seconds", got.collect.seconds),
+            ("wait_seconds", got.collect.waited),
+            ("reload_seconds", got.collect.reload_seconds),
             ("prefix_cache_bytes", report.prefix_cache_bytes as f64),
             ("prefix_seconds", report.prefix_seconds),
             ("update_seconds", report.update_seconds),
@@ -83,7 +83,7 @@ impl Iteration<'_> {
             got.success,
             learnt(report, !asynchronous),
             report.records,
-            got.used.waited,
+            got.collect.waited,
             report.prefix_seconds + report.update_seconds,
         )
     }

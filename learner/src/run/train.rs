@@ -14,11 +14,16 @@ use super::{
 };
 use crate::{
     batch::RolloutBatch,
-    collect::{ahead::Ahead, evaluation::check_seed, sampling::sample},
+    collect::{
+        ahead::Ahead,
+        evaluation::check_seed,
+        sampling::{Sampled, sample},
+    },
     error::{LearnerError, Result, io},
     method,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
+    ranks::OneRank,
     report,
     ring::Ring,
     supervised::{
@@ -60,9 +65,10 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     }
     let store = ParamStore::random(&plan.dims, &plan.heads, config.runner.seed, Device::cuda_if_available())?;
     let policy = Pi0::new(plan.dims.clone(), &plan.heads, store)?;
-    let mut updater = Updater::new(plan, &policy)?;
+    let ranks = OneRank;
+    let mut updater = Updater::new(plan, &policy, &ranks)?;
     match &from {
-        Some(from) => from.restore(&policy, &mut updater)?,
+        Some(from) => from.restore(&mut updater)?,
         None => load(&policy, &start, &[Part::Vlm, Part::Expert])?,
     }
     let (dir, config_path) = prepare(plan)?;
@@ -80,7 +86,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
                 .init(&[Part::NoiseHead, Part::ValueHead], config.runner.seed)?;
             load(&policy, &start, &[Part::Vlm, Part::Expert])?;
             publisher.publish(&policy, 0)?;
-            from.restore(&policy, &mut updater)?;
+            from.restore(&mut updater)?;
         }
     } else if versions.exists() {
         std::fs::remove_dir_all(&versions).map_err(io("removing the versions of an earlier run", &versions))?;
@@ -98,22 +104,28 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         let validate = config.runner.val_check_interval;
         if validate > 0 && iteration % validate == 0 {
             let success = validation(&mut ring, plan, ahead.as_mut(), &mut log, version, episodes)?;
-            keeper.evaluated(&policy, &mut updater, iteration, episodes, success)?;
+            keeper.evaluated(&mut updater, iteration, episodes, success)?;
         }
         let begin = Instant::now();
-        let got = match &mut ahead {
+        let Sampled {
+            trajectories,
+            report: got,
+        } = match &mut ahead {
             Some(ahead) => ahead.sample(&ring.hub, &mut ring.children, plan, iteration)?,
             None => sample(&ring.hub, &mut ring.children, plan, iteration, version)?,
         };
         episodes += got.episodes as u64;
-        let batch = RolloutBatch::new(plan, &got.used.trajectories, version)?.to_device(policy.device());
-        let report = updater.update(&policy, &batch, iteration)?;
+        let batch = RolloutBatch::new(plan, trajectories, version, &ranks)?.to_device(policy.device());
+        let whole = batch.whole;
+        let report = updater.update(&batch, iteration)?;
+        // its images are as large as the episodes' were
+        drop(batch);
         let publishing = Instant::now();
         bundle = publisher.publish(&policy, version + 1)?;
         ring.hub.announce(&bundle)?;
         let done = Iteration {
             got: &got,
-            batch: &batch,
+            batch: &whole,
             report: &report,
             publish_seconds: publishing.elapsed().as_secs_f64(),
             seconds: begin.elapsed().as_secs_f64(),
@@ -128,12 +140,12 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         let save = config.runner.save_interval;
         let last = iteration + 1 == config.runner.max_epochs;
         if last || (save > 0 && (iteration + 1) % save == 0) {
-            keeper.save(&policy, &mut updater, iteration + 1, episodes)?;
+            keeper.save(&mut updater, iteration + 1, episodes)?;
         }
     }
     let done = config.runner.max_epochs;
     let success = validation(&mut ring, plan, ahead.as_mut(), &mut log, u64::from(done), episodes)?;
-    keeper.evaluated(&policy, &mut updater, done, episodes, success)?;
+    keeper.evaluated(&mut updater, done, episodes, success)?;
     drop(ring);
     tracing::info!(
         "version {} is in {}",

@@ -1,9 +1,9 @@
-//! The passes of an update whose loss is on probability ratios: log-probabilities and values of recorded denoise transitions again, then
-//! the loss.
+//! The pass of an update whose loss is on probability ratios: log-probabilities and values of recorded denoise transitions under the
+//! current weights, then the loss.
 
 use policy::{
     config::{JointLogprob, LogprobType, LossAgg},
-    params::{CriticInput as CriticReads, ValueSteps},
+    params::{CriticInput as CriticReads, ValueHeadDims, ValueSteps},
     plan::RunPlan,
 };
 use tch::{Kind, Tensor, no_grad};
@@ -11,20 +11,22 @@ use tch::{Kind, Tensor, no_grad};
 use super::{
     logprob::{Executed, StepTable, TransitionBatch, gaussian, path_value, standard_normal_entropy, transition},
     reference::Reference,
+    samples::Samples,
+    tally::{Gaps, Pass},
 };
 use crate::{
     batch::{RolloutBatch, minibatch::MicroBatch, prefix_store::PrefixStore},
     error::Result,
     loss::{
-        self, ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, ExplainedVariance, PolicyInput,
+        self, ActorInput, ActorMetrics, ActorSettings, CriticInput, CriticSettings, PolicyInput, PolicyLossFn,
         PolicyLossSpec, PolicySettings, Share, aggregate_logprob, interpolated_proximal,
     },
-    model::{Pi0, PrefixCache},
+    model::Pi0,
 };
 
 /// A loss on probability ratios with its settings, and the reference of its KL penalty.
 #[derive(Debug)]
-pub(crate) struct LikelihoodObjective {
+pub(super) struct LikelihoodObjective {
     loss: PolicyLossSpec,
     settings: PolicySettings,
     executed: Executed,
@@ -32,81 +34,27 @@ pub(crate) struct LikelihoodObjective {
     joint_logprob: Option<JointLogprob>,
     num_steps: usize,
     detach_critic_input: bool,
+    critic_warmup_epochs: u32,
     by_episode: bool,
-    pub(crate) reference: Option<Reference>,
+    pub(super) reference: Option<Reference>,
 }
 
-/// What one pass over a micro-batch brought. Factors that make the parts of a minibatch add up to it are in, but for the share of the
-/// rows.
-pub(crate) struct Pass {
-    /// With gradient.
-    pub(crate) loss: Tensor,
-    pub(crate) actor: Option<ActorMetrics>,
-    /// Value loss, share of clipped values, and the sums of the explained variance.
-    pub(crate) critic: Option<(f64, f64, ExplainedVariance)>,
-    pub(crate) entropy: f64,
-    pub(crate) gaps: Gaps,
-}
-
-/// How far recomputed numbers are from recorded ones, over records of the version in training; 0 without any.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Gaps {
-    /// Largest `|logprob - recorded logprob|`.
-    pub(crate) logprob: f64,
-    /// Largest `|ratio - 1|`.
-    pub(crate) ratio: f64,
-    /// Largest `|value - recorded value|`.
-    pub(crate) value: f64,
-}
-
-impl Gaps {
-    pub(crate) fn max(self, other: Self) -> Self {
-        Self {
-            logprob: self.logprob.max(other.logprob),
-            ratio: self.ratio.max(other.ratio),
-            value: self.value.max(other.value),
-        }
-    }
-}
-
-/// What the policy says of a micro-batch's transitions, `M` samples.
+/// What the policy says of `M` samples.
 struct Recomputed {
-    /// At the configured level.
-    logprob: Tensor,
+    /// At the configured level, with gradient.
+    new_logprob: Tensor,
     /// Per executed element, `[M, action_chunk, env_action_dim]`; `None` where it does not depend on the weights.
     entropy: Option<Tensor>,
     /// `V_expert` at the stochastic steps, `[M]`.
     value: Option<Tensor>,
 }
 
-/// The rows of a micro-batch.
-struct Samples<'a> {
-    batch: &'a RolloutBatch,
-    /// i64 `[M]`.
-    rows: Tensor,
-    /// The record of each, i64 `[M]`.
-    record: Tensor,
-    cache: PrefixCache,
-    /// What `V_vlm` reads.
-    pooled: Tensor,
-}
-
-impl Samples<'_> {
-    fn pick(&self, of_samples: &Tensor) -> Tensor {
-        of_samples.index_select(0, &self.rows)
-    }
-
-    fn seen(&self, of_records: &Tensor) -> Tensor {
-        of_records.index_select(0, &self.record)
-    }
-}
-
 impl LikelihoodObjective {
-    /// The loss of a plan beside `policy`.
+    /// Reads the settings of a plan; a reference is made beside `policy`.
     ///
     /// # Errors
     /// The sizes do not fit together.
-    pub(crate) fn new(plan: &RunPlan, loss: PolicyLossSpec, policy: &Pi0) -> Result<Self> {
+    pub(super) fn new(plan: &RunPlan, loss: PolicyLossSpec, policy: &Pi0) -> Result<Self> {
         let algorithm = &plan.config.algorithm;
         let model = &plan.config.actor.model;
         let settings = PolicySettings {
@@ -135,6 +83,7 @@ impl LikelihoodObjective {
             joint_logprob: model.openpi.joint_logprob,
             num_steps: model.num_steps,
             detach_critic_input: model.value_head.as_ref().is_none_or(|head| head.detach_critic_input),
+            critic_warmup_epochs: plan.config.actor.optim.critic_warmup_epochs,
             by_episode: algorithm.loss_agg == LossAgg::EpisodeLength,
             reference: algorithm
                 .kl_reference
@@ -143,89 +92,83 @@ impl LikelihoodObjective {
         })
     }
 
-    /// Takes the lengths of an iteration's episodes.
-    pub(crate) fn begin(&mut self, policy: &Pi0, batch: &RolloutBatch) {
-        self.settings.actor.episode_steps = self.by_episode.then_some(batch.policy_episodes.steps);
-        self.settings.critic.episode_steps = self.by_episode.then_some(batch.value_episodes.steps);
-        if let Some(reference) = &mut self.reference {
-            reference.begin(policy);
+    /// Prepares the passes over the batch of an iteration, whose step table is `table`.
+    pub(super) fn passes<'a>(
+        &'a self,
+        policy: &'a Pi0,
+        batch: &'a RolloutBatch,
+        prefixes: &'a PrefixStore<'a>,
+        table: StepTable,
+        iteration: u32,
+    ) -> LikelihoodPasses<'a> {
+        let mut settings = self.settings;
+        settings.actor.episode_steps = self.by_episode.then_some(batch.policy_episodes.steps);
+        settings.critic.episode_steps = self.by_episode.then_some(batch.value_episodes.steps);
+        LikelihoodPasses {
+            objective: self,
+            policy,
+            batch,
+            prefixes,
+            table,
+            settings,
+            critic_warmup: iteration < self.critic_warmup_epochs && policy.value_head().is_some(),
         }
     }
+}
 
-    /// The loss of a part of a minibatch. During the critic's warm-up the policy has no part in it.
-    pub(crate) fn pass(
-        &self,
-        policy: &Pi0,
-        table: &StepTable,
-        batch: &RolloutBatch,
-        prefixes: &PrefixStore<'_>,
-        (part, minibatch): (MicroBatch<'_>, &[usize]),
-        warming: bool,
-    ) -> Result<Pass> {
-        let rows: Vec<i64> = part.rows.iter().map(|r| *r as i64).collect();
-        let rows = Tensor::from_slice(&rows).to_device(policy.device());
-        let record = batch.record.index_select(0, &rows);
-        let (cache, pooled) = prefixes.rows(&record)?;
-        let samples = Samples {
+/// The passes of one iteration.
+pub(super) struct LikelihoodPasses<'a> {
+    objective: &'a LikelihoodObjective,
+    policy: &'a Pi0,
+    batch: &'a RolloutBatch,
+    prefixes: &'a PrefixStore<'a>,
+    table: StepTable,
+    settings: PolicySettings,
+    /// The critic trains alone.
+    pub(super) critic_warmup: bool,
+}
+
+impl LikelihoodPasses<'_> {
+    /// Computes the loss of a part of a minibatch. With `compare` recomputed numbers are compared with recorded ones.
+    pub(super) fn pass(&self, part: MicroBatch<'_>, compare: bool) -> Result<Pass> {
+        let Self {
+            objective,
+            policy,
             batch,
-            rows,
-            record,
-            cache,
-            pooled,
-        };
-        let detach = warming || self.detach_critic_input;
-        let head = policy.value_head();
-        let reads_expert = |steps| head.is_some_and(|h| h.input == CriticReads::Expert && h.steps == steps);
-        let at_steps = reads_expert(ValueSteps::Stochastic);
-        let now = if !warming || at_steps {
-            Some(self.recompute(policy, table, &samples, detach)?)
+            ..
+        } = *self;
+        let samples = Samples::read(batch, self.prefixes, part.rows, policy.device())?;
+        let detach_critic_input = self.critic_warmup || objective.detach_critic_input;
+        let at_steps = self.value_head(ValueSteps::Stochastic).is_some();
+        let recomputed = if !self.critic_warmup || at_steps {
+            Some(self.recompute(policy, &samples, detach_critic_input)?)
         } else {
             None
         };
-        let value = if reads_expert(ValueSteps::Path) {
-            let (state, chain) = (samples.seen(&batch.observations.state), samples.seen(&batch.chain));
-            path_value(policy, table, &samples.cache, Some(&state), &chain, detach)?
-        } else if head.is_some_and(|h| h.input == CriticReads::Vlm) {
-            Some(policy.value_vlm(&samples.pooled, &samples.seen(&batch.observations.state))?)
-        } else {
-            now.as_ref()
-                .and_then(|now| now.value.as_ref())
-                .map(Tensor::shallow_clone)
-        };
-        let old_logprob = aggregate_logprob(&samples.pick(&batch.old_logprob), self.logprob_type)?;
-        let old_value = samples.pick(&batch.old_value);
-        let gaps = gaps(
-            &samples,
-            now.as_ref().map(|now| (&now.logprob, &old_logprob)),
-            value.as_ref().map(|value| (value, &old_value)),
-        );
+        let value = self.value(&samples, recomputed.as_ref(), detach_critic_input)?;
+        let old_logprob = aggregate_logprob(&samples.of_samples(&batch.old_logprob), objective.logprob_type)?;
+        let old_value = samples.of_samples(&batch.old_value);
+        let gaps = compare.then(|| {
+            let logprob = recomputed.as_ref().map(|new| (&new.new_logprob, &old_logprob));
+            compare_to_records(&samples, logprob, value.as_ref().map(|value| (value, &old_value)))
+        });
 
-        let policy_part = now.as_ref().filter(|_| !warming);
-        let proximal = match policy_part {
-            Some(now) if self.loss.proximal => {
-                let (versions, trained) = (samples.pick(&batch.version), batch.trained_version as f64);
-                Some(interpolated_proximal(&now.logprob, &old_logprob, &versions, trained)?)
-            }
-            _ => None,
-        };
-        let reference = match (&self.reference, policy_part) {
-            (Some(reference), Some(_)) => {
-                let of_reference = || self.recompute(reference.policy(), table, &samples, true);
-                Some(no_grad(of_reference)?.logprob)
-            }
-            _ => None,
-        };
-        let (advantages, mask) = (samples.pick(&batch.advantages), samples.pick(&batch.mask));
-        let policy_len = samples.pick(&batch.policy_episodes.len);
-        let (returns, value_len) = (samples.pick(&batch.returns), samples.pick(&batch.value_episodes.len));
+        let trained = recomputed.as_ref().filter(|_| !self.critic_warmup);
+        let proximal_logprob = self.proximal_logprob(&samples, trained, &old_logprob)?;
+        let reference_logprob = self.reference_logprob(&samples, trained)?;
+        let (advantages, mask) = (samples.of_samples(&batch.advantages), samples.of_samples(&batch.mask));
+        let policy_len = samples.of_samples(&batch.policy_episodes.len);
+        let (returns, value_len) = (
+            samples.of_samples(&batch.returns),
+            samples.of_samples(&batch.value_episodes.len),
+        );
         let all = returns.ones_like();
-        let share = valid_share(&batch.valid, part, minibatch);
         let input = PolicyInput {
-            actor: policy_part.map(|now| ActorInput {
-                new_logprob: &now.logprob,
+            actor: trained.map(|new| ActorInput {
+                new_logprob: &new.new_logprob,
                 old_logprob: &old_logprob,
-                proximal_logprob: proximal.as_ref(),
-                reference_logprob: reference.as_ref(),
+                proximal_logprob: proximal_logprob.as_ref(),
+                reference_logprob: reference_logprob.as_ref(),
                 advantages: &advantages,
                 mask: Some(&mask),
                 episode_len: Some(&policy_len),
@@ -237,29 +180,95 @@ impl LikelihoodObjective {
                 mask: Some(&all),
                 episode_len: Some(&value_len),
             }),
-            entropy: policy_part.and_then(|now| now.entropy.as_ref()),
+            entropy: trained.and_then(|new| new.entropy.as_ref()),
             share: Share {
-                surrogate: if self.by_episode { 1.0 } else { share },
-                entropy: share,
+                surrogate: if objective.by_episode { 1.0 } else { part.valid_share },
+                entropy: part.valid_share,
             },
         };
-        let loss = if warming { loss::WARM_UP } else { self.loss.loss };
+        let loss: PolicyLossFn = if self.critic_warmup {
+            loss::WARM_UP
+        } else {
+            objective.loss.loss
+        };
         let out = loss(&input, &self.settings)?;
         Ok(Pass {
             loss: out.loss,
-            actor: out.actor.map(|metrics| shared(metrics, input.share)),
-            critic: out
-                .critic
-                .map(|c| (c.value_loss, c.value_clip_fraction, c.explained_variance)),
-            entropy: out.entropy.unwrap_or(0.0) * share,
+            actor: out.actor.map(|metrics| shared(&metrics, input.share)),
+            critic: out.critic,
+            entropy: out.entropy.map(|entropy| entropy * input.share.entropy),
             gaps,
         })
     }
 
-    /// Each sample's `S` stochastic steps again, as rows of their own, and their log-probabilities joined.
-    fn recompute(&self, policy: &Pi0, table: &StepTable, samples: &Samples<'_>, detach: bool) -> Result<Recomputed> {
-        let batch = samples.batch;
-        let step = samples.pick(&batch.step);
+    /// Computes the log-probability that a decoupled loss clips around; `None` with another loss or without a policy's part.
+    fn proximal_logprob(
+        &self,
+        samples: &Samples<'_>,
+        trained: Option<&Recomputed>,
+        old_logprob: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let Some(new) = trained.filter(|_| self.objective.loss.proximal) else {
+            return Ok(None);
+        };
+        let (versions, trained_version) = (
+            samples.of_samples(&self.batch.version),
+            self.batch.trained_version as f64,
+        );
+        Ok(Some(interpolated_proximal(
+            &new.new_logprob,
+            old_logprob,
+            &versions,
+            trained_version,
+        )?))
+    }
+
+    /// Computes the log-probability under the reference of the KL penalty; `None` without one or without a policy's part.
+    fn reference_logprob(&self, samples: &Samples<'_>, trained: Option<&Recomputed>) -> Result<Option<Tensor>> {
+        let Some(reference) = self.objective.reference.as_ref().filter(|_| trained.is_some()) else {
+            return Ok(None);
+        };
+        let recomputed = no_grad(|| self.recompute(reference.policy(), samples, true))?;
+        Ok(Some(recomputed.new_logprob))
+    }
+
+    /// The value head, when it reads the expert at these steps.
+    fn value_head(&self, steps: ValueSteps) -> Option<&ValueHeadDims> {
+        let head = self.policy.value_head()?;
+        (head.input == CriticReads::Expert && head.steps == steps).then_some(head)
+    }
+
+    /// Computes the value of each sample's observation where its head reads it; `None` without a critic.
+    fn value(
+        &self,
+        samples: &Samples<'_>,
+        recomputed: Option<&Recomputed>,
+        detach_critic_input: bool,
+    ) -> Result<Option<Tensor>> {
+        let (policy, batch) = (self.policy, self.batch);
+        let state = || samples.of_records(&batch.observations.state);
+        if self.value_head(ValueSteps::Path).is_some() {
+            let (state, chain) = (state(), samples.of_records(&batch.chain));
+            let cache = &samples.cache;
+            return Ok(path_value(
+                policy,
+                &self.table,
+                cache,
+                Some(&state),
+                &chain,
+                detach_critic_input,
+            )?);
+        }
+        if policy.value_head().is_some_and(|head| head.input == CriticReads::Vlm) {
+            return Ok(Some(policy.value_vlm(&samples.pooled, &state())?));
+        }
+        Ok(recomputed.and_then(|new| new.value.as_ref()).map(Tensor::shallow_clone))
+    }
+
+    /// Computes each sample's `S` stochastic steps under the weights of `policy`, as rows of their own, and joins their log-probabilities.
+    fn recompute(&self, policy: &Pi0, samples: &Samples<'_>, detach_critic_input: bool) -> Result<Recomputed> {
+        let Self { objective, batch, .. } = *self;
+        let step = samples.of_samples(&batch.step);
         let (count, steps) = (step.size()[0], step.size()[1]);
         let each = |t: &Tensor| t.repeat_interleave_self_int(steps, 0, None);
         let record = each(&samples.record);
@@ -282,26 +291,36 @@ impl LikelihoodObjective {
             step: &step,
         };
         let cache = repeated.as_ref().unwrap_or(&samples.cache);
-        let out = transition(policy, table, cache, inputs, self.executed, detach)?;
-        let (chunk, width) = (self.executed.action_chunk as i64, self.executed.env_action_dim as i64);
+        let out = transition(
+            policy,
+            &self.table,
+            cache,
+            inputs,
+            objective.executed,
+            detach_critic_input,
+        )?;
+        let (chunk, width) = (
+            objective.executed.action_chunk as i64,
+            objective.executed.env_action_dim as i64,
+        );
         let over_steps = |t: &Tensor| {
             t.view([count, steps, chunk, width])
                 .sum_dim_intlist(1, false, Kind::Float)
         };
-        let terms = (self.num_steps + 1) as f64;
-        let logprob = over_steps(&out.logprob);
-        let logprob = match self.joint_logprob {
+        let terms = (objective.num_steps + 1) as f64;
+        let new_logprob = over_steps(&out.logprob);
+        let new_logprob = match objective.joint_logprob {
             Some(JointLogprob::Mean) => {
                 let initial = samples
-                    .seen(&batch.chain.select(1, 0))
+                    .of_records(&batch.chain.select(1, 0))
                     .narrow(1, 0, chunk)
                     .narrow(2, 0, width);
                 let of_initial = gaussian(&initial, &initial.zeros_like(), &initial.ones_like());
-                (logprob + of_initial) / terms
+                (new_logprob + of_initial) / terms
             }
-            Some(JointLogprob::Sum) | None => logprob,
+            Some(JointLogprob::Sum) | None => new_logprob,
         };
-        let entropy = out.entropy.map(|entropy| match self.joint_logprob {
+        let entropy = out.entropy.map(|entropy| match objective.joint_logprob {
             Some(JointLogprob::Mean) => (over_steps(&entropy) + standard_normal_entropy()) / terms,
             Some(JointLogprob::Sum) | None => over_steps(&entropy) / steps as f64,
         });
@@ -309,17 +328,22 @@ impl LikelihoodObjective {
             .value
             .map(|v| v.view([count, steps]).mean_dim(1, false, Kind::Float));
         Ok(Recomputed {
-            logprob: aggregate_logprob(&logprob, self.logprob_type)?,
+            new_logprob: aggregate_logprob(&new_logprob, objective.logprob_type)?,
             entropy,
             value,
         })
     }
 }
 
-fn gaps(samples: &Samples<'_>, logprob: Option<(&Tensor, &Tensor)>, value: Option<(&Tensor, &Tensor)>) -> Gaps {
+/// Returns how far recomputed numbers are from recorded ones, pair by pair, over samples of the version in training.
+fn compare_to_records(
+    samples: &Samples<'_>,
+    logprob: Option<(&Tensor, &Tensor)>,
+    value: Option<(&Tensor, &Tensor)>,
+) -> Gaps {
     let batch = samples.batch;
     let fresh = samples
-        .pick(&batch.version)
+        .of_samples(&batch.version)
         .eq(batch.trained_version as i64 - 1)
         .nonzero()
         .view(-1);
@@ -331,28 +355,19 @@ fn gaps(samples: &Samples<'_>, logprob: Option<(&Tensor, &Tensor)>, value: Optio
             gaps.max().double_value(&[])
         }
     };
-    let moved = |(now, recorded): (&Tensor, &Tensor)| now.detach() - recorded;
+    let difference = |(new, recorded): (&Tensor, &Tensor)| new.detach() - recorded;
     Gaps {
-        logprob: logprob.map_or(0.0, |pair| largest(&moved(pair).abs())),
-        ratio: logprob.map_or(0.0, |pair| largest(&moved(pair).expm1().abs())),
-        value: value.map_or(0.0, |pair| largest(&moved(pair).abs())),
+        logprob: logprob.map_or(0.0, |pair| largest(&difference(pair).abs())),
+        ratio: logprob.map_or(0.0, |log_ratio| largest(&difference(log_ratio).expm1().abs())),
+        value: value.map_or(0.0, |pair| largest(&difference(pair).abs())),
     }
 }
 
-/// The metrics of a part as its addends to the minibatch's; the largest deviation is no mean.
-fn shared(metrics: ActorMetrics, share: Share) -> ActorMetrics {
+/// Turns the metrics of a part into its addends to the minibatch's; the largest deviation stays.
+fn shared(metrics: &ActorMetrics, share: Share) -> ActorMetrics {
     let mut out = ActorMetrics::default();
-    out.add(&metrics, share.entropy);
+    out.add(metrics, share.entropy);
     out.policy_loss = metrics.policy_loss * share.surrogate;
     out.kl_penalty = metrics.kl_penalty * share.surrogate;
     out
-}
-
-/// Share of a part in the minibatch's valid elements over its share of the rows.
-fn valid_share(valid: &[u32], part: MicroBatch<'_>, minibatch: &[usize]) -> f64 {
-    let count = |rows: &[usize]| -> f64 {
-        let counts = rows.iter().filter_map(|row| valid.get(*row));
-        counts.map(|count| f64::from(*count)).sum()
-    };
-    count(part.rows) / count(minibatch).max(1.0) / part.weight
 }

@@ -51,7 +51,7 @@ impl StepTable {
 
     /// Number of denoise steps.
     pub fn num_steps(&self) -> i64 {
-        self.time_emb.size().first().copied().unwrap_or(0)
+        self.time_emb.size()[0]
     }
 }
 

@@ -9,7 +9,7 @@ use policy::{
 use tch::{Tensor, no_grad};
 
 use crate::{
-    error::{LearnerError, Result},
+    error::{ReferenceError, Result},
     model::Pi0,
 };
 
@@ -52,7 +52,7 @@ impl Reference {
         &self.policy
     }
 
-    /// An iteration's updates begin.
+    /// Takes the trained weights at the begin of an iteration's updates, where the reference is made of them.
     pub fn begin(&mut self, trained: &Pi0) {
         if !self.filled || matches!(self.config, ReferenceConfig::Acting {}) {
             self.mix(trained, 0.0);
@@ -60,7 +60,7 @@ impl Reference {
         }
     }
 
-    /// An iteration's updates have ended: `ref <- decay ref + (1 - decay) trained` where the reference is a mean.
+    /// Moves the weights at the end of an iteration's updates: `ref <- decay ref + (1 - decay) trained` where the reference is a mean.
     pub fn end(&mut self, trained: &Pi0) {
         if let ReferenceConfig::Ema { decay } = self.config {
             self.mix(trained, decay);
@@ -94,27 +94,26 @@ impl Reference {
     ///
     /// # Errors
     /// A tensor is missing, extra or misshapen; names it.
-    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<(), ReferenceError> {
         if state.is_empty() {
             return Ok(());
         }
         let own: Vec<(&str, &Tensor)> = own(&self.policy).collect();
-        let wrong = |detail: String| LearnerError::Missing(format!("reference: {detail}"));
-        if let Some(extra) = state.keys().find(|name| own.iter().all(|(n, _)| n != name)) {
-            return Err(wrong(format!(
-                "`{extra}` is no tensor of the action expert or the noise head"
-            )));
+        if let Some(name) = state.keys().find(|name| own.iter().all(|(n, _)| n != name)) {
+            return Err(ReferenceError::Unknown { name: name.clone() });
         }
         for (name, tensor) in own {
-            let found = state
-                .get(name)
-                .ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
-            if found.size() != tensor.size() {
-                return Err(wrong(format!(
-                    "tensor `{name}` has shape {:?}, expected {:?}",
-                    found.size(),
-                    tensor.size()
-                )));
+            let name = name.to_owned();
+            let Some(found) = state.get(&name) else {
+                return Err(ReferenceError::Missing { name });
+            };
+            let (found_shape, expected) = (found.size(), tensor.size());
+            if found_shape != expected {
+                return Err(ReferenceError::Shape {
+                    name,
+                    found: found_shape,
+                    expected,
+                });
             }
             no_grad(|| tensor.shallow_clone().copy_(found));
         }

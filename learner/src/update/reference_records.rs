@@ -15,8 +15,8 @@ use wire::{
 use super::logprob::{Executed, StepTable, TransitionBatch, transition};
 use crate::{
     batch::observation::ObservationBatch,
-    error::{LearnerError, Result},
-    model::Pi0,
+    error::{Result, from_device},
+    model::{ModelError, Pi0},
 };
 
 /// The records of one chunk for each observation, with the noise that `keys` names, by policy version `version` in training mode.
@@ -33,10 +33,12 @@ pub fn act(
     let dims = policy.dims();
     let count = observations.len() as usize;
     if keys.len() != count {
-        return Err(LearnerError::Missing(format!(
-            "{} noise keys for {count} observations, expected one each",
-            keys.len()
-        )));
+        return Err(ModelError::Elements {
+            name: "keys".to_owned(),
+            expected: count,
+            found: keys.len(),
+        }
+        .into());
     }
     let _guard = tch::no_grad_guard();
     let observations = &observations.to_device(policy.device());
@@ -66,7 +68,8 @@ pub fn act(
     let mut logprobs: Vec<Vec<f32>> = Vec::new();
     let mut step_values: Vec<Vec<f32>> = Vec::new();
     for s in 0..schedule.stochastic_steps() {
-        let step: Vec<i64> = steps_of.iter().filter_map(|steps| steps.get(s).copied()).collect();
+        // every chunk of a schedule draws the same number of steps
+        let step: Vec<i64> = steps_of.iter().map(|steps| steps[s]).collect();
         let step = Tensor::from_slice(&step).to_device(policy.device());
         let (x, x_next) = (
             sample.chain.index(&[Some(&rows), Some(&step)]),
@@ -86,8 +89,8 @@ pub fn act(
         None => Vec::new(),
         Some(head) if head.input == CriticInput::Vlm => vec![floats(&policy.value_vlm(&pooled, &observations.state)?)?],
         Some(head) if head.steps == ValueSteps::Path => {
-            let mean = sample.values.map(|values| values.mean_dim(1, false, Kind::Float));
-            vec![mean.map(|mean| floats(&mean)).transpose()?.unwrap_or_default()]
+            let values = sample.values.ok_or(ModelError::NoValueHead)?;
+            vec![floats(&values.mean_dim(1, false, Kind::Float))?]
         }
         Some(_) => step_values,
     };
@@ -104,8 +107,7 @@ pub fn act(
             let shape = [steps.len(), executed.action_chunk, executed.env_action_dim];
             let logprob: Vec<f32> = logprobs
                 .iter()
-                .flat_map(|step| step.chunks(chunk).nth(at).unwrap_or_default())
-                .copied()
+                .flat_map(|step| step[at * chunk..(at + 1) * chunk].iter().copied())
                 .collect();
             Ok(ChunkRecord {
                 key: *key,
@@ -124,7 +126,7 @@ pub fn act(
                 logprob: (!steps.is_empty()).then(|| Array::f32(&shape, &logprob)),
                 denoise_steps: steps.iter().map(|step| *step as u32).collect(),
                 chain: Array::f32(&chain, &floats(&row(&sample.chain))?),
-                values: values.iter().filter_map(|step| step.get(at).copied()).collect(),
+                values: values.iter().map(|step| step[at]).collect(),
             })
         })
         .collect()
@@ -167,10 +169,9 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
 
 fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
     let flat = tensor.to_kind(Kind::Float).contiguous().view(-1);
-    Vec::try_from(flat).map_err(|e| LearnerError::Missing(format!("reading a record's numbers: {e}")))
+    Vec::try_from(flat).map_err(from_device("the numbers of a record"))
 }
 
 fn whole(tensor: &Tensor) -> Result<Vec<i64>> {
-    Vec::try_from(tensor.contiguous().view(-1))
-        .map_err(|e| LearnerError::Missing(format!("reading a record's prompt: {e}")))
+    Vec::try_from(tensor.contiguous().view(-1)).map_err(from_device("the prompt of a record"))
 }

@@ -9,35 +9,26 @@ use policy::{
 };
 use tch::{Kind, Tensor, no_grad};
 
-use super::reference::Reference;
+use super::{reference::Reference, report::CreditReport, samples::Samples, tally::Pass};
 use crate::{
-    batch::{RolloutBatch, prefix_store::PrefixStore},
-    error::{LearnerError, Result},
-    loss::episode_weighted_mean,
+    batch::{RolloutBatch, minibatch::MicroBatch, prefix_store::PrefixStore},
+    error::{Result, from_device},
+    loss::{ActorMetrics, episode_weighted_mean},
     model::{Pi0, path},
+    ranks::Ranks,
     velocity::{Episodes, Velocities, VelocityLoss},
 };
 
 /// A method without likelihood, with its reference.
 #[derive(Debug)]
-pub(crate) struct VelocityObjective {
+pub(super) struct VelocityObjective {
     method: Box<dyn VelocityLoss>,
-    pub(crate) reference: Reference,
+    pub(super) reference: Reference,
     by_episode: bool,
 }
 
-/// What the chunks of an iteration were worth to a loss on the velocity.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CreditReport {
-    /// Mean credit.
-    pub mean: f64,
-    /// Mean distance of the executed actions from the reference's, model units; 0 where the method does not read it.
-    pub displacement: f64,
-}
-
 /// What an iteration's chunks are worth to the method.
-#[derive(Debug)]
-pub(crate) struct Credit {
+struct Credit {
     /// By sample, f32 `[M]`.
     by_sample: Tensor,
     /// Which elements were executed, bool `[M, H, A]`.
@@ -45,18 +36,12 @@ pub(crate) struct Credit {
     report: CreditReport,
 }
 
-impl Credit {
-    pub(crate) fn report(&self) -> CreditReport {
-        self.report
-    }
-}
-
 impl VelocityObjective {
-    /// The method beside `policy`.
+    /// Makes the method's reference beside `policy`.
     ///
     /// # Errors
     /// The sizes do not fit together.
-    pub(crate) fn new(
+    pub(super) fn new(
         plan: &RunPlan,
         method: Box<dyn VelocityLoss>,
         reference: ReferenceConfig,
@@ -70,48 +55,70 @@ impl VelocityObjective {
     }
 
     /// Whether the records can teach anything.
-    pub(crate) fn informed(&self, batch: &RolloutBatch) -> bool {
-        batch.informative || !self.method.reads_advantages()
+    pub(super) fn teaches(&self, batch: &RolloutBatch) -> bool {
+        batch.whole.informative || !self.method.reads_advantages()
     }
 
-    /// Gives credit to the samples of an iteration. The reference acts on the recorded initial noise, by ODE.
-    pub(crate) fn credit(&self, plan: &RunPlan, batch: &RolloutBatch, prefixes: &PrefixStore<'_>) -> Result<Credit> {
-        let model = &plan.config.actor.model;
-        let width = model.env_action_dim;
-        let (horizon, action_dim) = (plan.dims.action_horizon, plan.dims.action_dim);
-        let mut executed = vec![false; batch.len() * horizon * action_dim];
-        for (sample, count) in executed.chunks_mut(horizon * action_dim).zip(&batch.executed) {
-            for row in sample.chunks_mut(action_dim).take(*count) {
-                row.iter_mut().take(width).for_each(|element| *element = true);
-            }
-        }
-        let executed = Tensor::from_slice(&executed)
-            .view([batch.len() as i64, horizon as i64, action_dim as i64])
-            .to_device(batch.chain.device());
+    /// Prepares the passes over a batch: gives credit to its samples. The reference acts on the recorded initial noise, by ODE.
+    pub(super) fn passes<'a>(
+        &'a self,
+        plan: &RunPlan,
+        policy: &'a Pi0,
+        batch: &'a RolloutBatch,
+        prefixes: &'a PrefixStore<'a>,
+        iteration: u32,
+        ranks: &dyn Ranks,
+    ) -> Result<VelocityPasses<'a>> {
+        Ok(VelocityPasses {
+            objective: self,
+            policy,
+            batch,
+            prefixes,
+            credit: self.credit(plan, batch, prefixes, ranks)?,
+            seed: plan.config.runner.seed,
+            iteration: u64::from(iteration),
+        })
+    }
+
+    fn credit(
+        &self,
+        plan: &RunPlan,
+        batch: &RolloutBatch,
+        prefixes: &PrefixStore<'_>,
+        ranks: &dyn Ranks,
+    ) -> Result<Credit> {
+        let executed = executed_elements(plan, batch);
         let displacement: Vec<f32> = if self.method.reads_displacement() {
             self.displacement(plan, batch, prefixes, &executed)?
         } else {
             Vec::new()
         };
-        let advantages: Vec<f32> = Vec::try_from(batch.advantages.to_kind(Kind::Float).contiguous())
-            .map_err(|e| LearnerError::Missing(format!("reading the advantages: {e}")))?;
+        let advantages = Vec::try_from(batch.advantages.to_kind(Kind::Float).contiguous());
+        let advantages: Vec<f32> = advantages.map_err(from_device("the advantages"))?;
         let credit = self.method.credit(&Episodes {
             episode: &batch.episode,
             success: &batch.success,
             advantages: &advantages,
             displacement: &displacement,
         });
-        let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len().max(1) as f64;
+        let sum = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
+        let [credit_sum, credits, displacement_sum, displacements] = ranks.sum_numbers([
+            sum(&credit),
+            credit.len() as f64,
+            sum(&displacement),
+            displacement.len() as f64,
+        ])?;
         Ok(Credit {
             report: CreditReport {
-                mean: mean(&credit),
-                displacement: mean(&displacement),
+                mean: credit_sum / credits.max(1.0),
+                displacement: displacement_sum / displacements.max(1.0),
             },
             by_sample: Tensor::from_slice(&credit).to_device(batch.chain.device()),
             executed,
         })
     }
 
+    /// Measures how far each sample's executed actions are from the reference's.
     fn displacement(
         &self,
         plan: &RunPlan,
@@ -121,52 +128,93 @@ impl VelocityObjective {
     ) -> Result<Vec<f32>> {
         let model = &plan.config.actor.model;
         let schedule = Schedule::new(model.openpi.noise_method, model.num_steps, 0.0, false);
-        let (samples, rows) = (batch.len() as i64, prefixes.pass_rows());
-        let mut distances = Vec::with_capacity(batch.len());
-        let mut from = 0;
-        while from < samples {
-            let count = rows.min(samples - from);
-            let record = batch.record.narrow(0, from, count);
-            let chain = batch.chain.index_select(0, &record);
-            let state = batch.observations.state.index_select(0, &record);
-            let sample = self.reference.policy().sample(
-                &prefixes.rows(&record)?.0,
-                Some(&state),
-                &chain.select(1, 0),
-                &schedule,
-                &[],
-            )?;
-            let left_out = executed.narrow(0, from, count).logical_not();
+        let rows: Vec<usize> = (0..batch.len()).collect();
+        let mut distances: Vec<f32> = Vec::with_capacity(batch.len());
+        for part in rows.chunks(prefixes.pass_rows()) {
+            let samples = Samples::read(batch, prefixes, part, batch.chain.device())?;
+            let chain = samples.of_records(&batch.chain);
+            let state = samples.of_records(&batch.observations.state);
+            let initial = chain.select(1, 0);
+            let reference = self.reference.policy();
+            let sample = reference.sample(&samples.cache, Some(&state), &initial, &schedule, &[])?;
+            let left_out = samples.of_samples(executed).logical_not();
             let gap = chain.select(1, -1) - &sample.actions;
-            distances.push(
-                gap.masked_fill(&left_out, 0.0)
-                    .square()
-                    .sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float)
-                    .sqrt(),
-            );
-            from += rows;
+            let distance = gap
+                .masked_fill(&left_out, 0.0)
+                .square()
+                .sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float)
+                .sqrt();
+            let distance = Vec::try_from(distance.contiguous());
+            distances.extend::<Vec<f32>>(distance.map_err(from_device("the distances from the reference"))?);
         }
-        Vec::try_from(Tensor::cat(&distances, 0).contiguous())
-            .map_err(|e| LearnerError::Missing(format!("reading the distances from the reference: {e}")))
+        Ok(distances)
+    }
+}
+
+/// Marks the elements of each sample that the environment executed, bool `[M, H, A]`.
+fn executed_elements(plan: &RunPlan, batch: &RolloutBatch) -> Tensor {
+    let width = plan.config.actor.model.env_action_dim;
+    let (horizon, action_dim) = (plan.dims.action_horizon, plan.dims.action_dim);
+    let mut executed = vec![false; batch.len() * horizon * action_dim];
+    for (sample, count) in executed.chunks_mut(horizon * action_dim).zip(&batch.executed) {
+        for row in sample.chunks_mut(action_dim).take(*count) {
+            row[..width].fill(true);
+        }
+    }
+    Tensor::from_slice(&executed)
+        .view([batch.len() as i64, horizon as i64, action_dim as i64])
+        .to_device(batch.chain.device())
+}
+
+/// The passes of one iteration.
+pub(super) struct VelocityPasses<'a> {
+    objective: &'a VelocityObjective,
+    policy: &'a Pi0,
+    batch: &'a RolloutBatch,
+    prefixes: &'a PrefixStore<'a>,
+    credit: Credit,
+    seed: u64,
+    iteration: u64,
+}
+
+impl VelocityPasses<'_> {
+    pub(super) fn credit(&self) -> CreditReport {
+        self.credit.report
     }
 
-    /// Mean loss of the samples `rows`. Flow time and noise of a sample are keyed by (seed, iteration, epoch, sample).
-    pub(crate) fn loss(
-        &self,
-        policy: &Pi0,
-        batch: &RolloutBatch,
-        prefixes: &PrefixStore<'_>,
-        credit: &Credit,
-        rows: &[usize],
-        (seed, iteration, epoch): (u64, u64, u64),
-    ) -> Result<Tensor> {
+    /// Computes the mean loss of a part of a minibatch.
+    pub(super) fn pass(&self, part: MicroBatch<'_>, epoch: u32) -> Result<Pass> {
+        let loss = self.loss(part.rows, u64::from(epoch))?;
+        let policy_loss = loss.double_value(&[]);
+        Ok(Pass {
+            loss,
+            actor: Some(ActorMetrics {
+                policy_loss,
+                ..ActorMetrics::default()
+            }),
+            critic: None,
+            entropy: None,
+            gaps: None,
+        })
+    }
+
+    /// Computes the mean loss of the samples `rows`. Flow time and noise of a sample are keyed by (seed, iteration, epoch, sample of all
+    /// ranks).
+    fn loss(&self, rows: &[usize], epoch: u64) -> Result<Tensor> {
+        let Self {
+            objective,
+            policy,
+            batch,
+            ..
+        } = *self;
         let (horizon, width) = (policy.dims().action_horizon, policy.dims().action_dim);
         let elements = horizon * width;
-        let (low, high) = self.method.times();
+        let (low, high) = objective.method.times();
         let mut times = Vec::with_capacity(rows.len());
         let mut noise = vec![0.0f32; rows.len() * elements];
         for (row, eps) in rows.iter().zip(noise.chunks_mut(elements)) {
-            let mut rng = stream(Purpose::Velocity, seed, iteration << 32 | epoch, *row as u64, 0);
+            let sample = (batch.whole.samples_before + row) as u64;
+            let mut rng = stream(Purpose::Velocity, self.seed, self.iteration << 32 | epoch, sample, 0);
             times.push(low + (high - low) * uniform(&mut rng));
             fill_normal(&mut rng, eps);
         }
@@ -175,26 +223,25 @@ impl VelocityObjective {
             .view([rows.len() as i64, horizon as i64, width as i64])
             .to_device(device);
         let times = Tensor::from_slice(&times).to_device(device);
-        let index: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-        let index = Tensor::from_slice(&index).to_device(device);
-        let record = batch.record.index_select(0, &index);
-        let actions = batch.chain.select(1, -1).index_select(0, &record);
-        let state = batch.observations.state.index_select(0, &record);
-        let (cache, _) = prefixes.rows(&record)?;
+        let samples = Samples::read(batch, self.prefixes, rows, device)?;
+        let actions = samples.of_records(&batch.chain.select(1, -1));
+        let state = samples.of_records(&batch.observations.state);
+        let cache = &samples.cache;
         let (x_t, target) = path(&actions, &noise, &times);
-        let velocity = policy.velocity(&cache, Some(&state), &x_t, &times)?.v_t;
-        let reference = no_grad(|| self.reference.policy().velocity(&cache, Some(&state), &x_t, &times))?.v_t;
-        let loss = self.method.loss(&Velocities {
+        let velocity = policy.velocity(cache, Some(&state), &x_t, &times)?.v_t;
+        let of_reference = || objective.reference.policy().velocity(cache, Some(&state), &x_t, &times);
+        let reference = no_grad(of_reference)?.v_t;
+        let loss = objective.method.loss(&Velocities {
             velocity: &velocity,
             reference: &reference,
             target: &target,
-            executed: &credit.executed.index_select(0, &index),
-            credit: &credit.by_sample.index_select(0, &index),
+            executed: &samples.of_samples(&self.credit.executed),
+            credit: &samples.of_samples(&self.credit.by_sample),
         });
-        if !self.by_episode {
+        if !objective.by_episode {
             return Ok(loss.mean(Kind::Float));
         }
-        let lengths = batch.value_episodes.len.index_select(0, &index);
+        let lengths = samples.of_samples(&batch.value_episodes.len);
         Ok(episode_weighted_mean(
             &loss,
             &loss.ones_like(),

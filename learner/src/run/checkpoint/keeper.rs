@@ -10,7 +10,6 @@ use policy::{bundle::write_atomic, config::RunConfig, plan::RunPlan};
 use super::{BEST, Best, Counters, discard, json, list, remove, write};
 use crate::{
     error::{Result, io},
-    model::Pi0,
     update::Updater,
 };
 
@@ -65,17 +64,14 @@ impl Keeper {
     ///
     /// # Errors
     /// A file operation fails.
-    pub fn save(&mut self, policy: &Pi0, updater: &mut Updater, iteration: u32, episodes: u64) -> Result<()> {
+    pub fn save(&mut self, updater: &mut Updater<'_>, iteration: u32, episodes: u64) -> Result<()> {
         let counters = Counters {
             iteration,
             episodes,
             best: self.best,
             config_digest: self.config_digest.clone(),
         };
-        let reference = updater.reference().map(|r| r.state()).unwrap_or_default();
-        let (actor, critic) = updater.optimizers();
-        let optimizers = (&*actor, critic.as_deref());
-        write(&self.dir, policy, optimizers, reference, &counters, &self.config)?;
+        write(&self.dir, updater, &counters, &self.config)?;
         self.saved = Some(iteration);
         self.prune()
     }
@@ -85,14 +81,7 @@ impl Keeper {
     ///
     /// # Errors
     /// A file operation fails.
-    pub fn evaluated(
-        &mut self,
-        policy: &Pi0,
-        updater: &mut Updater,
-        iteration: u32,
-        episodes: u64,
-        success: f64,
-    ) -> Result<()> {
+    pub fn evaluated(&mut self, updater: &mut Updater<'_>, iteration: u32, episodes: u64, success: f64) -> Result<()> {
         let better = self.best.is_none_or(|best| success > best.success + SAME_SUCCESS);
         if !self.config.runner.keep_best || !better {
             return Ok(());
@@ -100,7 +89,7 @@ impl Keeper {
         let best = Best { iteration, success };
         self.best = Some(best);
         if self.saved != Some(iteration) {
-            self.save(policy, updater, iteration, episodes)?;
+            self.save(updater, iteration, episodes)?;
         }
         write_atomic(&self.dir.join(BEST), &json(&best)?)?;
         self.prune()

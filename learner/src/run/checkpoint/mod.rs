@@ -24,8 +24,6 @@ use tch::Tensor;
 pub use self::keeper::Keeper;
 use crate::{
     error::{LearnerError, Result, io},
-    model::Pi0,
-    optim::AdamW,
     update::Updater,
 };
 
@@ -181,7 +179,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// The optimizer's tensors are not those of the policy; names the first.
-    pub fn restore(&self, policy: &Pi0, updater: &mut Updater) -> Result<()> {
+    pub fn restore(&self, updater: &mut Updater<'_>) -> Result<()> {
         let (mut actor, mut critic, mut reference) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in &self.optimizer {
             let (part, rest) = name.split_once('.').unwrap_or_default();
@@ -214,11 +212,11 @@ impl Checkpoint {
                 ));
             }
         }
-        let (own_actor, own_critic) = updater.optimizers();
-        policy.store().load(
+        updater.policy().store().load(
             &self.model,
             &[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead],
         )?;
+        let (own_actor, own_critic) = updater.optimizers();
         let wrong = |e| damaged(&self.dir, format!("file `{OPTIMIZER}`: {e}"));
         own_actor.load_state(&actor).map_err(wrong)?;
         if let Some(own_critic) = own_critic {
@@ -254,31 +252,28 @@ pub fn list(dir: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// Writes `DIR/iteration_N`: beside it, synced, renamed; one that is there is replaced.
+/// Writes the policy and the optimizers of `updater` to `DIR/iteration_N`: beside it, synced, renamed; one that is there is replaced.
 ///
 /// # Errors
 /// A file cannot be written; then nothing is left under the final name.
-pub fn write(
-    dir: &Path,
-    policy: &Pi0,
-    optimizers: (&AdamW, Option<&AdamW>),
-    reference: BTreeMap<String, Tensor>,
-    counters: &Counters,
-    config: &RunConfig,
-) -> Result<PathBuf> {
+pub fn write(dir: &Path, updater: &mut Updater<'_>, counters: &Counters, config: &RunConfig) -> Result<PathBuf> {
     let target = path(dir, counters.iteration);
     let beside = dir.join(format!(".iteration_{:06}.writing", counters.iteration));
     remove(&beside)?;
     fs::create_dir_all(&beside).map_err(io("creating the folder", &beside))?;
     let all = [Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead];
-    let model = policy.store().write(&all, &beside.join(MODEL))?;
+    let model = updater.policy().store().write(&all, &beside.join(MODEL))?;
     let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
-    for (prefix, optimizer) in [("actor", Some(optimizers.0)), ("critic", optimizers.1)] {
+    if let Some(reference) = updater.reference() {
+        let state = reference.state().into_iter();
+        named.extend(state.map(|(n, t)| (format!("reference.{n}"), t)));
+    }
+    let (actor, critic) = updater.optimizers();
+    for (prefix, optimizer) in [("actor", Some(actor)), ("critic", critic)] {
         if let Some(optimizer) = optimizer {
             named.extend(optimizer.state().into_iter().map(|(n, t)| (format!("{prefix}.{n}"), t)));
         }
     }
-    named.extend(reference.into_iter().map(|(n, t)| (format!("reference.{n}"), t)));
     let file = beside.join(OPTIMIZER);
     let refs: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (n.as_str(), t)).collect();
     Tensor::write_safetensors(&refs, &file).map_err(|e| io("writing", &file)(std::io::Error::other(e.to_string())))?;

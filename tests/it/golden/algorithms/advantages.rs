@@ -3,6 +3,7 @@
 use learner::{
     advantage::{AdvantageError, Episode, EstimatorSettings, NORMALIZE_EPS, estimator, normalize},
     loss::k3,
+    ranks::OneRank,
 };
 
 use super::{
@@ -33,10 +34,10 @@ fn check_gae(case: &Case<'_>, coverage: &mut Coverage) {
     let settings = EstimatorSettings { gamma, gae_lambda };
     let mut ours = recorded.estimate(name, settings, &spans).unwrap();
     if case.flag("normalize_advantages").unwrap_or(true) {
-        normalize(&mut ours.advantages, mask.as_deref());
+        normalize(&mut ours.advantages, mask.as_deref(), &OneRank).unwrap();
     }
     if case.flag("normalize_returns").unwrap_or(false) {
-        normalize(&mut ours.returns, mask.as_deref());
+        normalize(&mut ours.returns, mask.as_deref(), &OneRank).unwrap();
     }
     case.close_array("out.returns", &ours.returns);
     let recorded = case.array("out.advantages");
@@ -164,7 +165,7 @@ fn check_reinpp(case: &Case<'_>, coverage: &mut Coverage) {
     };
     let estimated = estimator(name).unwrap()(&episodes, settings).unwrap();
     let mut ours: Vec<f32> = estimated.iter().flat_map(|a| a.advantages.clone()).collect();
-    normalize(&mut ours, None);
+    normalize(&mut ours, None, &OneRank).unwrap();
 
     // plain loop
     if baseline {
@@ -230,7 +231,7 @@ fn advantages_agree_with_the_reference() {
                     let mask = case.array("in.loss_mask");
                     let mut advantages = of_scores(name, &case.array("in.rewards").f32(), &mask, 1).unwrap();
                     if case.flag("normalize_advantages").unwrap_or(true) {
-                        normalize(&mut advantages, Some(&mask.bool()));
+                        normalize(&mut advantages, Some(&mask.bool()), &OneRank).unwrap();
                     }
                     case.close_array("out.advantages", &advantages);
                 }

@@ -3,6 +3,7 @@
 use learner::{
     advantage::normalize,
     loss::{ExplainedVariance, aggregate_logprob, episode_weighted_mean, huber, k3, masked_mean},
+    ranks::OneRank,
 };
 use policy::config::LogprobType;
 
@@ -55,7 +56,7 @@ fn loss_helpers_agree_with_the_reference() {
             }
             "safe_normalize" => {
                 let mut values = case.array("in.array").f32();
-                normalize(&mut values, Some(&case.array("in.loss_mask").bool()));
+                normalize(&mut values, Some(&case.array("in.loss_mask").bool()), &OneRank).unwrap();
                 case.close_array("out.out", &values);
             }
             "compute_critic_explained_variance_from_stats" => {

@@ -4,6 +4,7 @@ use integration_tests::Array;
 use learner::{
     advantage::{EstimatorSettings, normalize},
     collect::filter::keep_members,
+    ranks::OneRank,
 };
 
 use super::{
@@ -105,7 +106,7 @@ fn check_pipeline(case: &Case<'_>) {
     if name == "gae" {
         let all = episodes(layout, &ends);
         let mut ours = recorded.estimate(name, settings, &all).unwrap();
-        normalize(&mut ours.advantages, mask.as_deref());
+        normalize(&mut ours.advantages, mask.as_deref(), &OneRank).unwrap();
         case.close_array("out.advantages", &shaped(&ours.advantages));
         case.close_array("out.returns", &shaped(&ours.returns));
     } else {
