@@ -273,7 +273,7 @@ fn replace(dir: &Path, name: &str, bytes: &[u8]) {
 }
 
 #[test]
-fn weight_files_that_are_not_the_policys_are_refused() {
+fn weight_files_of_another_policy_are_refused() {
     type Named = BTreeMap<String, Weight>;
     let folder = tempfile::tempdir().expect("folder");
     let refusal = |case: &str, change: &dyn Fn(&mut Named), cut: &dyn Fn(&mut Vec<u8>)| {
