@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use policy::config::WeightMode;
+use process::exit::CODES;
 
 /// Writes pi0 and pi0.5 policies as ONNX bundles and checks bundles.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, after_help = CODES)]
 pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -16,6 +16,7 @@ mod ops;
 mod graph;
 pub mod bundle;
 pub mod check;
+pub mod exit;
 #[cfg(test)]
 mod tests;
 

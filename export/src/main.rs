@@ -4,19 +4,22 @@ mod args;
 
 use std::{io::Write, path::Path, process::ExitCode};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Parser;
 use export::{
-    BundleSpec, ExportError, GraphSource, WeightSource, check_bundle, manifest_of, tokenizer_of, write_bundle,
+    BundleSpec, ExportError, GraphSource, WeightSource, check_bundle,
+    exit::{CommandError, class},
+    manifest_of, tokenizer_of, write_bundle,
 };
 use policy::{
+    bundle::BundleError,
     config::RunConfig,
-    message::failed,
     norm::NormStats,
     params::{ParamSpec, params},
     plan::RunPlan,
     weights::WeightFile,
 };
+use process::exit::failed;
 
 use crate::args::{CheckArgs, Cli, Command, OnnxArgs};
 
@@ -28,16 +31,13 @@ fn main() -> ExitCode {
     };
     match done.and_then(|line| writeln!(std::io::stdout(), "{line}").context("writing to standard output")) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed("export", error.as_ref()),
+        Err(error) => failed("export", error.as_ref(), class),
     }
 }
 
 fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     if args.out.exists() {
-        bail!(
-            "bundle `{}` exists already and bundles are never changed: choose another folder",
-            args.out.display()
-        );
+        return Err(BundleError::Exists(args.out.clone()).into());
     }
     let (mut config, origins) = RunConfig::load_with_origins(&args.config, &args.overrides)?;
     if let Some(weights) = args.weights {
@@ -49,10 +49,7 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
     if args.without_value_head {
         plan.heads.value = None;
     } else if plan.heads.value.is_some() && !checkpoint.names().iter().any(|name| name.starts_with("value_head.")) {
-        bail!(
-            "checkpoint `{path}` holds no value head, but `actor.model.value_head` asks for one: pass a checkpoint of RL, or \
-             `--without-value-head` for evaluation only"
-        );
+        return Err(CommandError::NoValueHead(args.checkpoint.clone()).into());
     }
     let all = params(&plan.dims, &plan.heads);
     let wanted: Vec<&ParamSpec> = all.iter().collect();
@@ -112,11 +109,8 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
     let own = std::env::current_exe().context("finding this program's folder")?;
     let engine = own.with_file_name("rollout-engine");
     if !engine.is_file() {
-        bail!(
-            "{checked}: good so far, but the golden run was not done: `rollout-engine` is not beside `export` in `{}` \
-             (build it, or pass `--no-run`)",
-            own.parent().unwrap_or(Path::new(".")).display()
-        );
+        let folder = own.parent().unwrap_or(Path::new(".")).to_owned();
+        return Err(CommandError::NoEngine { checked, folder }.into());
     }
     let run = std::process::Command::new(&engine)
         .arg("check")
@@ -131,7 +125,12 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
             .find(|line| !line.trim().is_empty())
             .unwrap_or("no message")
             .trim();
-        bail!("{checked}: the golden run failed ({}): {last}", run.status);
+        return Err(CommandError::GoldenRun {
+            checked,
+            status: run.status,
+            said: last.to_owned(),
+        }
+        .into());
     }
     let said = String::from_utf8_lossy(&run.stdout);
     let last = said

@@ -3,6 +3,8 @@
 //! Modules stand in the data's order: what uses stands above what is used. A request comes in at [`front`], waits in [`queue`], and
 //! is answered on [`device`].
 
+// What ends the program, by its class.
+pub mod exit;
 pub mod serve;
 // The outside: ZeroMQ for env workers and clients, HTTP for operators.
 pub mod front;

@@ -12,9 +12,9 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use policy::{
     config::{BootstrapType, Provider, RunConfig},
-    message::failed,
     plan::RunPlan,
 };
+use process::exit::{CODES, failed};
 use rollout_engine::{
     bench::chunk_latency,
     device::{
@@ -22,13 +22,14 @@ use rollout_engine::{
         onnx::{OnnxDevice, OnnxLoader, OnnxRuntime, provider_name},
         versions::Policy,
     },
+    exit::{UsageError, class},
     serve::{Options, serve},
 };
 use tokio::sync::watch;
 
 /// Serves a pi0 / pi0.5 policy bundle with ONNX Runtime: action chunks for env workers and robots, chunk records for training.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, after_help = CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -135,7 +136,7 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed("rollout-engine", error.as_ref()),
+        Err(error) => failed("rollout-engine", error.as_ref(), class),
     }
 }
 
@@ -154,10 +155,9 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     let learner = (!args.standalone).then(|| args.learner.unwrap_or(config.learner.listen));
     if let Some(endpoint) = &learner {
         wire::socket::check_endpoint(endpoint)?;
-        anyhow::ensure!(
-            !endpoint.ends_with(":0"),
-            "`learner.listen = \"{endpoint}\"` names no port to connect to: pass --learner with the learner's endpoint, or --standalone"
-        );
+        if endpoint.ends_with(":0") {
+            return Err(UsageError::NoPort(endpoint.clone()).into());
+        }
     }
     let options = Options {
         rollout,
@@ -228,10 +228,9 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         "batch", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s"
     )?;
     for batch in &args.batch {
-        anyhow::ensure!(
-            *batch > 0 && args.batches > 0,
-            "`--batch` and `--batches` must be at least 1"
-        );
+        if *batch == 0 || args.batches == 0 {
+            return Err(UsageError::NoBatch.into());
+        }
         let row = chunk_latency(&mut device, &policy, *batch, args.batches)?;
         writeln!(
             out,

@@ -24,6 +24,7 @@ mod golden {
 mod asynchronous;
 mod client;
 mod environments;
+mod exit;
 mod hostile;
 mod inspect;
 mod load;

@@ -7,3 +7,4 @@ pub mod registry;
 pub mod expert;
 pub mod dataset;
 pub mod worker;
+pub mod exit;

@@ -4,12 +4,12 @@ use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use envs::{dataset, registry, tabletop};
-use policy::message::failed;
+use envs::{dataset, exit::class, registry, tabletop};
+use process::exit::{CODES, failed};
 
 /// Environments of pirl: serve them to an engine, or write their data sets.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = CODES)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -128,6 +128,6 @@ fn main() -> std::process::ExitCode {
     process::log::start();
     match run(Args::parse()) {
         Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => failed("env-worker", error.as_ref()),
+        Err(error) => failed("env-worker", error.as_ref(), class),
     }
 }

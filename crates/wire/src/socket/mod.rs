@@ -56,6 +56,13 @@ pub enum SocketError {
     Codec(#[from] CodecError),
 }
 
+impl SocketError {
+    /// Returns whether the endpoint is wrong as it is written, rather than a connection.
+    pub fn is_wrong_endpoint(&self) -> bool {
+        matches!(self, Self::Endpoint(_) | Self::NotLoopback(_))
+    }
+}
+
 /// Returns whether `HOST:PORT` is on loopback; `None` when it is not of that form.
 pub fn is_loopback(address: &str) -> Option<bool> {
     let (host, port) = address.rsplit_once(':')?;

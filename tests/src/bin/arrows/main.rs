@@ -74,10 +74,7 @@ fn run(workspace: &Path) -> anyhow::Result<bool> {
     Ok(good)
 }
 
-fn main() -> ExitCode {
-    match run(&Cli::parse().workspace.unwrap_or_default()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => policy::message::failed("arrows", error.as_ref()),
-    }
+fn main() -> anyhow::Result<ExitCode> {
+    let good = run(&Cli::parse().workspace.unwrap_or_default())?;
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

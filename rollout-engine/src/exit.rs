@@ -1,0 +1,94 @@
+//! The class of what ends the program `rollout-engine`, for its exit code.
+
+use std::error::Error;
+
+use process::exit::Class;
+use wire::socket::SocketError;
+
+use crate::{
+    device::{DeviceError, versions::PolicyError},
+    front::http::HttpError,
+    serve::ServeError,
+};
+
+/// A command line that cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UsageError {
+    /// The learner's endpoint leaves the port open.
+    #[error(
+        "`learner.listen = \"{0}\"` names no port to connect to: pass --learner with the learner's endpoint, or --standalone"
+    )]
+    NoPort(String),
+    /// A measurement of nothing.
+    #[error("`--batch` and `--batches` must be at least 1")]
+    NoBatch,
+}
+
+/// Returns the class of one error; `None` where its type says nothing.
+pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
+    if error.is::<UsageError>() {
+        return Some(Class::Usage);
+    }
+    let serve = error.downcast_ref().map(of_serve);
+    let load = || {
+        error
+            .downcast_ref()
+            .map(of_policy)
+            .or_else(|| error.downcast_ref().map(of_device))
+    };
+    let endpoint = || error.downcast_ref().map(of_socket);
+    serve.or_else(load).or_else(endpoint)
+}
+
+fn of_serve(error: &ServeError) -> Class {
+    match error {
+        ServeError::Device(error) => of_device(error),
+        ServeError::Policy { source, .. } => of_policy(source),
+        ServeError::Socket(error) => of_socket(error),
+        ServeError::Http(HttpError::Address(_)) => Class::Usage,
+        ServeError::Http(HttpError::Bind { .. }) => Class::Ring,
+        ServeError::State { .. }
+        | ServeError::Endpoints(_)
+        | ServeError::Metrics(_)
+        | ServeError::Thread(_)
+        | ServeError::Inference => Class::Other,
+    }
+}
+
+fn of_policy(error: &PolicyError) -> Class {
+    match error {
+        PolicyError::Device(error) => of_device(error),
+        PolicyError::Sample(_) => Class::Other,
+        PolicyError::Bundle(_)
+        | PolicyError::Prompt(_)
+        | PolicyError::SelfTest { .. }
+        | PolicyError::NotFinite { .. }
+        | PolicyError::Reference { .. }
+        | PolicyError::Other { .. } => Class::Data,
+    }
+}
+
+fn of_device(error: &DeviceError) -> Class {
+    match error {
+        DeviceError::Provider { .. } => Class::Usage,
+        DeviceError::Load { .. }
+        | DeviceError::Graph { .. }
+        | DeviceError::Weights { .. }
+        | DeviceError::Output { .. } => Class::Data,
+        DeviceError::NoLibrary
+        | DeviceError::Library { .. }
+        | DeviceError::Run { .. }
+        | DeviceError::Contract { .. }
+        | DeviceError::Slot(_)
+        | DeviceError::Closed => Class::Other,
+    }
+}
+
+fn of_socket(error: &SocketError) -> Class {
+    if error.is_wrong_endpoint() {
+        Class::Usage
+    } else {
+        Class::Ring
+    }
+}
