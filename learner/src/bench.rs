@@ -62,10 +62,10 @@ pub struct Table {
 /// # Errors
 /// No records or repeats, or the configuration's algorithm cannot be built.
 pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
-    if records == 0 || repeats == 0 {
-        return Err(LearnerError::Missing(format!(
-            "{records} records and {repeats} repeats, expected at least 1 of each"
-        )));
+    for (what, count) in [("--records", records), ("--repeats", repeats)] {
+        if count == 0 {
+            return Err(LearnerError::Zero { what });
+        }
     }
     let actor = &plan.config.actor;
     tch::set_num_threads(actor.threads as i32);
@@ -91,9 +91,7 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
             let policy = network(&plan)?;
             let report = Updater::new(&plan, &policy, &OneRank)?.update(&batch, iteration)?;
             if report.updates == 0 {
-                return Err(LearnerError::Missing(format!(
-                    "none of the {records} drawn records taught anything, so nothing was measured: use more with `--records`"
-                )));
+                return Err(LearnerError::NothingMeasured { records });
             }
             runs.push((report.prefix_seconds + report.update_seconds, report.prefix_cache_bytes));
             let parts = [Part::Expert, Part::NoiseHead, Part::ValueHead];

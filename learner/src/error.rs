@@ -33,7 +33,7 @@ pub enum LearnerError {
     #[error(transparent)]
     Export(#[from] export::ExportError),
     /// A weight file.
-    #[error("weights `{path}`: {source}")]
+    #[error("failed to read weights `{path}`")]
     Weights {
         /// Which file.
         path: PathBuf,
@@ -99,7 +99,7 @@ pub enum LearnerError {
         detail: String,
     },
     /// A file operation.
-    #[error("{action} `{path}`: {source}")]
+    #[error("{action} `{path}` failed")]
     Io {
         /// What was attempted.
         action: &'static str,
@@ -109,7 +109,7 @@ pub enum LearnerError {
         source: std::io::Error,
     },
     /// A child process.
-    #[error("{name} {what}; the end of its log `{log}`:\n{tail}")]
+    #[error("{name} {what}; the end of its log `{log}` follows")]
     Child {
         /// Which program.
         name: String,
@@ -144,9 +144,52 @@ pub enum LearnerError {
         /// Number of the iteration, from 0.
         iteration: u32,
     },
-    /// Something that a command needs is not there.
-    #[error("{0}")]
-    Missing(String),
+    /// A file that a command needs.
+    #[error("`{path}` is missing: {remedy}")]
+    NoFile {
+        /// Which file.
+        path: PathBuf,
+        /// How to get it.
+        remedy: &'static str,
+    },
+    /// A program that is not beside this one.
+    #[error("`{name}` is not in the folder of `{own}`: build the whole workspace (scripts/setup)")]
+    NoProgram {
+        /// Which program.
+        name: String,
+        /// This executable.
+        own: PathBuf,
+    },
+    /// The Python env workers are not in the repository of this executable.
+    #[error("the folder crates/envs/python is not above this executable: run the learner inside its repository")]
+    NoPython,
+    /// Parameters that a worker cannot read.
+    #[error("failed to write `env.params` for the env worker")]
+    Params(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// An engine's endpoints.
+    #[error("failed to read the engine's endpoints: `{0}` lacks the key `listen`")]
+    Endpoints(PathBuf),
+    /// The network thread.
+    #[error("the network thread has ended, see the log above")]
+    NetworkEnded,
+    /// A command without work.
+    #[error("{what} is 0, expected at least 1")]
+    Zero {
+        /// Which argument.
+        what: &'static str,
+    },
+    /// A measurement of updates that change nothing.
+    #[error("none of the {records} drawn records taught anything, so nothing was measured: use more with `--records`")]
+    NothingMeasured {
+        /// Records of the iteration.
+        records: usize,
+    },
+    /// State that cannot be written as JSON.
+    #[error("failed to write a checkpoint's state")]
+    State(#[source] serde_json::Error),
+    /// Statistics.
+    #[error(transparent)]
+    Norm(#[from] NormError),
     /// A run that cannot be reported.
     #[error("run `{path}`: {detail}")]
     Run {

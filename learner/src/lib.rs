@@ -19,6 +19,7 @@ pub mod loss;
 // Losses on the velocity.
 pub mod velocity;
 pub mod error;
+pub mod exit;
 pub mod method;
 pub mod metrics;
 // Engines and env workers around the learner.

@@ -4,7 +4,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 use learner::{
-    bench, inspect, method, report,
+    bench, exit, inspect, method, report,
     ring::native,
     run::{evaluate, resume::Resume, train},
     supervised,
@@ -12,13 +12,13 @@ use learner::{
 use policy::{
     bundle::write_atomic,
     config::{ConfigError, Origins, RunConfig},
-    message::failed,
     plan::RunPlan,
 };
+use process::exit::{CODES, failed};
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -171,6 +171,13 @@ fn main() -> ExitCode {
     native::register_cuda();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed("learner", error.as_ref()),
+        Err(error) => {
+            let code = failed("learner", error.as_ref(), exit::class);
+            for line in error.chain().find_map(exit::log_tail).unwrap_or_default().lines() {
+                // when standard error is closed too, the exit code is all that is left
+                drop(writeln!(std::io::stderr(), "    {line}"));
+            }
+            code
+        }
     }
 }

@@ -23,11 +23,7 @@ pub enum Method {
 }
 
 fn refuse<T>(key: &str, detail: String) -> Result<T> {
-    Err(LearnerError::Config(ConfigError::Key {
-        key: key.to_owned(),
-        origins: Vec::new(),
-        detail,
-    }))
+    Err(LearnerError::Config(ConfigError::key(key, detail)))
 }
 
 fn names<'a>(all: impl Iterator<Item = &'a str>) -> String {

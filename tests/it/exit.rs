@@ -43,7 +43,7 @@ fn text(path: &Path) -> String {
 
 #[test]
 fn every_program_names_its_exit_codes() {
-    for name in ["export", "rollout-engine", "env-worker"] {
+    for name in ["export", "rollout-engine", "env-worker", "learner"] {
         let help = Command::new(program(name)).arg("--help").output().expect("help");
         let help = String::from_utf8_lossy(&help.stdout);
         // clap may break the lines
@@ -57,7 +57,7 @@ fn wrong_usage_and_configurations_end_with_2() {
     let dir = tempfile::tempdir().expect("folder");
     let out = text(&dir.path().join("out"));
     let exists = text(dir.path());
-    for name in ["export", "rollout-engine", "env-worker"] {
+    for name in ["export", "rollout-engine", "env-worker", "learner"] {
         ends(name, &["--no-such-flag"], USAGE);
     }
     let set = ["--set", "actor.model.openpi.noise_level=-1.0"];
@@ -136,6 +136,61 @@ fn broken_data_ends_with_3() {
         "env-worker",
         &[&demos[..], &["--params", "demo_bias = 0.2"]].concat(),
         DATA,
+    );
+}
+
+#[test]
+fn a_learner_without_its_data_ends_with_3() {
+    let dir = tempfile::tempdir().expect("folder");
+    let set = format!("runner.output_dir=\"{}\"", text(dir.path()));
+    // no SFT checkpoint
+    ends("learner", &["train", "--config", QUICKSTART, "--set", &set], DATA);
+    let absent = text(&dir.path().join("absent"));
+    ends("learner", &["report", &absent], DATA);
+    ends(
+        "learner",
+        &[
+            "sft",
+            "--config",
+            QUICKSTART,
+            "--set",
+            &set,
+            "--set",
+            "actor.model.norm_stats=\"absent.json\"",
+        ],
+        DATA,
+    );
+}
+
+#[test]
+fn a_learner_shows_the_log_of_an_engine_that_ends_and_ends_with_4() {
+    let dir = tempfile::tempdir().expect("folder");
+    let bundle = text(&random_bundle(&Programs::default(), &plan(dir.path(), &[]), dir.path()));
+    let set = format!("runner.output_dir=\"{}\"", text(&dir.path().join("run")));
+    let done = Command::new(program("learner"))
+        .args([
+            "eval",
+            "--config",
+            QUICKSTART,
+            "--set",
+            &set,
+            "--bundle",
+            &bundle,
+            "--episodes",
+            "2",
+        ])
+        .env("ORT_DYLIB_PATH", "/nowhere/libonnxruntime.so")
+        .stdin(Stdio::null())
+        .output()
+        .expect("starting the program");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(RING), "{said}");
+    let mut lines = said.lines();
+    let first = lines.find(|line| line.starts_with("learner: ")).expect("the failure");
+    assert!(first.contains("rollout-engine"), "{said}");
+    assert!(
+        lines.any(|line| line.starts_with("    ") && line.contains("/nowhere/libonnxruntime.so")),
+        "{said}"
     );
 }
 

@@ -1,6 +1,6 @@
 //! Error messages: one line, each cause once.
 
-use std::{error::Error, fmt::Display, io::Write, process::ExitCode};
+use std::{error::Error, fmt::Display};
 
 /// A text on one line: every run of white space is one space.
 pub fn one_line(text: impl Display) -> String {
@@ -36,13 +36,6 @@ pub fn told(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     text
-}
-
-/// The end of a program that failed: one line `PROGRAM: message` on standard error.
-pub fn failed(program: &str, error: &(dyn Error + 'static)) -> ExitCode {
-    // when standard error is closed too, the exit status is all that is left to tell
-    drop(writeln!(std::io::stderr(), "{program}: {}", told(error)));
-    ExitCode::FAILURE
 }
 
 #[cfg(test)]

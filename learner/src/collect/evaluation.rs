@@ -1,6 +1,6 @@
 //! The episodes of an evaluation: fixed seeds that training never sees.
 
-use policy::plan::RunPlan;
+use policy::{config::ConfigError, plan::RunPlan};
 use wire::messages::Reset;
 
 use crate::error::{LearnerError, Result};
@@ -29,8 +29,9 @@ pub fn resets(episodes: usize, videos: usize) -> Vec<Reset> {
 /// The seeds are the same.
 pub fn check_seed(plan: &RunPlan) -> Result<()> {
     if plan.config.runner.seed == EVAL_SEED {
-        return Err(LearnerError::Missing(format!(
-            "`runner.seed` {EVAL_SEED} is the evaluation's, choose another"
+        return Err(LearnerError::Config(ConfigError::key(
+            "runner.seed",
+            format!("{EVAL_SEED} is the evaluation's, choose another"),
         )));
     }
     Ok(())

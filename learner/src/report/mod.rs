@@ -48,7 +48,7 @@ pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Re
         full.push(path);
     }
     let Some(first) = dirs.first() else {
-        return Err(LearnerError::Missing("a report needs at least one run".to_owned()));
+        return Err(LearnerError::Zero { what: "RUN" });
     };
     let runs = full
         .iter()

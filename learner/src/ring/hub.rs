@@ -309,7 +309,7 @@ impl Hub {
     fn command(&self, command: Command) -> Result<()> {
         self.commands
             .send(command)
-            .map_err(|_closed| LearnerError::Missing("the network thread has ended, see the log above".to_owned()))
+            .map_err(|_closed| LearnerError::NetworkEnded)
     }
 
     /// Waits for the next event; `None` when `timeout` passes without one.
@@ -323,9 +323,7 @@ impl Hub {
                 Ok(Some(event))
             }
             Err(std_mpsc::RecvTimeoutError::Timeout) => Ok(None),
-            Err(std_mpsc::RecvTimeoutError::Disconnected) => Err(LearnerError::Missing(
-                "the network thread has ended, see the log above".to_owned(),
-            )),
+            Err(std_mpsc::RecvTimeoutError::Disconnected) => Err(LearnerError::NetworkEnded),
         }
     }
 }

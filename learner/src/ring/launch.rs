@@ -50,11 +50,9 @@ fn sibling(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|dir| dir.join(name))
         .find(|path| path.is_file());
-    found.ok_or_else(|| {
-        LearnerError::Missing(format!(
-            "`{name}` is not beside `{}`: build the whole workspace (scripts/setup)",
-            own.display()
-        ))
+    found.ok_or_else(|| LearnerError::NoProgram {
+        name: name.to_owned(),
+        own,
     })
 }
 
@@ -64,9 +62,7 @@ fn python(env: &EnvConfig) -> Result<Command> {
     let root = own
         .ancestors()
         .find(|dir| dir.join("crates/envs/python").is_dir())
-        .ok_or_else(|| {
-            LearnerError::Missing("the folder crates/envs/python is not above this executable".to_owned())
-        })?;
+        .ok_or(LearnerError::NoPython)?;
     let (interpreter, remedy) = match &env.python {
         Some(path) => (
             path.clone(),
@@ -78,10 +74,10 @@ fn python(env: &EnvConfig) -> Result<Command> {
         ),
     };
     if !interpreter.is_file() {
-        return Err(LearnerError::Missing(format!(
-            "`{}` is missing: {remedy}",
-            interpreter.display()
-        )));
+        return Err(LearnerError::NoFile {
+            path: interpreter,
+            remedy,
+        });
     }
     let mut command = Command::new(interpreter);
     command
@@ -102,10 +98,9 @@ fn tail(log: &Path) -> String {
 
 /// Parameters of the environment as JSON for the Python worker, as TOML for ours.
 fn params(kind: WorkerKind, table: &toml::Table) -> Result<String> {
-    let key = |e: String| LearnerError::Missing(format!("`env.params` cannot be passed on: {e}"));
     match kind {
-        WorkerKind::Rust => toml::to_string(table).map_err(|e| key(e.to_string())),
-        WorkerKind::Python => serde_json::to_string(table).map_err(|e| key(e.to_string())),
+        WorkerKind::Rust => toml::to_string(table).map_err(|e| LearnerError::Params(e.into())),
+        WorkerKind::Python => serde_json::to_string(table).map_err(|e| LearnerError::Params(e.into())),
     }
 }
 
@@ -156,8 +151,7 @@ impl Children {
                 let listen = serde_json::from_str::<serde_json::Value>(&text)
                     .ok()
                     .and_then(|v| v.get("listen").and_then(|l| l.as_str().map(str::to_owned)));
-                return listen
-                    .ok_or_else(|| LearnerError::Missing(format!("`{}` lacks the key `listen`", endpoints.display())));
+                return listen.ok_or_else(|| LearnerError::Endpoints(endpoints.clone()));
             }
             if begin.elapsed() > START {
                 return Err(LearnerError::Silence {

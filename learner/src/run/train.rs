@@ -58,10 +58,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         } else {
             "run `learner sft` with this configuration first"
         };
-        return Err(LearnerError::Missing(format!(
-            "`{}` is missing: {remedy}",
-            start.display()
-        )));
+        return Err(LearnerError::NoFile { path: start, remedy });
     }
     let store = ParamStore::random(&plan.dims, &plan.heads, config.runner.seed, Device::cuda_if_available())?;
     let policy = Pi0::new(plan.dims.clone(), &plan.heads, store)?;

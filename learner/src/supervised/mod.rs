@@ -14,6 +14,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 use policy::{
+    config::ConfigError,
     params::{Heads, Part},
     plan::RunPlan,
     transform::Transform,
@@ -29,7 +30,7 @@ use self::{
 };
 use crate::{
     collect::evaluation::check_seed,
-    error::{LearnerError, Result},
+    error::Result,
     metrics::MetricsLog,
     model::{ParamStore, Pi0},
     ring::launch::Children,
@@ -55,7 +56,7 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
     let sft_config = config
         .sft
         .as_ref()
-        .ok_or_else(|| LearnerError::Missing("section `sft` is missing".to_owned()))?;
+        .ok_or_else(|| ConfigError::key("sft", "the section is missing"))?;
     let mut log = MetricsLog::open(&dir)?;
     let transform = Transform::of_config(&config.actor.model, norm_stats(plan)?)?;
     let mut children = Children::default();

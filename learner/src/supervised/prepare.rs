@@ -26,8 +26,7 @@ pub(crate) fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
 /// The statistics of the configuration, where it names some.
 pub(crate) fn norm_stats(plan: &RunPlan) -> Result<Option<NormStats>> {
     let path = plan.config.actor.model.norm_stats.as_deref();
-    path.map(|p| NormStats::load(p).map_err(|e| LearnerError::Missing(e.to_string())))
-        .transpose()
+    Ok(path.map(NormStats::load).transpose()?)
 }
 
 /// Fills parts of a policy from a checkpoint under openpi's names.

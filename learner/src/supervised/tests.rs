@@ -629,9 +629,9 @@ fn minibatches_come_in_their_order_and_no_more_than_two_are_in_memory() {
     let mut done = 0;
     let error = loader.for_each(draws(1000), |_, _| {
         done += 1;
-        Err(LearnerError::Missing("full disk".to_owned()))
+        Err(LearnerError::NetworkEnded)
     });
-    assert!(told(&error.expect_err("of the step")).contains("full disk"));
+    assert!(told(&error.expect_err("of the step")).contains("network thread has ended"));
     assert!(done == 1 && reads() <= 46, "{}", reads());
 }
 

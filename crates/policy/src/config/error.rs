@@ -62,6 +62,15 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
+    /// Returns the refusal of a key: `detail` says found and expected.
+    pub fn key(key: &str, detail: impl Into<String>) -> Self {
+        Self::Key {
+            key: key.to_owned(),
+            origins: Vec::new(),
+            detail: detail.into(),
+        }
+    }
+
     /// Completes an error that names a key by the origins of that key.
     #[must_use]
     pub fn locate(mut self, all: &Origins) -> Self {

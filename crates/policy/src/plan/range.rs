@@ -5,13 +5,9 @@ use crate::config::ConfigError;
 /// Most threads of a program.
 pub(super) const MAX_THREADS: usize = 1024;
 
-/// The refusal of a key.
+/// Returns the refusal of a key.
 pub(super) fn refuse(key: &str, detail: impl Into<String>) -> ConfigError {
-    ConfigError::Key {
-        key: key.to_owned(),
-        origins: Vec::new(),
-        detail: detail.into(),
-    }
+    ConfigError::key(key, detail)
 }
 
 /// A count of 1 to `bound`; `bound_key` is the key or the words that the bound comes from.

@@ -298,8 +298,7 @@ pub fn write(dir: &Path, updater: &mut Updater<'_>, counters: &Counters, config:
 }
 
 fn json(value: &impl Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec_pretty(value)
-        .map_err(|e| LearnerError::Missing(format!("a checkpoint's state cannot be written: {e}")))
+    serde_json::to_vec_pretty(value).map_err(LearnerError::State)
 }
 
 /// Removes a checkpoint: out of sight first, so that no half-removed one is ever found.
