@@ -10,7 +10,7 @@ use process::exit::CODES;
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true, after_help = CODES)]
 pub(crate) struct Cli {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -27,28 +27,28 @@ pub(crate) enum Command {
 /// `export onnx`
 #[derive(Debug, Args)]
 pub(crate) struct OnnxArgs {
-    /// Run configuration that names the policy's sizes
+    /// Run configuration with the policy's sizes
     #[arg(long, value_name = "CONFIG.toml")]
     pub(crate) config: PathBuf,
-    /// Checkpoint in openpi's layout
+    /// Checkpoint in the layout of openpi
     #[arg(long, value_name = "MODEL.safetensors")]
     pub(crate) checkpoint: PathBuf,
     /// Folder of the new bundle; it must not exist
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Policy version that the bundle carries
+    /// Policy version of the bundle
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) policy_version: u64,
     /// Batch size of the graphs: a number, or `dynamic`
     #[arg(long, value_name = "N|dynamic", default_value = "dynamic", value_parser = batch)]
     pub(crate) batch: Batch,
-    /// Where the denoise graph has its weights; as the configuration says when absent
+    /// Location of the denoise graph's weights; default: as in the configuration
     #[arg(long, value_enum)]
     pub(crate) weights: Option<Weights>,
-    /// Export without a value head even if the configuration has one (an SFT checkpoint holds none)
+    /// Export without a value head even if the configuration has one (an SFT checkpoint has no value head)
     #[arg(long)]
     pub(crate) without_value_head: bool,
-    /// Override a key of the configuration, like `actor.model.num_steps=4`; may be repeated
+    /// Override a key of the configuration, like `actor.model.num_steps=4`; repeatable
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) overrides: Vec<String>,
 }
@@ -56,15 +56,15 @@ pub(crate) struct OnnxArgs {
 /// `export check`
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
-    /// The bundle
+    /// Folder of the bundle
     #[arg(value_name = "DIR")]
     pub(crate) dir: PathBuf,
-    /// Leave the golden run out (it needs the program `rollout-engine` beside this one)
+    /// Skip the golden run, which needs the program `rollout-engine` in the folder of `export`
     #[arg(long)]
     pub(crate) no_run: bool,
 }
 
-/// Batch size of the graphs.
+/// Batch size of the graphs; `None` is the symbolic batch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Batch(pub(crate) Option<usize>);
 
@@ -78,10 +78,10 @@ fn batch(text: &str) -> Result<Batch, String> {
     }
 }
 
-/// Weight mode as typed.
+/// Weight mode on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Weights {
-    /// External data at offsets of the safetensors file
+    /// External data at offsets in the safetensors file
     Constants,
     /// Graph inputs, bound by the engine
     Inputs,

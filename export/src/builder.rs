@@ -1,4 +1,4 @@
-//! The graph builder: typed values with a static shape (the batch may be symbolic), checked while the graph is built.
+//! The graph builder: typed values with a static shape (the batch may be symbolic), checked during the build.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,58 +20,58 @@ use crate::{
 
 /// IR version of the written models.
 pub(crate) const IR_VERSION: i64 = 10;
-/// Operator set of the written models: the first with `Gelu`.
+/// Operator set of the written models, the first with `Gelu`.
 pub(crate) const OPSET: i64 = 20;
 
-/// A graph that cannot be built.
+/// Error of building a graph.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GraphError {
-    /// Shapes or types that do not go together.
+    /// Shapes or types do not match.
     #[error("graph node `{node}`: {detail}")]
     Node {
-        /// Where.
+        /// Name of the node.
         node: String,
-        /// What was expected and found.
+        /// The expected and the found value.
         detail: String,
     },
-    /// A weight that the policy does not have.
+    /// A weight is not in the parameter table.
     #[error("graph weight `{0}` is not in the parameter table")]
     UnknownWeight(String),
-    /// A weight that no node reads.
+    /// A weight is not read by any node.
     #[error("graph weight `{0}` is read by no node")]
     UnusedWeight(String),
     /// The weight file lacks a tensor.
     #[error("weight file `{file}` lacks the tensor `{name}`")]
     NoLocation {
-        /// Which file.
+        /// Name of the weight file.
         file: String,
-        /// Which tensor.
+        /// Name of the tensor.
         name: String,
     },
-    /// The weight file has another tensor under this name.
+    /// A tensor of the weight file has a wrong shape or a wrong length.
     #[error("tensor `{name}` of the weight file has {found}, expected {expected} in F32")]
     Location {
-        /// Which tensor.
+        /// Name of the tensor.
         name: String,
-        /// Shape and bytes of the policy.
+        /// Shape and bytes in the policy.
         expected: String,
-        /// Shape and bytes of the file.
+        /// Shape and bytes in the file.
         found: String,
     },
 }
 
-/// Where the graph finds its weights.
+/// Location of the graph's weights.
 #[derive(Debug, Clone, Copy)]
 pub enum WeightsAs<'a> {
-    /// Initializers whose data lies in a file beside the graph.
+    /// Initializers with their data in a file in the graph's folder.
     External {
-        /// Its name.
+        /// Name of the file.
         file: &'a str,
-        /// Offset and length of every tensor.
+        /// Offset and length of every tensor, in bytes.
         locations: &'a BTreeMap<String, Location>,
     },
-    /// Graph inputs under the weights' own names, after the other inputs.
+    /// Graph inputs with the names of the weights, after the other inputs.
     Inputs,
 }
 
@@ -84,18 +84,18 @@ pub struct Value {
 }
 
 impl Value {
-    /// Its shape.
+    /// Returns the shape.
     pub fn shape(&self) -> &[Dim] {
         &self.shape
     }
 
-    /// The axis, counted from the front; size 1 when there is none.
+    /// Returns an axis, counted from the front; size 1 beyond the rank.
     pub(crate) fn axis(&self, axis: usize) -> Dim {
         self.shape.get(axis).copied().unwrap_or(Dim::fixed(1))
     }
 }
 
-/// Builds one graph. The operations are methods; each checks its inputs and gives the value that it makes.
+/// Builder of one graph. The operations are methods, which check their inputs and return the result's value.
 #[derive(Debug)]
 pub struct GraphBuilder<'a> {
     name: String,
@@ -114,7 +114,7 @@ pub struct GraphBuilder<'a> {
 }
 
 impl<'a> GraphBuilder<'a> {
-    /// An empty graph over the weights `params`; `batch` is fixed, or symbolic when absent.
+    /// Creates an empty graph over the weights `params`; a `batch` of `None` is symbolic.
     pub fn new(name: &str, batch: Option<usize>, params: Vec<ParamSpec>, weights: WeightsAs<'a>) -> Self {
         Self {
             name: name.to_owned(),
@@ -133,22 +133,22 @@ impl<'a> GraphBuilder<'a> {
         }
     }
 
-    /// `count` rows per sample as one axis.
+    /// Returns an axis with `count` rows per sample.
     pub fn rows(&self, count: usize) -> Dim {
         self.batch.map_or(Dim::batch(count), |batch| Dim::fixed(batch * count))
     }
 
-    /// Whether the weights are graph inputs.
+    /// Returns whether the weights are graph inputs.
     pub fn weights_are_inputs(&self) -> bool {
         matches!(self.weights, WeightsAs::Inputs)
     }
 
-    /// Names of the nodes that follow start with this.
+    /// Sets the prefix of the names of the following nodes.
     pub fn scope(&mut self, scope: &str) {
         scope.clone_into(&mut self.scope);
     }
 
-    /// A graph input.
+    /// Adds a graph input.
     pub fn input(&mut self, spec: &TensorSpec) -> Value {
         let value = Value {
             name: spec.name.clone(),
@@ -159,10 +159,10 @@ impl<'a> GraphBuilder<'a> {
         value
     }
 
-    /// Makes a value a graph output under this name.
+    /// Makes a value the graph output of `spec`.
     ///
     /// # Errors
-    /// Its type or shape is not what `spec` says.
+    /// The type or shape differs from `spec`.
     pub fn output(&mut self, spec: &TensorSpec, value: &Value) -> Result<(), GraphError> {
         if value.elem != spec.element || value.shape != axes(spec) {
             return Err(GraphError::Node {
@@ -174,15 +174,15 @@ impl<'a> GraphBuilder<'a> {
         Ok(())
     }
 
-    /// Makes a value a graph output that no contract names, with the type and shape that it has.
+    /// Makes a value a graph output outside of the contract, with the value's type and shape.
     pub(crate) fn debug_output(&mut self, name: &str, value: &Value) {
         self.outputs.push((name.to_owned(), value.clone()));
     }
 
-    /// A weight by its checkpoint name.
+    /// Returns a weight by its checkpoint name.
     ///
     /// # Errors
-    /// It is not in the parameter table, or the weight file has none or another one of this name.
+    /// The weight is not in the parameter table, or its tensor in the weight file is missing or has a wrong size.
     pub fn weight(&mut self, name: &str) -> Result<Value, GraphError> {
         let spec = self
             .params
@@ -201,10 +201,10 @@ impl<'a> GraphBuilder<'a> {
         Ok(value)
     }
 
-    /// A small f32 constant, stored in the graph.
+    /// Adds a small f32 constant, stored in the graph.
     ///
     /// # Errors
-    /// The number of values does not fit the shape.
+    /// The number of values does not match the shape.
     pub fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Value, GraphError> {
         let name = self.next_name("const");
         if shape.iter().product::<usize>() != data.len() {
@@ -217,15 +217,15 @@ impl<'a> GraphBuilder<'a> {
         Ok(self.store(name, shape, ElementType::F32, raw))
     }
 
-    /// A scalar constant.
+    /// Adds an f32 scalar, stored in the graph.
     ///
     /// # Errors
-    /// None in practice; see [`GraphBuilder::constant`].
+    /// See [`GraphBuilder::constant`]; does not occur in practice.
     pub fn scalar(&mut self, value: f32) -> Result<Value, GraphError> {
         self.constant(&[], &[value])
     }
 
-    /// An integer vector for shapes and axes; equal ones are stored once.
+    /// Adds an integer vector for shapes and axes; equal vectors are stored once.
     pub(crate) fn integers(&mut self, data: &[i64]) -> Value {
         if let Some(known) = self.integers.get(data) {
             return known.clone();
@@ -257,7 +257,7 @@ impl<'a> GraphBuilder<'a> {
         format!("{}/{kind}_{}", self.scope, self.count)
     }
 
-    /// An error of the operation that would come next.
+    /// Returns an error of the next operation.
     pub(crate) fn refuse(&self, op: &str, detail: String) -> GraphError {
         GraphError::Node {
             node: format!("{}/{op}_{}", self.scope, self.count + 1),
@@ -265,7 +265,7 @@ impl<'a> GraphBuilder<'a> {
         }
     }
 
-    /// Appends a node with one result.
+    /// Adds a node with one result.
     pub(crate) fn node(
         &mut self,
         op: &str,
@@ -286,7 +286,7 @@ impl<'a> GraphBuilder<'a> {
         Value { name, shape, elem }
     }
 
-    /// Appends a node with several results of one type.
+    /// Adds a node with several results of one type.
     pub(crate) fn node_many(
         &mut self,
         op: &str,
@@ -316,10 +316,10 @@ impl<'a> GraphBuilder<'a> {
         values
     }
 
-    /// The bytes of the finished `.onnx` file.
+    /// Returns the bytes of the finished `.onnx` file.
     ///
     /// # Errors
-    /// A weight is read by no node.
+    /// A weight is not read by any node.
     pub fn finish(mut self) -> Result<Vec<u8>, GraphError> {
         if let Some(name) = self.order.iter().find(|name| !self.used.contains(*name)) {
             return Err(GraphError::UnusedWeight(name.clone()));
@@ -367,7 +367,7 @@ impl<'a> GraphBuilder<'a> {
         Ok(model.encode_to_vec())
     }
 
-    /// Gives every output its name: by renaming the node's result, or by a copy where that has a name of its own.
+    /// Names every output: renames the node's result, or adds a copy for graph inputs and for results that are already renamed.
     fn name_outputs(&mut self) {
         let made: BTreeSet<String> = self.nodes.iter().flat_map(|n| n.output.iter().cloned()).collect();
         let mut renamed: BTreeMap<String, String> = BTreeMap::new();
@@ -467,7 +467,7 @@ fn value_info(name: &str, elem: ElementType, shape: &[Dim]) -> ValueInfoProto {
     }
 }
 
-/// An integer attribute.
+/// Returns an integer attribute.
 pub(crate) fn int(name: &str, value: i64) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_owned()),
@@ -477,7 +477,7 @@ pub(crate) fn int(name: &str, value: i64) -> AttributeProto {
     }
 }
 
-/// A float attribute.
+/// Returns a float attribute.
 pub(crate) fn float(name: &str, value: f32) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_owned()),
@@ -487,7 +487,7 @@ pub(crate) fn float(name: &str, value: f32) -> AttributeProto {
     }
 }
 
-/// A list of integers.
+/// Returns an attribute with a list of integers.
 pub(crate) fn ints(name: &str, values: &[i64]) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_owned()),
@@ -497,7 +497,7 @@ pub(crate) fn ints(name: &str, values: &[i64]) -> AttributeProto {
     }
 }
 
-/// A string attribute.
+/// Returns a string attribute.
 pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_owned()),
@@ -525,7 +525,7 @@ mod tests {
         }
     }
 
-    /// `[batch, width]`
+    /// Returns the spec of an f32 tensor `[batch, width]`.
     fn rows(name: &str, width: usize) -> TensorSpec {
         TensorSpec {
             name: name.to_owned(),
@@ -558,12 +558,12 @@ mod tests {
         assert!(g.split(&wide, 1, &[1, 2]).is_err(), "the pieces do not add up");
         assert!(g.slice(&wide, 1, 3, 2).is_err(), "beyond the end");
         assert!(g.concat(&[&x, &wide], 0).is_err(), "another width");
-        assert!(g.transpose(&x, &[0, 0]).is_err(), "no permutation");
+        assert!(g.transpose(&x, &[0, 0]).is_err(), "not a permutation");
         assert!(
             g.expand(&wide, &[Dim::batch(1), Dim::fixed(8)]).is_err(),
             "only axes of size 1 grow"
         );
-        assert!(g.choose(&x, &x, &x).is_err(), "the condition is no boolean");
+        assert!(g.choose(&x, &x, &x).is_err(), "the condition is not a boolean");
         assert!(g.weight("other").is_err(), "not in the table");
     }
 

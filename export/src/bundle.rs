@@ -1,4 +1,4 @@
-//! Writing a bundle: weights checked, graphs built or taken over from an earlier version, everything published at once.
+//! Writing of bundles: checks weights, builds graphs or links the graphs of an earlier version, publishes all files at once.
 
 use std::{
     collections::BTreeMap,
@@ -25,11 +25,11 @@ use crate::{
     graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph},
 };
 
-/// A bundle that cannot be written.
+/// Error of writing a bundle.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
-    /// Sizes that are no policy.
+    /// The sizes are invalid.
     #[error(transparent)]
     Dims(#[from] DimsError),
     /// A graph cannot be built.
@@ -38,92 +38,92 @@ pub enum ExportError {
     /// A file cannot be written or read.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// Weights that are not those of the policy.
+    /// The weights do not match the policy.
     #[error("weights for `{file}`: {source}")]
     Weights {
-        /// Which file of the bundle.
+        /// File of the bundle.
         file: &'static str,
-        /// What is wrong.
+        /// Cause.
         source: WeightsError,
     },
-    /// The tensors lie elsewhere than the graphs that are taken over expect.
+    /// The tensors have other locations than the reused graphs expect.
     #[error(
-        "tensor `{name}` of `{file}` lies at {found}, the reused graph reads it at {expected}: build the graphs anew"
+        "tensor `{name}` of `{file}` lies at {found}, the reused graph reads it at {expected}: build the graphs again"
     )]
     Layout {
-        /// Which file of the bundle.
+        /// File of the bundle.
         file: &'static str,
-        /// The first tensor that differs.
+        /// Name of the first differing tensor.
         name: String,
-        /// Where the graph reads it.
+        /// Location in the graph.
         expected: String,
-        /// Where it is.
+        /// Location in the file.
         found: String,
     },
-    /// The graphs that are taken over were built for something else.
+    /// The reused graphs were built for another policy.
     #[error("the graphs of version {version} cannot be reused: `{key}` differs")]
     Reuse {
         /// Version of the earlier bundle.
         version: u64,
-        /// What differs.
+        /// The differing key of the manifest.
         key: &'static str,
     },
-    /// The tokenizer's file is not given, or given without need.
+    /// The tokenizer's file is missing, or is given for a word list.
     #[error("bundle tokenizer: {0}")]
     Tokenizer(&'static str),
     /// The tokenizer's model is not usable.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// The tokenizer makes ids that have no embedding.
+    /// The tokenizer has ids without an embedding.
     #[error(
         "tokenizer model `{path}` has {found} ids, `actor.model.vocab` is {vocab}: take the tokenizer of the checkpoint"
     )]
     Vocabulary {
-        /// The model file.
+        /// Path of the model file.
         path: PathBuf,
-        /// Its number of ids.
+        /// Number of ids in the model.
         found: usize,
         /// Rows of the embedding.
         vocab: usize,
     },
 }
 
-/// Where a weight file of a new bundle comes from.
+/// Source of a weight file of a new bundle.
 #[derive(Debug)]
 pub enum WeightSource<'a> {
-    /// Written in F32, one tensor at a time.
+    /// Weights to write in F32, one tensor at a time.
     Weights(&'a dyn Weights),
-    /// The same file as in another bundle: linked, not copied.
+    /// A file of another bundle, which is linked and not copied.
     Same(PathBuf, BundleFile),
 }
 
-/// Where the two graphs of a new bundle come from.
+/// Source of the two graphs of a new bundle.
 #[derive(Debug)]
 pub enum GraphSource<'a> {
-    /// Built for these sizes and weight files.
+    /// Graphs to build for the bundle's sizes and weight files.
     Build,
-    /// The graphs of an earlier bundle with the same sizes and the same layout of the weight files: linked.
+    /// The graphs of an earlier bundle with the same sizes and the same layout of the weight files, which are linked.
     Reuse(&'a Bundle),
 }
 
-/// All that a new bundle is made of.
+/// Contents of a new bundle.
 #[derive(Debug)]
 pub struct BundleSpec<'a> {
-    /// The manifest; `files` is filled in, `format_version` and `flow_time` are set.
+    /// The manifest; [`write_bundle`] sets `files`, `format_version` and `flow_time`.
     pub manifest: Manifest,
     /// Weights of the vision-language model.
     pub vlm: WeightSource<'a>,
     /// Weights of the action expert and the value head.
     pub expert: WeightSource<'a>,
-    /// The graphs.
+    /// Source of the two graphs.
     pub graphs: GraphSource<'a>,
-    /// `SentencePiece` model, when the manifest's tokenizer is one.
+    /// `SentencePiece` model, if the manifest's tokenizer is of this kind.
     pub tokenizer: Option<Source<'a>>,
 }
 
-/// The manifest of a run's bundle without `files`.
+/// Returns the manifest of a run's bundle, without `files`.
 ///
-/// `batch` absent: symbolic. A tokenizer model's path becomes its name inside the bundle.
+/// A `batch` of `None` is symbolic. The path of a tokenizer model becomes the file's name in the bundle.
 pub fn manifest_of(
     plan: &RunPlan,
     policy_version: u64,
@@ -160,7 +160,7 @@ pub fn manifest_of(
     }
 }
 
-/// What a bundle of this run carries as its tokenizer: the model file's bytes, or nothing for a word list.
+/// Returns the bytes of the run's tokenizer model for the bundle; `None` for a word list.
 ///
 /// # Errors
 /// The model cannot be read or has more ids than the policy's embedding has rows.
@@ -179,11 +179,11 @@ pub fn tokenizer_of(plan: &RunPlan) -> Result<Option<Source<'static>>, ExportErr
     Ok(Some(Source::Bytes(read_model(model)?)))
 }
 
-/// Writes a bundle to `dir`, which must not exist: the front door of this crate.
+/// Writes a bundle to `dir`, which must not exist: the main entry point of this crate.
 ///
 /// # Errors
-/// Weights that are not exactly the policy's or not finite, graphs that do not fit them, or a file operation; then
-/// nothing is left at `dir`.
+/// The weights are not exactly the policy's or not finite, the graphs do not match the weights, or a file operation failed. After
+/// an error `dir` does not exist.
 pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportError> {
     let BundleSpec {
         mut manifest,
@@ -268,20 +268,20 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
     })
 }
 
-/// What differs between a policy version and the one before.
+/// Changes between a policy version and its predecessor.
 #[derive(Debug)]
 pub struct NextVersion<'a> {
-    /// Its number.
+    /// Number of the version.
     pub policy_version: u64,
-    /// How it samples: the noise level may move.
+    /// Sampling of the version, whose noise level may change.
     pub sampling: Sampling,
     /// Weights of action expert and heads.
     pub expert: &'a dyn Weights,
-    /// Its reference output.
+    /// Reference output of the version.
     pub self_test: Option<SelfTest>,
 }
 
-/// Writes the next policy version; everything that does not differ is linked from the bundle before it.
+/// Writes the next policy version; unchanged files are linked from the preceding bundle.
 ///
 /// # Errors
 /// See [`write_bundle`].
@@ -322,7 +322,8 @@ fn file_locations(bundle: &Bundle, file: &'static str) -> Result<BTreeMap<String
     Ok(weights.locations())
 }
 
-/// Where the tensors of a weight file lie. A file taken over was checked when it was written, another is when it is.
+/// Returns the source and the tensor locations of a weight file. A linked file was checked when written; other weights are
+/// checked here.
 fn weight_file<'a>(
     file: &'static str,
     source: WeightSource<'a>,

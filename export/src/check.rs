@@ -1,4 +1,4 @@
-//! The check of a finished bundle: digests, manifest, weights, and the structure of both graphs. No inference.
+//! The check of a finished bundle: digests, manifest, weights, and the structure of both graphs. The check runs no inference.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,40 +25,161 @@ use crate::{
 
 const MAX_GRAPH_BYTES: u64 = 256 << 20;
 
-/// A bundle that must not be used.
+/// A bundle that is not usable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckError {
-    /// Manifest, digests or weights.
+    /// The manifest, a digest or the weights are wrong.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// A graph.
-    #[error("graph `{file}`: {detail}")]
+    /// A graph is wrong.
+    #[error("graph `{file}` is not one of this policy")]
     Graph {
-        /// Which file.
-        file: String,
-        /// What was expected and found.
-        detail: String,
+        /// File of the graph.
+        file: &'static str,
+        /// The first wrong property.
+        source: GraphFault,
     },
 }
 
-/// What was looked at, for a summary.
+/// A wrong property of a graph.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphFault {
+    /// A file that is too large.
+    #[error("larger than {MAX_GRAPH_BYTES} bytes, expected a graph without weights")]
+    Large,
+    /// Not ONNX.
+    #[error("not an ONNX model")]
+    Decode(#[source] prost::DecodeError),
+    /// A newer format.
+    #[error("IR version {0}, expected at most {IR_VERSION}")]
+    IrVersion(i64),
+    /// Another operator set.
+    #[error("operator set `{domain}` {version}, expected `` {OPSET}")]
+    OperatorSet {
+        /// Its domain.
+        domain: String,
+        /// Its version.
+        version: i64,
+    },
+    /// A model without a graph.
+    #[error("the model has no graph")]
+    NoGraph,
+    /// A weight on one side only.
+    #[error("weight `{0}` is in the graph or in the policy, not in both")]
+    OneSided(String),
+    /// A weight in another file.
+    #[error("weight `{name}` lies in `{found}`, expected `{expected}`")]
+    WeightFile {
+        /// Which weight.
+        name: String,
+        /// The weight file of the graph.
+        expected: &'static str,
+        /// The file in the graph.
+        found: String,
+    },
+    /// A weight that its file does not have.
+    #[error("weight `{name}` is not in `{file}`")]
+    NoWeight {
+        /// Which weight.
+        name: String,
+        /// The weight file.
+        file: &'static str,
+    },
+    /// A weight of another type or shape.
+    #[error("weight `{name}` has type {element} and shape {found:?}, expected F32 {expected:?}")]
+    WeightShape {
+        /// Which weight.
+        name: String,
+        /// ONNX's number of the type in the graph.
+        element: i32,
+        /// Shape in the weight file.
+        expected: Vec<i64>,
+        /// Shape in the graph.
+        found: Vec<i64>,
+    },
+    /// A weight at another place.
+    #[error("weight `{name}` has {key} `{found}`, expected {expected}")]
+    WeightPlace {
+        /// Which weight.
+        name: String,
+        /// `offset` or `length`.
+        key: &'static str,
+        /// The number in the weight file.
+        expected: u64,
+        /// The text in the graph.
+        found: String,
+    },
+    /// A value with two definitions.
+    #[error("`{0}` is defined twice")]
+    Twice(String),
+    /// An operator that is not ONNX's.
+    #[error("node `{node}` is of domain `{domain}`, expected ONNX's own")]
+    Domain {
+        /// Which node.
+        node: String,
+        /// Its domain.
+        domain: String,
+    },
+    /// A value without a definition.
+    #[error("node `{node}` reads `{value}`, which no earlier node makes")]
+    Undefined {
+        /// Which node.
+        node: String,
+        /// Which value.
+        value: String,
+    },
+    /// An output without a definition.
+    #[error("output `{0}` is made by no node")]
+    NoOutput(String),
+    /// An input or output that is not a tensor.
+    #[error("{kind} `{name}` is not a tensor with a shape")]
+    NotATensor {
+        /// `input` or `output`.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// Another input or output.
+    #[error("{kind} {found}, expected {expected}")]
+    Port {
+        /// `input` or `output`.
+        kind: &'static str,
+        /// Name, type and shape of the contract.
+        expected: Box<TensorSpec>,
+        /// Name, type and shape in the graph.
+        found: Box<TensorSpec>,
+    },
+    /// Another number of inputs or outputs.
+    #[error("{found} {kind}s, expected {expected}")]
+    Ports {
+        /// `input` or `output`.
+        kind: &'static str,
+        /// Number in the contract.
+        expected: usize,
+        /// Number in the graph.
+        found: usize,
+    },
+}
+
+/// Counts of the checked parts, for a summary.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckReport {
     /// Policy version.
     pub policy_version: u64,
-    /// Files with a right digest.
+    /// Files with a correct digest.
     pub files: usize,
-    /// Weights with the right name and shape, all finite.
+    /// Weights with the correct name and shape and with finite values only.
     pub weights: usize,
     /// Nodes of both graphs.
     pub nodes: usize,
 }
 
-/// Checks everything about a bundle that needs no inference.
+/// Checks all properties of a bundle that need no inference.
 ///
 /// # Errors
-/// The first thing that is not as it must be, with what was expected and found.
+/// The first wrong property, with the expected and the found value.
 pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     let bundle = Bundle::open(dir)?;
     bundle.verify()?;
@@ -87,7 +208,7 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     })
 }
 
-/// What a graph of a bundle has to be.
+/// Requirements of a graph of a bundle.
 struct Expected {
     file: &'static str,
     contract: GraphContract,
@@ -97,11 +218,11 @@ struct Expected {
 }
 
 impl Expected {
-    /// Reads the graph and compares; gives its number of nodes.
+    /// Checks the graph against the requirements; returns the number of nodes.
     fn check(&self, bundle: &Bundle) -> Result<usize, CheckError> {
-        let fail = |detail: String| CheckError::Graph {
-            file: self.file.to_owned(),
-            detail,
+        let fail = |source| CheckError::Graph {
+            file: self.file,
+            source,
         };
         let path = bundle.path(self.file);
         let mut bytes = Vec::new();
@@ -113,9 +234,7 @@ impl Expected {
         let file = File::open(&path).map_err(io)?;
         file.take(MAX_GRAPH_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
         if bytes.len() as u64 > MAX_GRAPH_BYTES {
-            return Err(fail(format!(
-                "larger than {MAX_GRAPH_BYTES} bytes, expected a graph without weights"
-            )));
+            return Err(fail(GraphFault::Large));
         }
         let weights = bundle.path(self.weight_file);
         let locations = WeightFile::open(&weights)
@@ -124,24 +243,20 @@ impl Expected {
         self.structure(&bytes, &locations).map_err(fail)
     }
 
-    fn structure(&self, bytes: &[u8], locations: &BTreeMap<String, Location>) -> Result<usize, String> {
-        let model = ModelProto::decode(bytes).map_err(|e| format!("no ONNX model ({e})"))?;
+    fn structure(&self, bytes: &[u8], locations: &BTreeMap<String, Location>) -> Result<usize, GraphFault> {
+        let model = ModelProto::decode(bytes).map_err(GraphFault::Decode)?;
         if model.ir_version() > IR_VERSION {
-            return Err(format!(
-                "IR version {}, expected at most {IR_VERSION}",
-                model.ir_version()
-            ));
+            return Err(GraphFault::IrVersion(model.ir_version()));
         }
         for set in &model.opset_import {
             if !set.domain().is_empty() || set.version() != OPSET {
-                return Err(format!(
-                    "operator set `{}` {}, expected `` {OPSET}",
-                    set.domain(),
-                    set.version()
-                ));
+                return Err(GraphFault::OperatorSet {
+                    domain: set.domain().to_owned(),
+                    version: set.version(),
+                });
             }
         }
-        let graph = model.graph.as_ref().ok_or("the model has no graph")?;
+        let graph = model.graph.as_ref().ok_or(GraphFault::NoGraph)?;
         let inputs: Vec<&TensorSpec> = self.contract.inputs.iter().chain(&self.contract.weights).collect();
         ports("input", &graph.input, &inputs)?;
         ports(
@@ -154,7 +269,7 @@ impl Expected {
         Ok(graph.node.len())
     }
 
-    fn initializers(&self, graph: &GraphProto, locations: &BTreeMap<String, Location>) -> Result<(), String> {
+    fn initializers(&self, graph: &GraphProto, locations: &BTreeMap<String, Location>) -> Result<(), GraphFault> {
         let mut external = BTreeSet::new();
         for tensor in &graph.initializer {
             if tensor.data_location() == DataLocation::External {
@@ -167,12 +282,12 @@ impl Expected {
             WeightMode::Inputs => BTreeSet::new(),
         };
         match wanted.symmetric_difference(&external).next() {
-            Some(name) => Err(format!("weight `{name}` is in the graph or in the policy, not in both")),
+            Some(name) => Err(GraphFault::OneSided((*name).to_owned())),
             None => Ok(()),
         }
     }
 
-    fn external(&self, tensor: &TensorProto, locations: &BTreeMap<String, Location>) -> Result<(), String> {
+    fn external(&self, tensor: &TensorProto, locations: &BTreeMap<String, Location>) -> Result<(), GraphFault> {
         let name = tensor.name();
         let entry = |key: &str| {
             tensor
@@ -182,38 +297,42 @@ impl Expected {
                 .map_or("", |e| e.value())
         };
         if entry("location") != self.weight_file {
-            return Err(format!(
-                "weight `{name}` lies in `{}`, expected `{}`",
-                entry("location"),
-                self.weight_file
-            ));
+            return Err(GraphFault::WeightFile {
+                name: name.to_owned(),
+                expected: self.weight_file,
+                found: entry("location").to_owned(),
+            });
         }
-        let location = locations
-            .get(name)
-            .ok_or_else(|| format!("weight `{name}` is not in `{}`", self.weight_file))?;
+        let location = locations.get(name).ok_or_else(|| GraphFault::NoWeight {
+            name: name.to_owned(),
+            file: self.weight_file,
+        })?;
         let shape: Vec<i64> = location.shape.iter().map(|n| *n as i64).collect();
         if tensor.data_type() != data_type(ElementType::F32) || tensor.dims != shape {
-            return Err(format!(
-                "weight `{name}` has type {} and shape {:?}, expected F32 {shape:?}",
-                tensor.data_type(),
-                tensor.dims
-            ));
+            return Err(GraphFault::WeightShape {
+                name: name.to_owned(),
+                element: tensor.data_type(),
+                expected: shape,
+                found: tensor.dims.clone(),
+            });
         }
-        // the file's own header says where the tensor lies, and that was checked against the file's size
+        // the header of the weight file has the location, and was checked against the size of the file
         for (key, expected) in [("offset", location.offset), ("length", location.length)] {
             if entry(key).parse() != Ok(expected) {
-                return Err(format!(
-                    "weight `{name}` has {key} `{}`, expected {expected}",
-                    entry(key)
-                ));
+                return Err(GraphFault::WeightPlace {
+                    name: name.to_owned(),
+                    key,
+                    expected,
+                    found: entry(key).to_owned(),
+                });
             }
         }
         Ok(())
     }
 }
 
-/// Every node reads only what stands before it, every name is made once, every output is made.
-fn defined(graph: &GraphProto) -> Result<(), String> {
+/// Checks that a node reads only earlier values, that names are unique, and that all outputs are defined.
+fn defined(graph: &GraphProto) -> Result<(), GraphFault> {
     let mut known: BTreeSet<&str> = BTreeSet::new();
     let given = graph
         .input
@@ -222,48 +341,58 @@ fn defined(graph: &GraphProto) -> Result<(), String> {
         .chain(graph.initializer.iter().map(TensorProto::name));
     for name in given {
         if !known.insert(name) {
-            return Err(format!("`{name}` is defined twice"));
+            return Err(GraphFault::Twice(name.to_owned()));
         }
     }
     for node in &graph.node {
         if !node.domain().is_empty() {
-            return Err(format!(
-                "node `{}` is of domain `{}`, expected ONNX's own",
-                node.name(),
-                node.domain()
-            ));
+            return Err(GraphFault::Domain {
+                node: node.name().to_owned(),
+                domain: node.domain().to_owned(),
+            });
         }
         if let Some(name) = node
             .input
             .iter()
             .find(|name| !name.is_empty() && !known.contains(name.as_str()))
         {
-            return Err(format!(
-                "node `{}` reads `{name}`, which nothing before it makes",
-                node.name()
-            ));
+            return Err(GraphFault::Undefined {
+                node: node.name().to_owned(),
+                value: name.clone(),
+            });
         }
         for name in &node.output {
             if !known.insert(name) {
-                return Err(format!("`{name}` is defined twice"));
+                return Err(GraphFault::Twice(name.clone()));
             }
         }
     }
     match graph.output.iter().find(|port| !known.contains(port.name())) {
-        Some(port) => Err(format!("output `{}` is made by no node", port.name())),
+        Some(port) => Err(GraphFault::NoOutput(port.name().to_owned())),
         None => Ok(()),
     }
 }
 
-fn ports(kind: &str, found: &[ValueInfoProto], expected: &[&TensorSpec]) -> Result<(), String> {
+fn ports(kind: &'static str, found: &[ValueInfoProto], expected: &[&TensorSpec]) -> Result<(), GraphFault> {
     for (found, expected) in found.iter().zip(expected) {
-        let is = spec_of(found).ok_or_else(|| format!("{kind} `{}` is no tensor with a shape", found.name()))?;
-        if is != **expected {
-            return Err(format!("{kind} {is}, expected {expected}"));
+        let found = spec_of(found).ok_or_else(|| GraphFault::NotATensor {
+            kind,
+            name: found.name().to_owned(),
+        })?;
+        if found != **expected {
+            return Err(GraphFault::Port {
+                kind,
+                expected: Box::new((*expected).clone()),
+                found: Box::new(found),
+            });
         }
     }
     if found.len() != expected.len() {
-        return Err(format!("{} {kind}s, expected {}", found.len(), expected.len()));
+        return Err(GraphFault::Ports {
+            kind,
+            expected: expected.len(),
+            found: found.len(),
+        });
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What ends the program `export`, and the class of it for the exit code.
+//! Exit-code classes of the errors of the program `export`.
 
 use std::{error::Error, path::PathBuf, process::ExitStatus};
 
@@ -6,40 +6,40 @@ use process::exit::Class;
 
 use crate::{bundle::ExportError, check::CheckError};
 
-/// A command that cannot be carried out.
+/// A command that cannot be executed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandError {
-    /// The checkpoint lacks a head that the configuration asks for.
+    /// The checkpoint lacks the configured value head.
     #[error(
         "checkpoint `{0}` holds no value head, but `actor.model.value_head` asks for one: pass a checkpoint of RL, or \
          `--without-value-head` for evaluation only"
     )]
     NoValueHead(PathBuf),
-    /// The engine that makes the golden run is missing.
+    /// The engine for the golden run is missing.
     #[error(
         "{checked}: good so far, but the golden run was not done: `rollout-engine` is not beside `export` in `{folder}` \
          (build it, or pass `--no-run`)"
     )]
     NoEngine {
-        /// What was checked.
+        /// Summary of the passed checks.
         checked: String,
-        /// Where the engine should be.
+        /// Folder in which the engine is expected.
         folder: PathBuf,
     },
     /// The golden run failed.
     #[error("{checked}: the golden run failed ({status}): {said}")]
     GoldenRun {
-        /// What was checked.
+        /// Summary of the passed checks.
         checked: String,
-        /// How the engine ended.
+        /// Exit status of the engine.
         status: ExitStatus,
-        /// The last line that it wrote.
+        /// The last line that the engine wrote.
         said: String,
     },
 }
 
-/// Returns the class of one error; `None` where its type says nothing.
+/// Returns the class of one error; `None` where the type of the error determines no class.
 pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
     if error.is::<CheckError>() {
         return Some(Class::Data);

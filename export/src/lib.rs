@@ -1,7 +1,7 @@
-//! From weights to a policy bundle: the two ONNX graphs, written by our own builder, and the check of a finished bundle.
+//! Conversion of weights to a policy bundle: a builder for the two ONNX graphs, and the check of a finished bundle.
 //!
-//! The graphs hold no weights. Their external data points at offset and length inside the bundle's safetensors files, so a
-//! new policy version reuses the graphs of the first and writes only what was trained. No device, no runtime is linked here.
+//! The graphs contain no weights. The external data of a graph is an offset and a length in the bundle's safetensors files. A new
+//! policy version therefore reuses the graphs of the first version and writes only the trained weights. The crate links no runtime.
 
 #[expect(
     unreachable_pub,
@@ -25,5 +25,5 @@ pub use bundle::{
     BundleSpec, ExportError, GraphSource, NextVersion, WeightSource, manifest_of, next_version, tokenizer_of,
     write_bundle,
 };
-pub use check::{CheckError, CheckReport, check_bundle};
+pub use check::{CheckError, CheckReport, GraphFault, check_bundle};
 pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};

@@ -1,4 +1,4 @@
-//! The program `export`: checkpoints to policy bundles, and the check of a bundle.
+//! The program `export`: writes policy bundles from checkpoints, and checks bundles.
 
 mod args;
 
@@ -105,7 +105,7 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
     if args.no_run {
         return Ok(format!("{checked}: good, golden run left out"));
     }
-    // this program links no runtime: the engine, which does, makes the golden run
+    // the golden run is made by the engine, because this program links no runtime
     let own = std::env::current_exe().context("finding this program's folder")?;
     let engine = own.with_file_name("rollout-engine");
     if !engine.is_file() {

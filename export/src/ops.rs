@@ -1,4 +1,4 @@
-//! The operations of the builder: each says which shapes it takes and refuses others.
+//! Operations of the builder. Every operation checks the types and shapes of its inputs.
 
 use policy::graph::ElementType;
 
@@ -33,50 +33,50 @@ impl GraphBuilder<'_> {
         Ok(self.node(op, &[a, b], vec![], shape, a.elem))
     }
 
-    /// `a + b`, broadcast.
+    /// Returns `a + b`, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn add(&mut self, a: &Value, b: &Value) -> Built {
         self.binary("Add", a, b)
     }
 
-    /// `a - b`, broadcast.
+    /// Returns `a - b`, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn sub(&mut self, a: &Value, b: &Value) -> Built {
         self.binary("Sub", a, b)
     }
 
-    /// `a * b`, broadcast.
+    /// Returns `a * b`, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn mul(&mut self, a: &Value, b: &Value) -> Built {
         self.binary("Mul", a, b)
     }
 
-    /// `a / b`, broadcast.
+    /// Returns `a / b`, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn div(&mut self, a: &Value, b: &Value) -> Built {
         self.binary("Div", a, b)
     }
 
-    /// The larger of both, broadcast.
+    /// Returns the elementwise maximum, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn max(&mut self, a: &Value, b: &Value) -> Built {
         self.binary("Max", a, b)
     }
 
-    /// `a` and `b`, broadcast.
+    /// Returns `a` and `b`, elementwise and broadcast.
     ///
     /// # Errors
-    /// No booleans, or shapes that do not go together.
+    /// The inputs are not booleans, or the shapes do not match.
     pub fn and(&mut self, a: &Value, b: &Value) -> Built {
         self.need("And", a.elem == ElementType::Bool, || {
             format!("takes Bool, found {:?}", a.elem)
@@ -89,67 +89,67 @@ impl GraphBuilder<'_> {
         Ok(self.node(op, &[x], vec![], x.shape.clone(), ElementType::F32))
     }
 
-    /// Elementwise cosine.
+    /// Returns the elementwise cosine.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn cos(&mut self, x: &Value) -> Built {
         self.unary("Cos", x)
     }
 
-    /// Elementwise sine.
+    /// Returns the elementwise sine.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn sin(&mut self, x: &Value) -> Built {
         self.unary("Sin", x)
     }
 
-    /// Elementwise square root.
+    /// Returns the elementwise square root.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn sqrt(&mut self, x: &Value) -> Built {
         self.unary("Sqrt", x)
     }
 
-    /// Element by element.
+    /// Returns the elementwise hyperbolic tangent.
     ///
     /// # Errors
-    /// The input is no float.
+    /// The input is not a float.
     pub fn tanh(&mut self, x: &Value) -> Built {
         self.unary("Tanh", x)
     }
 
-    /// Element by element.
+    /// Returns the elementwise exponential.
     ///
     /// # Errors
-    /// The input is no float.
+    /// The input is not a float.
     pub fn exp(&mut self, x: &Value) -> Built {
         self.unary("Exp", x)
     }
 
-    /// `max(x, 0)`.
+    /// Returns `max(x, 0)`, elementwise.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn relu(&mut self, x: &Value) -> Built {
         self.unary("Relu", x)
     }
 
-    /// `x * sigmoid(x)`.
+    /// Returns `x * sigmoid(x)`, elementwise.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn silu(&mut self, x: &Value) -> Built {
         let gate = self.unary("Sigmoid", x)?;
         self.mul(x, &gate)
     }
 
-    /// GELU in its tanh form.
+    /// Returns GELU in its tanh form, elementwise.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn gelu_tanh(&mut self, x: &Value) -> Built {
         self.need_float("Gelu", x)?;
         Ok(self.node(
@@ -161,10 +161,10 @@ impl GraphBuilder<'_> {
         ))
     }
 
-    /// Softmax over the last axis.
+    /// Returns the softmax over the last axis.
     ///
     /// # Errors
-    /// No floats.
+    /// The input is not a float.
     pub fn softmax(&mut self, x: &Value) -> Built {
         self.need_float("Softmax", x)?;
         Ok(self.node(
@@ -176,16 +176,16 @@ impl GraphBuilder<'_> {
         ))
     }
 
-    /// `x * rsqrt(mean(x^2) + eps) * scale` over the last axis, `scale` of its width.
+    /// Returns `x * rsqrt(mean(x^2) + eps) * scale` over the last axis; `scale` has the width of this axis.
     ///
     /// # Errors
-    /// A scale of another width.
+    /// The scale has a wrong width.
     pub fn rms_norm(&mut self, x: &Value, scale: &Value, eps: f32) -> Built {
         let last = x.shape.last().copied().unwrap_or(Dim::fixed(1));
         self.need("RmsNorm", scale.shape == [last], || {
             format!("scale has shape {}, expected {}", text(&scale.shape), text(&[last]))
         })?;
-        // this very chain is what runtimes recognise and fuse into one kernel
+        // runtimes recognize exactly this chain of nodes, and fuse the chain into one kernel
         let two = self.scalar(2.0)?;
         let square = self.node("Pow", &[x, &two], vec![], x.shape.clone(), ElementType::F32);
         let mean = self.reduce("ReduceMean", &square, x.shape.len().saturating_sub(1))?;
@@ -196,10 +196,10 @@ impl GraphBuilder<'_> {
         self.mul(&normed, scale)
     }
 
-    /// Layer normalisation over the last axis.
+    /// Returns the layer normalization over the last axis.
     ///
     /// # Errors
-    /// Weight or bias of another width.
+    /// The weight or the bias has a wrong width.
     pub fn layer_norm(&mut self, x: &Value, weight: &Value, bias: &Value, eps: f32) -> Built {
         let last = x.shape.last().copied().unwrap_or(Dim::fixed(1));
         self.need(
@@ -224,7 +224,7 @@ impl GraphBuilder<'_> {
         ))
     }
 
-    /// `ReduceMean` or `ReduceSum` over one axis, which stays with size 1.
+    /// Adds `ReduceMean` or `ReduceSum` over one axis, which is kept with size 1.
     pub(crate) fn reduce(&mut self, op: &str, x: &Value, axis: usize) -> Built {
         self.need_float(op, x)?;
         let mut shape = x.shape.clone();
@@ -236,26 +236,26 @@ impl GraphBuilder<'_> {
         Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, ElementType::F32))
     }
 
-    /// Mean over one axis, which stays with size 1.
+    /// Returns the mean over one axis, which is kept with size 1.
     ///
     /// # Errors
-    /// No such axis.
+    /// The axis does not exist, or the input is not a float.
     pub fn mean(&mut self, x: &Value, axis: usize) -> Built {
         self.reduce("ReduceMean", x, axis)
     }
 
-    /// Sum over one axis, which stays with size 1.
+    /// Returns the sum over one axis, which is kept with size 1.
     ///
     /// # Errors
-    /// No such axis.
+    /// The axis does not exist, or the input is not a float.
     pub fn sum(&mut self, x: &Value, axis: usize) -> Built {
         self.reduce("ReduceSum", x, axis)
     }
 
-    /// Running sum over one axis.
+    /// Returns the running sum over one axis.
     ///
     /// # Errors
-    /// No such axis.
+    /// The axis does not exist, or the input is not a float.
     pub fn cumsum(&mut self, x: &Value, axis: usize) -> Built {
         self.need_float("CumSum", x)?;
         self.need("CumSum", axis < x.shape.len(), || {
@@ -265,10 +265,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("CumSum", &[x, &axis], vec![], x.shape.clone(), ElementType::F32))
     }
 
-    /// `x W^T + b`: `x` `[rows, in]`, `weight` `[out, in]` as checkpoints hold it, `bias` `[out]`.
+    /// Returns `x W^T + b`: `x` `[rows, in]`, `weight` `[out, in]` as in checkpoints, `bias` `[out]`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// The shapes do not match.
     pub fn linear(&mut self, x: &Value, weight: &Value, bias: Option<&Value>) -> Built {
         let (out, input) = (weight.axis(0), weight.axis(1));
         let fits = x.shape.len() == 2 && weight.shape.len() == 2 && x.axis(1) == input;
@@ -285,10 +285,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Gemm", &inputs, vec![int("transB", 1)], shape, ElementType::F32))
     }
 
-    /// A linear layer by name: `NAME.weight` and, where the policy has one, `NAME.bias`.
+    /// Applies a linear layer by name: `NAME.weight` and, if `with_bias` is set, `NAME.bias`.
     ///
     /// # Errors
-    /// No such weight, or shapes that do not fit.
+    /// A weight is missing, or the shapes do not match.
     pub fn linear_named(&mut self, x: &Value, name: &str, with_bias: bool) -> Built {
         let weight = self.weight(&format!("{name}.weight"))?;
         let bias = if with_bias {
@@ -299,10 +299,10 @@ impl GraphBuilder<'_> {
         self.linear(x, &weight, bias.as_ref())
     }
 
-    /// Matrix product over the last two axes; the leading axes are the same.
+    /// Returns the matrix product over the last two axes; the leading axes are equal.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// The shapes do not match.
     pub fn matmul(&mut self, a: &Value, b: &Value) -> Built {
         let rank = a.shape.len();
         let fits = rank >= 2
@@ -318,10 +318,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("MatMul", &[a, b], vec![], shape, ElementType::F32))
     }
 
-    /// The same elements in another shape.
+    /// Returns the same elements in another shape.
     ///
     /// # Errors
-    /// Another number of elements.
+    /// The number of elements differs.
     pub fn reshape(&mut self, x: &Value, shape: &[Dim]) -> Built {
         if x.shape == shape {
             return Ok(x.clone());
@@ -336,10 +336,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Reshape", &[x, &target], vec![], shape.to_vec(), x.elem))
     }
 
-    /// The axes in another order.
+    /// Returns the axes in another order.
     ///
     /// # Errors
-    /// `order` is no permutation of the axes.
+    /// `order` is not a permutation of the axes.
     pub fn transpose(&mut self, x: &Value, order: &[usize]) -> Built {
         let mut sorted = order.to_vec();
         sorted.sort_unstable();
@@ -351,10 +351,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Transpose", &[x], vec![ints("perm", &order)], shape, x.elem))
     }
 
-    /// The last two axes exchanged.
+    /// Exchanges the last two axes.
     ///
     /// # Errors
-    /// Fewer than two axes.
+    /// The input has fewer than two axes.
     pub fn transpose_last(&mut self, x: &Value) -> Built {
         let rank = x.shape.len();
         self.need("Transpose", rank >= 2, || {
@@ -368,7 +368,7 @@ impl GraphBuilder<'_> {
     /// Repeats axes of size 1 until the shape is `shape` (of the same rank).
     ///
     /// # Errors
-    /// Another rank, or an axis that is neither 1 nor as wanted.
+    /// The rank differs, or an axis is neither 1 nor the axis of `shape`.
     pub fn expand(&mut self, x: &Value, shape: &[Dim]) -> Built {
         if x.shape == shape {
             return Ok(x.clone());
@@ -379,7 +379,7 @@ impl GraphBuilder<'_> {
                 .zip(shape)
                 .all(|(a, b)| a == b || (*a == Dim::fixed(1) && !b.is_batched()));
         self.need("Expand", grows, || format!("{} to {}", text(&x.shape), text(shape)))?;
-        // an axis that stays is asked for as 1, so that the batch may be symbolic
+        // the target of an unchanged axis is 1, so that the batch may be symbolic
         let target: Vec<i64> = x
             .shape
             .iter()
@@ -390,7 +390,7 @@ impl GraphBuilder<'_> {
         Ok(self.node("Expand", &[x, &target], vec![], shape.to_vec(), x.elem))
     }
 
-    /// Cuts an axis into pieces of these sizes.
+    /// Splits an axis into parts of the given sizes.
     ///
     /// # Errors
     /// The sizes do not add up to the axis.
@@ -414,10 +414,10 @@ impl GraphBuilder<'_> {
         Ok(self.node_many("Split", &[x, &lengths], vec![int("axis", axis as i64)], shapes, x.elem))
     }
 
-    /// `length` entries of an axis from `start`.
+    /// Returns `length` entries of an axis, from `start`.
     ///
     /// # Errors
-    /// They reach beyond the axis.
+    /// The entries exceed the axis.
     pub fn slice(&mut self, x: &Value, axis: usize, start: usize, length: usize) -> Built {
         let whole = x.axis(axis);
         if start == 0 && whole == Dim::fixed(length) {
@@ -437,10 +437,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Slice", &[x, &start_value, &end, &axes], vec![], shape, x.elem))
     }
 
-    /// Joins values along an axis.
+    /// Concatenates values along an axis.
     ///
     /// # Errors
-    /// Nothing to join, or another axis or type differs.
+    /// `parts` is empty, or another axis or the type differs.
     pub fn concat(&mut self, parts: &[&Value], axis: usize) -> Built {
         let first = parts
             .first()
@@ -475,7 +475,7 @@ impl GraphBuilder<'_> {
     /// Appends `count` zeros to the last axis.
     ///
     /// # Errors
-    /// No floats, or a last axis that is the batch.
+    /// The input is not a float, or the last axis is the batch.
     pub fn pad_last(&mut self, x: &Value, count: usize) -> Built {
         self.need_float("Pad", x)?;
         let mut shape = x.shape.clone();
@@ -499,19 +499,19 @@ impl GraphBuilder<'_> {
         ))
     }
 
-    /// Another element type.
+    /// Converts to another element type.
     ///
     /// # Errors
-    /// None in practice.
+    /// Does not occur in practice.
     pub fn cast(&mut self, x: &Value, elem: ElementType) -> Built {
         let to = int("to", i64::from(data_type(elem)));
         Ok(self.node("Cast", &[x], vec![to], x.shape.clone(), elem))
     }
 
-    /// `yes` where `condition` holds, else `no`, broadcast.
+    /// Returns `yes` where `condition` is true, otherwise `no`, broadcast.
     ///
     /// # Errors
-    /// Types or shapes that do not go together.
+    /// The types or shapes do not match.
     pub fn choose(&mut self, condition: &Value, yes: &Value, no: &Value) -> Built {
         self.need(
             "Where",
@@ -529,10 +529,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Where", &[condition, yes, no], vec![], shape, yes.elem))
     }
 
-    /// Rows of `table` `[rows, width]` by `ids`; ids outside are the caller's fault and fail at run time.
+    /// Returns the rows `ids` of `table` `[rows, width]`. The caller ensures that ids are in range; others fail at run time.
     ///
     /// # Errors
-    /// No table or no integers.
+    /// The table is not a matrix, or the ids are not integers.
     pub fn gather_rows(&mut self, table: &Value, ids: &Value) -> Built {
         self.need("Gather", table.shape.len() == 2 && ids.elem == ElementType::I64, || {
             format!("table {}, ids {:?}", text(&table.shape), ids.elem)
@@ -541,10 +541,10 @@ impl GraphBuilder<'_> {
         Ok(self.node("Gather", &[table, ids], vec![int("axis", 0)], shape, table.elem))
     }
 
-    /// Convolution with stride = kernel: `x` `[n, 3, side, side]`, `weight` `[width, 3, patch, patch]`.
+    /// Returns the convolution with stride = kernel: `x` `[n, 3, side, side]`, `weight` `[width, 3, patch, patch]`.
     ///
     /// # Errors
-    /// Sides that are no multiple of the patch, or shapes that do not fit.
+    /// The side is not a multiple of the patch, or the shapes do not match.
     pub fn patchify(&mut self, x: &Value, weight: &Value, bias: &Value) -> Built {
         let (side, patch) = (x.axis(2).count(), weight.axis(3).count());
         let fits = x.shape.len() == 4

@@ -12,27 +12,27 @@ pub struct Dim {
 }
 
 impl Dim {
-    /// A fixed size.
+    /// Returns an axis of fixed size.
     pub const fn fixed(count: usize) -> Self {
         Self { count, batched: false }
     }
 
-    /// `count` times the symbolic batch.
+    /// Returns an axis of `count` times the symbolic batch.
     pub const fn batch(count: usize) -> Self {
         Self { count, batched: true }
     }
 
-    /// The size, without the batch factor.
+    /// Returns the size, without the batch factor.
     pub const fn count(self) -> usize {
         self.count
     }
 
-    /// Whether the symbolic batch is a factor.
+    /// Returns whether the symbolic batch is a factor.
     pub const fn is_batched(self) -> bool {
         self.batched
     }
 
-    /// The axis `factor` times as long.
+    /// Returns an axis that is `factor` times as long.
     #[must_use]
     pub const fn times(self, factor: usize) -> Self {
         Self {
@@ -65,18 +65,18 @@ impl fmt::Display for Dim {
     }
 }
 
-/// Fixed sizes as axes.
+/// Returns fixed sizes as axes.
 pub fn fixed(sizes: &[usize]) -> Vec<Dim> {
     sizes.iter().map(|n| Dim::fixed(*n)).collect()
 }
 
-/// `[2, batch, 3]`
+/// Returns a shape as text, like `[2, batch, 3]`.
 pub fn text(shape: &[Dim]) -> String {
     let axes: Vec<String> = shape.iter().map(Dim::to_string).collect();
     format!("[{}]", axes.join(", "))
 }
 
-/// Number of elements; `None` when the batch is a factor of two axes.
+/// Returns the number of elements; `None` if the batch is a factor of two axes.
 pub(crate) fn elements(shape: &[Dim]) -> Option<Dim> {
     shape.iter().try_fold(Dim::fixed(1), |all, axis| {
         (!(all.batched && axis.batched)).then(|| Dim {
@@ -86,7 +86,7 @@ pub(crate) fn elements(shape: &[Dim]) -> Option<Dim> {
     })
 }
 
-/// The shape of an elementwise operation (numpy's rule); `None` when the two do not go together.
+/// Returns the shape of an elementwise operation (numpy's rule); `None` if the shapes do not broadcast.
 pub(crate) fn broadcast(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
     let rank = a.len().max(b.len());
     let axis = |shape: &[Dim], i: usize| -> Dim {

@@ -1,4 +1,4 @@
-//! Bundles of a tiny policy: written, continued, checked, refused.
+//! Bundles of a tiny policy: writing, next versions, checks, rejections.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,6 +16,7 @@ use policy::{
     dims::{PolicyDims, StackDims, Variant, VisionDims},
     flow::{Mdp, NoiseMethod, Sampling},
     graph::GraphContract,
+    message::told,
     norm::Normalization,
     params::{CriticInput, Heads, ParamSpec, Part, Pooling, ValueHeadDims, ValueSteps, expert_params, params},
     weights::{Weight, WeightsError},
@@ -107,7 +108,7 @@ fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
         .collect()
 }
 
-/// Version 1 with these weights, sampled as the one before.
+/// Returns version 1 with the given weights and the sampling of the earlier version.
 fn next<'a>(earlier: &Bundle, expert: &'a BTreeMap<String, Weight>) -> NextVersion<'a> {
     NextVersion {
         policy_version: 1,
@@ -233,7 +234,7 @@ fn weights_of_another_policy_leave_nothing_behind() {
         .expect("list")
         .map(|e| e.expect("entry").file_name())
         .collect();
-    assert_eq!(left, ["0"], "nothing beside the first bundle");
+    assert_eq!(left, ["0"], "nothing in addition to the first bundle");
 }
 
 #[test]
@@ -259,7 +260,7 @@ fn graphs_are_only_reused_for_the_same_policy() {
     assert_eq!(error, "the graphs of version 0 cannot be reused: `batch` differs");
 }
 
-/// Writes `bytes` over a file of the bundle and its entry, so that only the content is wrong.
+/// Writes `bytes` over a file of the bundle and updates the manifest's entry, so that only the content is wrong.
 fn replace(dir: &Path, name: &str, bytes: &[u8]) {
     fs::write(dir.join(name), bytes).expect("writing");
     let entry = policy::bundle::describe_file(&dir.join(name)).expect("entry");
@@ -334,7 +335,7 @@ fn weight_files_of_another_policy_are_refused() {
     assert!(matches!(&error, WeightsError::Format(_)), "{error}");
 }
 
-/// The first version, what its verification found, and the next version.
+/// Returns the first version, its verified files, and the next version.
 fn verified(folder: &Path) -> (Bundle, VerifiedFiles, Bundle) {
     let manifest = manifest(Variant::Pi0, WeightMode::Constants, None);
     let zero = first(&folder.join("0"), manifest).expect("first");
@@ -344,7 +345,7 @@ fn verified(folder: &Path) -> (Bundle, VerifiedFiles, Bundle) {
     (zero, known, one)
 }
 
-/// Changes the last value of a file in place, as nobody may, and leaves the time of the last change as it was.
+/// Changes the last value of a file in place, and restores the time of the last change.
 fn scribble(path: &Path) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).expect("file");
     let before = file.metadata().expect("metadata");
@@ -367,14 +368,14 @@ fn linked_files_that_were_verified_are_not_read_again() {
     for name in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS] {
         scribble(&one.path(name));
     }
-    // whoever reads them finds it
+    // a verification that reads the file detects the change
     assert_file_refused(one.verify_with(&VerifiedFiles::default()), DENOISE_GRAPH);
     let known = one.verify_with(&known).expect("not read");
-    // and the files of this version serve the next
+    // the verified files of this version are valid for the next
     let expert = weights(&zero.manifest, 3.0);
     let two = next_version(&one, &folder.path().join("2"), next(&one, &expert)).expect("third");
     let known = two.verify_with(&known).expect("not read");
-    // what a version did not have is forgotten
+    // files outside of the latest version are forgotten
     assert!(two.verify_with(&known).is_ok());
     scribble(&one.path(EXPERT_WEIGHTS));
     assert_file_refused(one.verify_with(&known), EXPERT_WEIGHTS);
@@ -416,7 +417,7 @@ fn a_known_digest_is_no_proof_for_another_file() {
     scribble(&one.path(EXPERT_WEIGHTS));
     assert_file_refused(one.verify_with(&known), EXPERT_WEIGHTS);
 
-    // the manifest states the digest of a verified file for one with other weights
+    // the manifest has the digest of a verified file in the entry of a file with other weights
     let rewrite = |change: &dyn Fn(&mut Manifest)| {
         let mut manifest = one.manifest.clone();
         change(&mut manifest);
@@ -432,7 +433,7 @@ fn a_known_digest_is_no_proof_for_another_file() {
     });
     assert_file_refused(claimed.verify_with(&known), EXPERT_WEIGHTS);
 
-    // a verified file in the place of another
+    // a verified file in place of another
     let vlm = entry(VLM_WEIGHTS);
     fs::remove_file(one.path(EXPERT_WEIGHTS)).expect("removed");
     fs::hard_link(zero.path(VLM_WEIGHTS), one.path(EXPERT_WEIGHTS)).expect("linked");
@@ -456,7 +457,7 @@ fn wrong_graphs_are_refused_with_the_reason() {
         let dir = folder.path().join(i.to_string());
         first(&dir, good.clone()).expect("written");
         replace(&dir, name, bytes);
-        check_bundle(&dir).expect_err("wrong graph").to_string()
+        told(&check_bundle(&dir).expect_err("wrong graph"))
     };
     let other = first(
         &folder.path().join("other"),
@@ -472,9 +473,12 @@ fn wrong_graphs_are_refused_with_the_reason() {
     let error = refusal(1, DENOISE_GRAPH, &read(PREFIX_GRAPH));
     assert!(error.contains("expected `x_t`"), "{error}");
     let error = refusal(2, DENOISE_GRAPH, b"not a graph at all");
-    assert!(error.starts_with("graph `denoise.onnx`: "), "{error}");
+    assert!(
+        error.starts_with("graph `denoise.onnx` ") && error.contains("not an ONNX model"),
+        "{error}"
+    );
 
-    // a tensor that is read four bytes early
+    // a tensor whose offset is four bytes too low
     let mine = first(&folder.path().join("mine"), good.clone()).expect("mine");
     let mut model = <crate::proto::ModelProto as prost::Message>::decode(
         fs::read(mine.path(DENOISE_GRAPH)).expect("graph").as_slice(),

@@ -1,4 +1,4 @@
-//! What can end a command of the learner.
+//! Errors that end a command of the learner.
 
 use std::path::{Path, PathBuf};
 
@@ -19,197 +19,197 @@ use crate::{
     versions::VersionError,
 };
 
-/// An error of the learner.
+/// Error of a learner command.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LearnerError {
-    /// The configuration.
+    /// Invalid configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A bundle.
+    /// Bundle that cannot be read or written.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// Writing the graphs.
+    /// Failed export of the graphs.
     #[error(transparent)]
     Export(#[from] export::ExportError),
-    /// A weight file.
+    /// Weight file that cannot be read.
     #[error("failed to read weights `{path}`")]
     Weights {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Cause.
         source: WeightsError,
     },
-    /// The network.
+    /// Failure in the network.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Advantages.
+    /// Advantages that cannot be computed.
     #[error(transparent)]
     Advantage(#[from] AdvantageError),
-    /// The loss.
+    /// Loss that cannot be computed.
     #[error(transparent)]
     Loss(#[from] LossError),
-    /// The optimizer.
+    /// Failure in the optimizer.
     #[error(transparent)]
     Optim(#[from] OptimError),
-    /// Prompt tokens.
+    /// Prompt that cannot be tokenized.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// The endpoint.
+    /// Failure of the endpoint where engines connect.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// An exchange between ranks.
+    /// Failed exchange between ranks.
     #[error(transparent)]
     Ranks(#[from] RanksError),
-    /// Numbers could not be copied from the device.
+    /// Failed copy of numbers from the device.
     #[error("failed to read {what} from the device")]
     FromDevice {
-        /// Which numbers.
+        /// Name of the numbers.
         what: &'static str,
-        /// What libtorch said.
+        /// Error of libtorch.
         source: TchError,
     },
-    /// An episode that cannot be used.
+    /// Rejected trajectory.
     #[error("rejected the trajectory of env {env}, episode {episode}")]
     Trajectory {
-        /// Environment.
+        /// Number of the environment.
         env: u32,
-        /// Episode.
+        /// Number of the episode.
         episode: u64,
-        /// What is wrong.
+        /// Reason for the rejection.
         source: RecordError,
     },
-    /// The saved weights of a reference policy.
+    /// Saved weights of a reference policy that cannot be restored.
     #[error("failed to restore the reference policy")]
     Reference(#[from] ReferenceError),
-    /// A data set.
+    /// Data set that cannot be used.
     #[error("failed to read the data set `{path}`")]
     Dataset {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Cause.
         source: DatasetError,
     },
-    /// A checkpoint that cannot be resumed from.
+    /// Checkpoint that cannot be resumed from.
     #[error("checkpoint `{path}`: {detail}")]
     Checkpoint {
-        /// Which folder.
+        /// Folder of the checkpoint.
         path: PathBuf,
-        /// Expected and found, and what to do.
+        /// Expected and found values, and the remedy.
         detail: String,
     },
-    /// A file operation.
+    /// Failed file operation.
     #[error("{action} `{path}` failed")]
     Io {
-        /// What was attempted.
+        /// Attempted operation, like `reading the metrics`.
         action: &'static str,
-        /// On which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why it failed.
+        /// Cause.
         source: std::io::Error,
     },
-    /// A child process.
+    /// Child process that ended.
     #[error("{name} {what}; the end of its log `{log}` follows")]
     Child {
-        /// Which program.
+        /// Name of the program.
         name: String,
-        /// What happened.
+        /// The event, like `ended with exit status: 1`.
         what: String,
-        /// Its log file.
+        /// Path of its log.
         log: PathBuf,
-        /// The last lines of it.
+        /// Last lines of the log.
         tail: String,
     },
-    /// No answer from the ring.
+    /// Timeout of a wait for the ring.
     #[error("{waiting_for}: nothing for {seconds} s ({state})")]
     Silence {
-        /// What was awaited.
+        /// The awaited event.
         waiting_for: String,
-        /// How long.
+        /// Seconds without the event.
         seconds: u64,
-        /// What is known of the other side.
+        /// Last known state of the other side.
         state: String,
     },
-    /// A version that the engine refused.
+    /// Policy version that the engine rejected.
     #[error("the engine refused policy version {version}: {reason}")]
     Refused {
-        /// Which version.
+        /// Number of the version.
         version: u64,
-        /// Its reason.
+        /// The engine's reason.
         reason: String,
     },
-    /// An iteration whose episodes nobody ordered.
+    /// Iteration whose episodes were never ordered.
     #[error("failed to collect the episodes of iteration {}: they were not ordered", .iteration + 1)]
     NotOrdered {
         /// Number of the iteration, from 0.
         iteration: u32,
     },
-    /// A file that a command needs.
+    /// Missing file that a command needs.
     #[error("`{path}` is missing: {remedy}")]
     NoFile {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// How to get it.
+        /// Remedy, like the command that creates the file.
         remedy: &'static str,
     },
-    /// A program that is not beside this one.
+    /// Program that is not in the folder of this executable.
     #[error("`{name}` is not in the folder of `{own}`: build the whole workspace (scripts/setup)")]
     NoProgram {
-        /// Which program.
+        /// Name of the program.
         name: String,
-        /// This executable.
+        /// Path of this executable.
         own: PathBuf,
     },
-    /// The Python env workers are not in the repository of this executable.
+    /// Executable outside a repository with the Python env workers.
     #[error("the folder crates/envs/python is not above this executable: run the learner inside its repository")]
     NoPython,
-    /// Parameters that a worker cannot read.
+    /// Environment parameters that cannot be written for an env worker.
     #[error("failed to write `env.params` for the env worker")]
     Params(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// An engine's endpoints.
+    /// Endpoints file of an engine without the key `listen`.
     #[error("failed to read the engine's endpoints: `{0}` lacks the key `listen`")]
     Endpoints(PathBuf),
-    /// The network thread.
+    /// End of the network thread.
     #[error("the network thread has ended, see the log above")]
     NetworkEnded,
-    /// A command without work.
+    /// Argument that is 0 and must be at least 1.
     #[error("{what} is 0, expected at least 1")]
     Zero {
-        /// Which argument.
+        /// Name of the argument.
         what: &'static str,
     },
-    /// A measurement of updates that change nothing.
+    /// Measurement without an update.
     #[error("none of the {records} drawn records taught anything, so nothing was measured: use more with `--records`")]
     NothingMeasured {
-        /// Records of the iteration.
+        /// Number of records of the iteration.
         records: usize,
     },
-    /// State that cannot be written as JSON.
+    /// Checkpoint state that cannot be written as JSON.
     #[error("failed to write a checkpoint's state")]
     State(#[source] serde_json::Error),
-    /// Statistics.
+    /// Normalization statistics that are invalid.
     #[error(transparent)]
     Norm(#[from] NormError),
-    /// A run that cannot be reported.
+    /// Run that cannot be reported.
     #[error("run `{path}`: {detail}")]
     Run {
-        /// Its folder or file.
+        /// Folder or file of the run.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// Cause and remedy.
         detail: String,
     },
-    /// A picture cannot be drawn.
-    #[error("drawing `{path}`: {detail}")]
+    /// Picture that cannot be drawn.
+    #[error("failed to draw `{path}`")]
     Picture {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
-        detail: String,
+        /// Cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
 impl LearnerError {
-    /// Completes an error of a configuration key by the origins of that key.
+    /// Adds the origins of a configuration key to an error about the key.
     #[must_use]
     pub fn locate(self, origins: &Origins) -> Self {
         match self {
@@ -219,27 +219,27 @@ impl LearnerError {
     }
 }
 
-/// A data set that cannot be read, or a row of it that the policy cannot be trained on.
+/// Reason for rejecting a data set or a row.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DatasetError {
-    /// The file cannot be read.
+    /// File that cannot be read.
     #[error("the file cannot be read")]
     Read(#[source] std::io::Error),
-    /// The header is longer than the file or the format's limit.
+    /// Header longer than the file or the format's limit.
     #[error(
         "the header has {found} bytes, expected at most {limit}; it is not a safetensors file, or cut: write it again"
     )]
     HeaderLength {
-        /// Bytes by the file's first number.
+        /// Header length by the file's first number, in bytes.
         found: u64,
-        /// Most that this file can have.
+        /// Longest possible header of this file, in bytes.
         limit: u64,
     },
-    /// The header is not one of the format, or its tensors do not lie one after another.
+    /// Header that is not valid safetensors JSON, or tensors with gaps or overlaps.
     #[error("the header is invalid")]
     Header(#[source] serde_json::Error),
-    /// The tensors do not fill the file.
+    /// File length that differs from the header's.
     #[error("the file has {found} bytes, its header expects {expected}; it may be cut: write it again")]
     Length {
         /// Bytes of header and tensors.
@@ -247,196 +247,196 @@ pub enum DatasetError {
         /// Bytes of the file.
         found: u64,
     },
-    /// No prompts.
+    /// Missing metadata key `meta`.
     #[error("the metadata key `meta` is missing, expected JSON with the list `prompts`")]
     NoMeta,
     /// Metadata without a list of prompts.
     #[error("the metadata key `meta` is invalid, expected JSON with the list `prompts`")]
     Meta(#[source] serde_json::Error),
-    /// A tensor is missing.
+    /// Missing tensor.
     #[error("tensor `{0}` is missing")]
     NoTensor(&'static str),
-    /// A tensor of another type.
+    /// Tensor of a wrong type.
     #[error("tensor `{tensor}` has type {found}, expected {expected}")]
     Type {
-        /// Its name.
+        /// Name of the tensor.
         tensor: &'static str,
-        /// The type of the layout.
+        /// Type in the layout.
         expected: Dtype,
-        /// The type in the file.
+        /// Type in the file.
         found: Dtype,
     },
-    /// A tensor of another shape.
+    /// Tensor of a wrong shape.
     #[error("`{field}` has shape {found:?}, expected {expected}")]
     Shape {
-        /// Its name.
+        /// Name of the tensor.
         field: &'static str,
-        /// What the policy needs.
+        /// Shape that the policy needs.
         expected: String,
-        /// The shape in the data set.
+        /// Shape in the data set.
         found: Vec<usize>,
     },
-    /// No rows.
+    /// Data set without rows.
     #[error("found 0 rows, expected at least 1")]
     Empty,
-    /// A prompt that cannot be tokenized.
+    /// Prompt that cannot be tokenized.
     #[error(transparent)]
     Prompt(PromptError),
-    /// A row whose prompt is not in the list.
+    /// Row whose prompt is not in the list.
     #[error("`prompt_id` of row {row} is {found}, expected 0 to {prompts} (exclusive)")]
     PromptId {
-        /// Which row.
+        /// Number of the row.
         row: usize,
-        /// Its number.
+        /// The row's `prompt_id`.
         found: i64,
         /// Length of the list.
         prompts: usize,
     },
-    /// NaN or infinity.
+    /// Number that is not finite.
     #[error("`{field}` of row {row} holds {value} in column {column}, expected finite numbers")]
     NotFinite {
         /// `state`, `actions` or `keypoints`.
         field: &'static str,
-        /// Which row.
+        /// Number of the row.
         row: usize,
-        /// Which of the row's numbers, counted over all its dimensions.
+        /// Index of the number in the row, over all dimensions.
         column: usize,
         /// NaN or infinity.
         value: f32,
     },
-    /// Another length or time of change than when the file was opened.
+    /// File whose length or modification time changed since it was opened.
     #[error("the file was changed while it was read; leave it alone until the stage ends")]
     Changed,
-    /// A row that the data set does not have.
+    /// Row number out of range.
     #[error("row {row} does not exist, the data set has {rows}")]
     NoRow {
-        /// Which row.
+        /// Number of the row.
         row: usize,
-        /// Rows of the data set.
+        /// Number of rows of the data set.
         rows: usize,
     },
-    /// An observation that the policy cannot read.
+    /// Observation that the policy cannot read.
     #[error("row {row} cannot be read by the policy")]
     Observation {
-        /// Which row.
+        /// Number of the row.
         row: usize,
-        /// Why.
+        /// Cause.
         source: ObservationError,
     },
-    /// Actions that cannot be turned into model units.
+    /// Actions that cannot be converted into model units.
     #[error("the actions of row {row} cannot be turned into model units")]
     Actions {
-        /// Which row.
+        /// Number of the row.
         row: usize,
-        /// Why.
+        /// Cause.
         source: NormError,
     },
 }
 
-/// An episode whose records do not fit the plan.
+/// Reason for rejecting an episode.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// An array.
+    /// Invalid array.
     #[error(transparent)]
     Array(#[from] ArrayError),
-    /// The policy version of a chunk.
+    /// Policy version that is not allowed for a chunk.
     #[error(transparent)]
     Version(#[from] VersionError),
-    /// A training episode has chunks without record.
+    /// Training chunk without a record.
     #[error("chunk {chunk} of a training episode has no record")]
     Missing {
-        /// Which chunk.
+        /// Number of the chunk.
         chunk: usize,
     },
-    /// A chunk has another number of executed actions.
+    /// Wrong number of rewards of a chunk.
     #[error(
         "chunk {chunk} has {found} rewards, expected {expected}, or 1 to {expected} in the last chunk of the episode"
     )]
     Rewards {
-        /// Which chunk.
+        /// Number of the chunk.
         chunk: u32,
-        /// Rewards given.
+        /// Number of rewards found.
         found: usize,
         /// Actions of a full chunk.
         expected: usize,
     },
-    /// A field of another length.
+    /// Field of a wrong length.
     #[error("`{field}` has {found} entries, expected {expected}")]
     Length {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// Entries given.
+        /// Number of entries found.
         found: usize,
-        /// Entries of the policy.
+        /// Number of entries that the policy needs.
         expected: usize,
     },
     /// Denoise steps that the policy version does not draw.
     #[error("`denoise_steps` is {found:?}, expected {count} below {limit}")]
     DenoiseSteps {
-        /// Steps given.
+        /// Steps found.
         found: Vec<u32>,
-        /// Stochastic steps of a chunk.
+        /// Number of stochastic steps of a chunk.
         count: usize,
-        /// Steps that can be drawn.
+        /// Exclusive upper bound of a step.
         limit: usize,
     },
-    /// Stochastic steps without log-probability.
+    /// Missing log-probability of stochastic steps.
     #[error("`logprob` is missing, expected that of {steps} stochastic denoise steps")]
     NoLogprob {
-        /// Stochastic steps of the record.
+        /// Number of stochastic steps of the record.
         steps: usize,
     },
-    /// The value of the last observation is missing.
+    /// Missing value of the last observation.
     #[error(
         "an episode that was {} came without the value of its last observation; the env worker must report that observation, or set \
          `algorithm.bootstrap_type = \"none\"`",
         if *.terminated { "terminated" } else { "cut by its time limit" }
     )]
     NoFinalValue {
-        /// How the episode ended.
+        /// True for a terminated episode, false for an episode cut by its time limit.
         terminated: bool,
     },
 }
 
-/// Saved weights that are not those of the reference policy.
+/// Saved weights that do not match the reference policy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReferenceError {
-    /// A tensor too much.
+    /// Tensor outside the action expert and the noise head.
     #[error("tensor `{name}` is not of the action expert or the noise head")]
     Unknown {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
     },
-    /// A tensor too few.
+    /// Missing tensor.
     #[error("tensor `{name}` is missing")]
     Missing {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
     },
-    /// A tensor of another shape.
+    /// Tensor of a wrong shape.
     #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// Shape saved.
+        /// Saved shape.
         found: Vec<i64>,
-        /// Shape of the policy.
+        /// Shape of the policy's tensor.
         expected: Vec<i64>,
     },
 }
 
-/// Result of the learner.
+/// Result of a learner function.
 pub type Result<T, E = LearnerError> = std::result::Result<T, E>;
 
-/// Adds what was attempted, on which file, to an IO error.
+/// Adds the attempted operation and the file to an IO error.
 pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> LearnerError {
     let path = path.to_owned();
     move |source| LearnerError::Io { action, path, source }
 }
 
-/// Adds which numbers were read to an error of libtorch.
+/// Adds the name of the read numbers to an error of libtorch.
 pub(crate) fn from_device(what: &'static str) -> impl FnOnce(TchError) -> LearnerError {
     move |source| LearnerError::FromDevice { what, source }
 }

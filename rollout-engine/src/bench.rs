@@ -1,4 +1,4 @@
-//! Chunk latency by batch size, on inputs drawn like a self-test's.
+//! Chunk latency by batch size, on inputs drawn as for a self-test.
 
 use std::time::Instant;
 
@@ -19,21 +19,21 @@ pub struct Latency {
     pub name: &'static str,
     /// Rows of a batch.
     pub batch: usize,
-    /// Measured batches.
+    /// Number of measured batches.
     pub batches: usize,
     /// Median milliseconds of a batch.
     pub p50_ms: f64,
-    /// 99th percentile in milliseconds.
+    /// 99th percentile of a batch, in milliseconds.
     pub p99_ms: f64,
-    /// Median milliseconds of the prefix graph.
+    /// Median milliseconds of the prefix graph, per batch.
     pub prefix_p50_ms: f64,
-    /// Median milliseconds of all denoise steps.
+    /// Median milliseconds of all denoise steps, per batch.
     pub denoise_p50_ms: f64,
     /// Action chunks per second at the median.
     pub chunks_per_second: f64,
 }
 
-/// Times `batches` batches of `rows` rows in training mode after three for warm-up.
+/// Measures `batches` batches of `rows` rows in training mode, after three warm-up batches.
 ///
 /// # Errors
 /// The device fails.
@@ -89,7 +89,7 @@ pub fn chunk_latency<D: Device>(
     })
 }
 
-/// The smallest value that at least the fraction `q` of the values does not exceed; NaN without values.
+/// Returns the smallest value that is at least as large as the fraction `q` of the values; NaN without values.
 fn quantile(values: &mut [f64], q: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (q * values.len() as f64).ceil() as usize;

@@ -1,4 +1,4 @@
-//! The class of what ends the program `rollout-engine`, for its exit code.
+//! Exit-code classes of the errors of the program `rollout-engine`.
 
 use std::error::Error;
 
@@ -11,21 +11,21 @@ use crate::{
     serve::ServeError,
 };
 
-/// A command line that cannot be carried out.
+/// A command line that cannot be executed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UsageError {
-    /// The learner's endpoint leaves the port open.
+    /// The learner's endpoint has port 0.
     #[error(
         "`learner.listen = \"{0}\"` names no port to connect to: pass --learner with the learner's endpoint, or --standalone"
     )]
     NoPort(String),
-    /// A measurement of nothing.
+    /// A batch size or a number of batches is 0.
     #[error("`--batch` and `--batches` must be at least 1")]
     NoBatch,
 }
 
-/// Returns the class of one error; `None` where its type says nothing.
+/// Returns the class of one error; `None` where the type of the error determines no class.
 pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
     if error.is::<UsageError>() {
         return Some(Class::Usage);

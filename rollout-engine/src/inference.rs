@@ -1,4 +1,5 @@
-//! The threads between the queue and the device: preparing threads make rows ready, the inference thread owns the device and runs them.
+//! The threads between the queue and the device: preparing threads convert rows, the inference thread owns the device and runs
+//! batches.
 
 use std::{
     error::Error,
@@ -24,23 +25,23 @@ use crate::{
     queue::{Cut, Prepared, Queue, Taken},
 };
 
-/// A row that is ready for the device, and what its answer needs.
+/// A row that is ready for the device, with the data for its answer.
 #[derive(Debug)]
 pub struct ReadyRow {
     chunk: ChunkInput,
     asked: Asked,
 }
 
-/// What the answer to a row needs beside the sampled chunk.
+/// Data for the answer to a row, in addition to the sampled chunk.
 #[derive(Debug)]
 struct Asked {
-    /// The state in the environment's units, `[state width]`.
+    /// State in the environment's units, `[state width]`.
     state: Vec<f32>,
     mode: Mode,
     record: bool,
 }
 
-/// What a job that is answered in parts carries: the version that began it also ends it.
+/// State of a large job between two parts: the version of the first part answers all parts.
 #[derive(Debug)]
 pub struct Progress {
     policy: Arc<Policy>,
@@ -50,28 +51,28 @@ pub struct Progress {
 /// The queue of an engine.
 pub type EngineQueue = Queue<ReadyRow, Progress>;
 
-/// The answer to a slot's question.
+/// The answer to a slot's question, with its ticket.
 pub type Answered = (Ticket, JobResult);
 
-/// Batches of answers to slots that wait for delivery: inference goes on while one is delivered, and no further.
+/// Maximum number of undelivered batches of answers to slots; inference blocks beyond the maximum.
 pub const ANSWERED_CAPACITY: usize = 2;
 
-/// What the threads share.
+/// State that the threads share.
 #[derive(Clone)]
 pub struct Shared {
-    /// What waits.
+    /// The queue of rows.
     pub queue: Arc<EngineQueue>,
-    /// The live version.
+    /// Versions in use.
     pub versions: Arc<Versions>,
-    /// Counters.
+    /// Metrics of the engine.
     pub metrics: Arc<Metrics>,
-    /// Where the inference thread shows that it moves.
+    /// Record of the running batch, for the detection of stalls.
     pub pulse: Arc<Pulse>,
-    /// Where answers to slots go.
+    /// Channel for answers to slots.
     pub answered: Sender<Vec<Answered>>,
 }
 
-/// What the inference thread does between batches.
+/// Work of the inference thread between batches.
 enum Work<D: Device> {
     Install(Box<Install<D>>),
     Free(Slot),
@@ -83,17 +84,17 @@ struct Install<D: Device> {
     reply: mpsc::SyncSender<Result<(Slot, Vec<StepOutput>), DeviceError>>,
 }
 
-/// The inference thread, as a loader sees it.
+/// Handle of the inference thread, for loaders.
 pub struct InferenceThread<D: Device> {
     work: mpsc::Sender<Work<D>>,
     queue: Arc<EngineQueue>,
 }
 
 impl<D: Device> InferenceThread<D> {
-    /// Puts a version into a slot, between two batches. Blocks until that is done.
+    /// Installs a version in a slot, between two batches. Blocks until the version is installed.
     ///
     /// # Errors
-    /// The device rejects it, or the thread has ended.
+    /// The device rejects the version, or the thread has ended.
     pub fn install(&self, staged: D::Staged, test: SelfTestRun) -> Result<(Slot, Vec<StepOutput>), DeviceError> {
         let (reply, installed) = mpsc::sync_channel(1);
         let work = Work::Install(Box::new(Install { staged, test, reply }));
@@ -102,7 +103,7 @@ impl<D: Device> InferenceThread<D> {
         installed.recv().map_err(|_ended| DeviceError::Closed)?
     }
 
-    /// Returns what frees a slot, between two batches and without waiting.
+    /// Returns a function that frees a slot between two batches, without blocking.
     pub fn free(&self) -> Free {
         let (work, queue) = (self.work.clone(), Arc::clone(&self.queue));
         Arc::new(move |slot| {
@@ -114,15 +115,15 @@ impl<D: Device> InferenceThread<D> {
     }
 }
 
-/// Threads that prepare rows: one per four cores, at most 4.
+/// Returns the number of preparing threads: one per four cores, at least 1 and at most 4.
 fn preparing_threads() -> usize {
     thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 4))
 }
 
-/// Starts the threads. They end when the queue is closed and empty, or when nobody takes answers any more.
+/// Starts the threads. The threads end when the queue is closed and empty, or when the receiver of answers is dropped.
 ///
 /// # Errors
-/// The system gives no thread.
+/// The system fails to start a thread.
 pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> std::io::Result<InferenceThread<D>> {
     let fixed_batch = config.fixed_batch;
     for number in 0..preparing_threads() {
@@ -149,7 +150,7 @@ pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> st
     Ok(InferenceThread { work: sender, queue })
 }
 
-/// Makes the rows of a job ready. A job with a row that the policy cannot read fails alone.
+/// Prepares the rows of a job. A row that the policy cannot read fails its own job only.
 fn prepare(shared: &Shared, cut: Cut<Progress>) {
     let Cut { mut job, rows, number } = cut;
     let begun = Instant::now();
@@ -193,7 +194,7 @@ fn ready_row(policy: &Policy, row: Row) -> Result<ReadyRow, JobError> {
 }
 
 impl Shared {
-    /// Delivers results. Returns whether somebody still takes those of slots.
+    /// Delivers results. Returns whether the receiver of the slots' answers still exists.
     fn deliver(&self, results: Vec<(Job<Progress>, JobResult)>) -> bool {
         let answered: Vec<Answered> = results
             .into_iter()
@@ -213,8 +214,12 @@ impl<D: Device> Inference<D> {
     fn run(&mut self, work: &mpsc::Receiver<Work<D>>, deadline: Duration) {
         loop {
             let shared = self.shared.clone();
-            let results = match shared.queue.take(deadline) {
+            let results = match shared.queue.take(deadline, self.fixed_batch.unwrap_or(1)) {
                 Taken::Closed => return,
+                Taken::Cut(cut) => {
+                    prepare(&shared, cut);
+                    continue;
+                }
                 Taken::Woken => {
                     for work in work.try_iter() {
                         self.work(work);
@@ -234,7 +239,7 @@ impl<D: Device> Inference<D> {
         match work {
             Work::Install(install) => {
                 let Install { staged, test, reply } = *install;
-                // a loader that has gone takes no slot
+                // if the loader has ended, the slot is freed
                 if let Err(mpsc::SendError(Ok((slot, _)))) = reply.send(self.device.install(staged, &test)) {
                     self.device.free(slot);
                 }
@@ -260,7 +265,7 @@ impl<D: Device> Inference<D> {
         jobs.into_iter().zip(answers).collect()
     }
 
-    /// Answers the prepared rows of a large job; it goes back to the queue until all are answered.
+    /// Answers the prepared rows of a large job, and queues the job again until all rows are answered.
     fn part(&mut self, part: Prepared<ReadyRow, Progress>) -> Vec<(Job<Progress>, JobResult)> {
         let Prepared { mut job, rows } = part;
         let line = job.line;
@@ -278,7 +283,7 @@ impl<D: Device> Inference<D> {
         vec![(job, result)]
     }
 
-    /// Answers more rows of a large job by the version that began it.
+    /// Answers more rows of a large job with the version of its first part.
     fn continued(&mut self, progress: Option<Progress>, rows: Vec<ReadyRow>) -> Result<Progress, JobError> {
         let mut progress = if let Some(progress) = progress {
             progress
@@ -300,7 +305,7 @@ impl<D: Device> Inference<D> {
         Ok(progress)
     }
 
-    /// Answers the rows of each job with one policy version, in one batch.
+    /// Answers the rows of every job with one policy version, in one batch.
     fn answer(&mut self, policy: &Policy, jobs: Vec<Vec<ReadyRow>>) -> Vec<Result<Vec<Chunk>, JobError>> {
         let metrics = Arc::clone(&self.shared.metrics);
         let mut asked: Vec<Vec<Asked>> = Vec::with_capacity(jobs.len());
@@ -334,7 +339,7 @@ impl<D: Device> Inference<D> {
         let answers = asked
             .into_iter()
             .map(|rows| {
-                // all chunks of a job are taken, whatever becomes of the first
+                // all chunks of a job are consumed, even if the first fails
                 let own: Vec<_> = rows.into_iter().zip(chunks.by_ref()).collect();
                 own.into_iter()
                     .map(|(asked, chunk)| finish(policy, asked, chunk, &metrics))
@@ -346,7 +351,7 @@ impl<D: Device> Inference<D> {
     }
 }
 
-/// Turns a sampled chunk into the answer to its row.
+/// Converts a sampled chunk to the answer to its row.
 fn finish(policy: &Policy, asked: Asked, chunk: SampledChunk, metrics: &Metrics) -> Result<Chunk, JobError> {
     let mode = match asked.mode {
         Mode::Train => "train",

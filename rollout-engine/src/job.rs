@@ -1,4 +1,4 @@
-//! Jobs for the policy: rows that are answered together, and who waits for the answer. No transport and no device in here.
+//! Jobs for the policy: rows that are answered together, and the receiver of the answer. Independent of transport and device.
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Instant};
 
@@ -9,23 +9,23 @@ use policy::{
 use tokio::sync::oneshot;
 use wire::messages::{ChunkRecord, Mode};
 
-/// One observation that asks for an action chunk.
+/// An observation for which an action chunk is requested.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     /// The observation.
     pub observation: RawObservation,
     /// Key of the chunk's noise.
     pub key: NoiseKey,
-    /// How the chunk is sampled.
+    /// Sampling mode of the chunk.
     pub mode: Mode,
-    /// Whether the answer carries the chunk record.
+    /// Whether the answer contains the chunk record.
     pub record: bool,
-    /// The chunk that the client is executing; in [`Mode::Eval`] without a record only.
+    /// The chunk that the client is executing; only in [`Mode::Eval`] without a record.
     pub guidance: Option<RawGuidance>,
 }
 
 impl Row {
-    /// Returns the bytes of the observation and what comes with it.
+    /// Returns the bytes of images, state, guidance and prompt.
     fn bytes(&self) -> usize {
         let seen = &self.observation;
         let images: usize = seen.images.values().map(|image| image.data().len()).sum();
@@ -39,9 +39,9 @@ impl Row {
 pub struct Chunk {
     /// Actions in the environment's units, `[action_horizon, env_action_dim]`.
     pub actions: Vec<f32>,
-    /// The value of the observation, with a critic.
+    /// The value of the observation; `None` without a critic.
     pub value: Option<f32>,
-    /// The record, when asked for.
+    /// The chunk record, if requested.
     pub record: Option<Box<ChunkRecord>>,
 }
 
@@ -50,71 +50,71 @@ pub struct Chunk {
 pub struct Answer {
     /// Policy version of all rows.
     pub version: u64,
-    /// In the order of the job.
+    /// Chunks in the order of the job's rows.
     pub rows: Vec<Chunk>,
 }
 
-/// Why a job has no answer.
+/// Reason why a job has no answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum JobError {
-    /// A row that the policy cannot read.
+    /// A row is invalid for the policy.
     #[error(transparent)]
     Observation(#[from] ObservationError),
-    /// A guided chunk is not a sample of the policy.
+    /// A guided chunk was requested in a mode other than `eval` or with a record.
     #[error("a guided chunk is not a sample of the policy: ask for it in mode `eval` and without a record")]
     Guided,
     /// The policy's actions are not finite.
     #[error("the policy gave {value} at element {index} of the denoise chain")]
     NotFinite {
-        /// Which element.
+        /// Index of the element in the denoise chain.
         index: usize,
         /// NaN or infinity.
         value: f32,
     },
-    /// The statistics do not fit.
+    /// The normalization statistics do not match the row.
     #[error(transparent)]
     Norm(#[from] policy::norm::NormError),
     /// The device failed; another batch, or another version, may succeed.
     #[error("inference failed")]
     Inference(#[source] Arc<dyn Error + Send + Sync>),
-    /// No policy is live.
+    /// No policy version is live.
     #[error("no policy is live yet")]
     NotReady,
-    /// Too many rows wait.
+    /// Too many rows are waiting.
     #[error("overloaded: {waiting} of {capacity} rows wait, ask again")]
     Overloaded {
-        /// Rows that wait.
+        /// Waiting rows.
         waiting: usize,
-        /// Rows that may wait.
+        /// Maximum number of waiting rows.
         capacity: usize,
     },
-    /// The job made room for others.
+    /// The job was displaced by jobs of other clients.
     #[error("overloaded: the request made room for clients that wait for less, ask again")]
     Displaced,
-    /// A request that can never fit.
+    /// The request has no rows, or more rows than the queue's capacity.
     #[error("request has {rows} rows, expected 1 to {capacity} (`rollout.queue_capacity`)")]
     Size {
-        /// Its rows.
+        /// Rows of the request.
         rows: usize,
-        /// Rows that may wait.
+        /// Maximum number of waiting rows.
         capacity: usize,
     },
-    /// The version that began a large job is not kept any more.
+    /// The version that answered the first part of a large job was dropped.
     #[error(
         "version {version} was replaced twice while the request was answered in parts: ask again, or for fewer rows"
     )]
     Replaced {
-        /// Which version.
+        /// The dropped version.
         version: u64,
     },
-    /// The engine is leaving.
+    /// The engine is shutting down.
     #[error("the engine is shutting down")]
     Closed,
 }
 
 impl JobError {
-    /// Whether the same request may succeed later.
+    /// Returns whether the same request may succeed later.
     pub fn retry(&self) -> bool {
         match self {
             Self::Observation(_) | Self::Guided | Self::NotFinite { .. } | Self::Norm(_) | Self::Size { .. } => false,
@@ -131,17 +131,17 @@ impl JobError {
 /// The result of a job.
 pub type JobResult = Result<Answer, JobError>;
 
-/// A question of an env worker's slot.
+/// A request of an env worker's slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ticket {
-    /// The present chunk of an episode.
+    /// The current chunk of an episode.
     Chunk(u64),
     /// The value of the last observation of a finished episode.
     Bootstrap(u64),
 }
 
 impl Ticket {
-    /// Returns its number.
+    /// Returns the number of the ticket.
     pub fn number(self) -> u64 {
         match self {
             Self::Chunk(number) | Self::Bootstrap(number) => number,
@@ -149,17 +149,17 @@ impl Ticket {
     }
 }
 
-/// Who waits for the result of a [`Job`].
+/// Receiver of the result of a [`Job`].
 #[derive(Debug)]
 pub enum Reply {
     /// A slot of an env worker; its job has one row.
     Ticket(Ticket),
-    /// One receiver.
+    /// A client's request.
     Once(oneshot::Sender<JobResult>),
 }
 
 impl Reply {
-    /// Sends a result to a receiver, or returns it for a ticket. A receiver that is gone is passed over.
+    /// Sends a result to a receiver, or returns the result for a ticket. A closed receiver is ignored.
     pub fn send(self, result: JobResult) -> Option<(Ticket, JobResult)> {
         match self {
             Self::Ticket(ticket) => Some((ticket, result)),
@@ -171,33 +171,33 @@ impl Reply {
     }
 }
 
-/// The line of the env workers' slots; other lines are numbered from 1.
+/// The line of the env workers' slots; lines of clients are numbered from 1.
 pub const SLOTS: u64 = 0;
 
-/// Rows that are answered together, by one policy version. `P` is what a large job carries from one part to the next.
+/// Rows that are answered together, by one policy version. `P` is the state of a large job between two parts.
 #[derive(Debug)]
 pub struct Job<P = ()> {
     /// The rows that are not prepared yet, in the order of the answer.
     pub rows: VecDeque<Row>,
-    /// The line in which it waits: [`SLOTS`], or the number of a client.
+    /// The line of the job: [`SLOTS`], or the number of a client.
     pub line: u64,
-    /// Who waits.
+    /// Receiver of the result.
     pub reply: Reply,
-    /// When it was queued.
+    /// When the job was queued.
     pub queued: Instant,
-    /// The parts that are answered.
+    /// The answered parts of a large job.
     pub progress: Option<P>,
-    /// Bytes of its rows.
+    /// Bytes of the rows.
     pub bytes: usize,
 }
 
 impl<P> Job<P> {
-    /// Makes the job of a client.
+    /// Creates the job of a client.
     pub fn of_client(line: u64, rows: Vec<Row>, reply: oneshot::Sender<JobResult>) -> Self {
         Self::new(line, rows, Reply::Once(reply))
     }
 
-    /// Makes the job of a slot.
+    /// Creates the job of a slot.
     pub fn of_slot(ticket: Ticket, row: Row) -> Self {
         Self::new(SLOTS, vec![row], Reply::Ticket(ticket))
     }

@@ -1,16 +1,17 @@
-//! The rollout engine: serves a policy to env workers and clients, records what training needs, reloads without a gap.
+//! The rollout engine: serves a policy to env workers and clients, records chunks for training, swaps policy versions without a
+//! pause.
 //!
-//! Modules stand in the data's order: what uses stands above what is used. A request comes in at [`front`], waits in [`queue`], and
-//! is answered on [`device`].
+//! Modules are in the order of the data: a module stands above the modules that it uses. A request arrives at [`front`], waits in
+//! [`queue`], and is answered on [`device`].
 
-// What ends the program, by its class.
+// Exit-code classes of errors.
 pub mod exit;
 pub mod serve;
-// The outside: ZeroMQ for env workers and clients, HTTP for operators.
+// Outer interfaces: ZeroMQ for env workers and clients, HTTP for operators.
 pub mod front;
 // The learner's side: orders and versions in, trajectories out.
 pub mod learner;
-// Which slot runs which episode.
+// Assignment of episodes to slots.
 pub mod episodes;
 // The threads between the queue and the device.
 pub mod inference;

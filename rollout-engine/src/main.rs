@@ -39,7 +39,7 @@ struct Cli {
 enum Command {
     /// Serve until SIGTERM or ctrl-c.
     Serve(ServeArgs),
-    /// Open, verify and load a bundle and run its self-test once.
+    /// Open, verify and load a bundle, and run its self-test once.
     Check(CheckArgs),
     /// Measure chunk latency by batch size.
     Bench(BenchArgs),
@@ -47,13 +47,13 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ServeArgs {
-    /// Run configuration (TOML); `[rollout]` is read here.
+    /// Run configuration (TOML); the engine reads `[rollout]`.
     #[arg(long)]
     config: PathBuf,
-    /// Override a key, like `rollout.max_batch=16`; may be repeated.
+    /// Override a key, like `rollout.max_batch=16`; repeatable.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Bundle to serve from the start; without it the first version comes from the learner.
+    /// Bundle to serve from the start; without a bundle the first version comes from the learner.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
     /// The learner's endpoint, tcp://HOST:PORT; default: `learner.listen`.
@@ -68,10 +68,10 @@ struct ServeArgs {
     /// HOST:PORT of /healthz and /metrics; default: `rollout.http`.
     #[arg(long, value_name = "HOST:PORT")]
     http: Option<String>,
-    /// Folder for fetched bundles, of this engine alone; default: `engine` in `runner.output_dir`.
+    /// Folder for fetched bundles, not shared with another engine; default: `engine` in `runner.output_dir`.
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Write the endpoints that were really bound as JSON: {"listen": ..., "http": ...}.
+    /// Write the bound endpoints as JSON: {"listen": ..., "http": ...}.
     #[arg(long, value_name = "FILE")]
     endpoints_file: Option<PathBuf>,
 }
@@ -98,14 +98,14 @@ struct BackendArgs {
     /// Execution provider.
     #[arg(long, value_enum, default_value = "cpu")]
     provider: ProviderArg,
-    /// Threads of ONNX Runtime.
+    /// Threads of ONNX Runtime per session.
     #[arg(long, default_value_t = 1)]
     threads: usize,
 }
 
 #[derive(Debug, Args)]
 struct CheckArgs {
-    /// The bundle's folder.
+    /// Folder of the bundle.
     dir: PathBuf,
     #[command(flatten)]
     backend: BackendArgs,
@@ -113,15 +113,15 @@ struct CheckArgs {
 
 #[derive(Debug, Args)]
 struct BenchArgs {
-    /// The bundle's folder.
+    /// Folder of the bundle.
     #[arg(long, value_name = "DIR")]
     bundle: PathBuf,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Batch sizes.
+    /// Batch sizes, in rows.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16])]
     batch: Vec<usize>,
-    /// Batches per batch size.
+    /// Measured batches per batch size.
     #[arg(long, default_value_t = 100)]
     batches: usize,
 }
@@ -140,7 +140,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// How long the end waits for a load in the background.
+/// Time that the shutdown waits for a load in the background.
 const LOAD_PATIENCE: Duration = Duration::from_secs(5);
 
 fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -169,7 +169,7 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         bootstrap_terminated: config.algorithm.bootstrap_type == BootstrapType::Always,
         endpoints_file: args.endpoints_file,
     };
-    // one thread for the sockets, one to load bundles: inference has its own
+    // one thread for the sockets, one to load bundles; inference has its own thread
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -183,12 +183,12 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         .context("listening for SIGTERM and ctrl-c")?;
         Ok(serve(options, stop).await?)
     });
-    // ONNX Runtime must not be torn down under a load that is still running
+    // ONNX Runtime must not be torn down while a load is still running
     runtime.shutdown_timeout(LOAD_PATIENCE);
     result
 }
 
-/// Loads a bundle onto a device of this thread.
+/// Loads a bundle onto a device owned by this thread.
 fn load(dir: &Path, args: &BackendArgs) -> anyhow::Result<(OnnxDevice, Policy)> {
     let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads)?);
     let mut device = OnnxDevice::default();

@@ -1,4 +1,4 @@
-//! What an operator sees: counters, gauges and histograms in Prometheus' text format.
+//! Metrics for operators: counters, gauges and histograms in Prometheus' text format.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ use wire::socket::Counters;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// Messages taken, by `kind` (`hello`, `reports`, `act`, `malformed`).
+    /// Received messages, by `kind` (`hello`, `reports`, `act`, `malformed`).
     pub messages: IntCounterVec,
-    /// Messages refused, by `reason` (`overload`, `not_ready`, `invalid`).
+    /// Refused messages, by `reason` (`overload`, `not_ready`, `invalid`).
     pub refused: IntCounterVec,
-    /// Action chunks sampled, by `mode` (`train`, `eval`).
+    /// Sampled action chunks, by `mode` (`train`, `eval`).
     pub chunks: IntCounterVec,
     /// Rows of a batch.
     pub batch_rows: Histogram,
@@ -27,7 +27,7 @@ pub struct Metrics {
     pub version: IntGauge,
     /// Announced versions by `result` (`live`, `refused`).
     pub reloads: IntCounterVec,
-    /// Seconds from an announce to live.
+    /// Seconds from the announce of a version until the version is live.
     pub reload_seconds: Histogram,
     /// Finished episodes.
     pub trajectories: IntCounter,
@@ -46,10 +46,10 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers everything.
+    /// Registers all metrics.
     ///
     /// # Errors
-    /// Two metrics with one name; not after a build whose tests passed.
+    /// Two metrics have the same name; a test excludes this case.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let counter_vec = |name: &str, help: &str, label: &str| {
@@ -110,14 +110,14 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Takes note of how long a stage of a batch took.
+    /// Records the duration of a stage of a batch.
     pub fn observe_stage(&self, stage: &str, time: Duration) {
         self.stage_seconds
             .with_label_values(&[stage])
             .observe(time.as_secs_f64());
     }
 
-    /// Returns the text of `/metrics`, with the connections of clients and workers.
+    /// Returns the text of `/metrics`, including the connections of clients and workers.
     ///
     /// # Errors
     /// The encoder fails.

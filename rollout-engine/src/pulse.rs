@@ -1,27 +1,27 @@
-//! Whether the engine's loops and its inference thread still move: what `/healthz` says.
+//! Detects stalls of the engine's loops and of the inference thread, for `/healthz`.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
-/// A loop that has not come round for so long is stuck: each does so every second.
+/// Time without a round after which a loop is stalled; a loop makes a round every second.
 const LOOP_STALLED: Duration = Duration::from_secs(5);
-/// The link may write and sync a file of weights in between.
+/// Time without a round after which the link is stalled; the link may write and sync a file of weights between rounds.
 const LINK_STALLED: Duration = Duration::from_secs(30);
-/// Inference is stuck after so long, or after four times its slowest recent batch, whichever is longer.
+/// Time after which inference is stalled; four times the slowest recent batch where that is longer.
 const INFERENCE_STALLED: Duration = Duration::from_secs(10);
 
-/// The engine's pulse.
+/// Times of the last round of each loop and of the last batch.
 #[derive(Debug)]
 pub struct Pulse {
     begun: Instant,
-    /// Milliseconds since `begun` of each loop's last round; 0: it has not begun.
+    /// Milliseconds since `begun` of each loop's last round; 0 before the first.
     serving: AtomicU64,
     link: AtomicU64,
-    /// When the batch in work began; 0: none is.
+    /// Start of the running batch, in milliseconds since `begun`; 0 without a batch.
     inference: AtomicU64,
-    /// Since when rows wait and no batch has begun; 0: none wait.
+    /// Time since which rows wait and no batch has started, in milliseconds since `begun`; 0 without waiting rows.
     waiting: AtomicU64,
     slowest: AtomicU64,
 }
@@ -44,7 +44,7 @@ impl Pulse {
         self.begun.elapsed().as_millis() as u64 + 1
     }
 
-    /// The server's loop came round, and found so many rows waiting for inference.
+    /// Records a round of the server's loop, with `rows` rows waiting for inference.
     pub fn serving(&self, rows: usize) {
         self.serving.store(self.now(), Ordering::Relaxed);
         if rows == 0 {
@@ -54,26 +54,26 @@ impl Pulse {
         }
     }
 
-    /// The link's loop came round.
+    /// Records a round of the link's loop.
     pub fn link(&self) {
         self.link.store(self.now(), Ordering::Relaxed);
     }
 
-    /// Runs a batch and keeps how long it took.
+    /// Runs a batch and records its duration.
     pub fn inference<T>(&self, batch: impl FnOnce() -> T) -> T {
         let begun = self.now();
         self.inference.store(begun, Ordering::Relaxed);
         self.waiting.store(0, Ordering::Relaxed);
         let result = batch();
         self.inference.store(0, Ordering::Relaxed);
-        // an eighth less each time, so that one slow batch is forgotten
+        // the duration decays by an eighth per batch, so that one slow batch is forgotten
         let before = self.slowest.load(Ordering::Relaxed);
         self.slowest
             .store((self.now() - begun).max(before - before / 8), Ordering::Relaxed);
         result
     }
 
-    /// What does not move, and for how long.
+    /// Returns which part is stalled, and for how long; `None` if every part works.
     pub fn stalled(&self) -> Option<String> {
         let slowest = Duration::from_millis(self.slowest.load(Ordering::Relaxed));
         let parts = [
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn a_part_that_stands_still_is_named() {
         let pulse = Pulse::default();
-        assert_eq!(pulse.stalled(), None, "what has not begun does not stand still");
+        assert_eq!(pulse.stalled(), None, "a part that has not started is not stalled");
         pulse.serving(0);
         pulse.link();
         pulse.inference(|| ());
@@ -127,7 +127,7 @@ mod tests {
         assert_eq!(
             early.stalled().as_deref(),
             Some("inference has not moved for 20 s"),
-            "rows wait and nobody takes them"
+            "rows wait and no batch starts"
         );
         early.inference(|| ());
         assert_eq!(early.stalled(), None);

@@ -1,11 +1,12 @@
 //! The queue before the device: bounded, fair between clients, one batch prepared ahead.
 //!
-//! Env workers' slots and every client have a line of their own; jobs are cut from the lines in turn. A job of more rows than a batch
-//! is answered in parts, between which batches of others run; while other clients ask, a part has as few rows as possible.
+//! Slots of env workers share one line, every client has a line of its own; jobs are cut from the lines in turn. A job with more
+//! rows than a batch is answered in parts, and batches of other jobs run between two parts. While other clients send requests, a
+//! part has as few rows as possible.
 //!
-//! Jobs go through three places: they wait in a line as they came ([`Queue::push_client`]), a preparing thread cuts them
-//! ([`Queue::cut`]) and stages them prepared ([`Queue::stage`]), and the device's thread takes what is staged ([`Queue::take`]). No more
-//! than a batch is staged, and what arrives while the device runs still joins it.
+//! A job passes through three stages. The job waits in a line in the order of arrival ([`Queue::push_client`]). A preparing thread
+//! cuts the job from the line ([`Queue::cut`]) and stages the prepared rows ([`Queue::stage`]). The device's thread takes staged
+//! jobs ([`Queue::take`]). At most one batch is staged, and jobs that arrive while the device runs still join the next batch.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,18 +16,18 @@ use std::{
 
 use crate::job::{Job, JobError, SLOTS};
 
-/// Most bytes of observations that wait for all clients together.
+/// Maximum bytes of waiting observations, over all clients.
 const MAX_BYTES: usize = 1 << 30;
-/// While a client has asked within this time, parts of large jobs are as small as possible.
+/// Time after a client's request during which parts of large jobs are as small as possible.
 const RECENT: Duration = Duration::from_secs(1);
-/// A large job gets a part at least so often, however many small jobs there are.
+/// Longest wait of a large job for its next part, independent of the number of small jobs.
 const LARGE_WAIT: Duration = Duration::from_secs(1);
-/// Large jobs that are begun and not finished, of all clients: what is answered of them takes memory.
+/// Maximum number of unfinished large jobs, over all clients; the parts that are answered take memory.
 const MAX_BEGUN: usize = 4;
-/// What waits when the queue is closed is answered for so long.
+/// Time for which waiting jobs are still answered after the queue was closed.
 const DRAIN: Duration = Duration::from_secs(4);
 
-/// Whether a job is answered in parts.
+/// Returns whether a job is answered in parts.
 fn is_large<P>(job: &Job<P>, max_rows: usize) -> bool {
     job.rows.len() > max_rows || job.progress.is_some()
 }
@@ -36,9 +37,9 @@ fn is_large<P>(job: &Job<P>, max_rows: usize) -> bool {
 pub struct Cut<P> {
     /// The job.
     pub job: Job<P>,
-    /// Its first rows to prepare: all, or a part of a large job.
+    /// Number of rows to prepare, from the first: all, or a part of a large job.
     pub rows: usize,
-    /// For [`Queue::stage`].
+    /// Number to pass to [`Queue::stage`].
     pub number: CutNumber,
 }
 
@@ -46,23 +47,25 @@ pub struct Cut<P> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutNumber(u64);
 
-/// A job with prepared rows `R`; the rows that are not prepared yet are still in the job.
+/// A job with prepared rows `R`; rows that are not prepared yet are still in the job.
 #[derive(Debug)]
 pub struct Prepared<R, P> {
     /// The job.
     pub job: Job<P>,
-    /// Its prepared rows.
+    /// The prepared rows of the job.
     pub rows: Vec<R>,
 }
 
-/// What the device's thread does next.
+/// Next work of the device's thread.
 #[derive(Debug)]
 pub enum Taken<R, P> {
     /// Run these whole jobs; their rows fit one batch.
     Whole(Vec<Prepared<R, P>>),
     /// Run a part of a large job, then call [`Queue::put_back`] or [`Queue::finished`].
     Part(Prepared<R, P>),
-    /// Look after something else: [`Queue::wake`] was called.
+    /// Prepare this job: no job is prepared, so the device would have to wait.
+    Cut(Cut<P>),
+    /// Check for work outside the queue: [`Queue::wake`] was called.
     Woken,
     /// The queue is closed and empty.
     Closed,
@@ -73,47 +76,49 @@ struct Line<P> {
     jobs: VecDeque<Job<P>>,
     rows: usize,
     bytes: usize,
-    /// When the large job at its front had its last part.
+    /// When the large job at the front had its last part.
     part: Instant,
 }
 
-/// A job that is in no line: it is being prepared, or it is a large one that is not put back yet.
+/// A job outside the lines: either in preparation, or a large job that was not put back yet.
 struct Out {
     number: u64,
     line: u64,
     /// Rows to prepare.
     rows: usize,
-    /// When it was queued; of a large job, when it had its last part.
+    /// When the job was queued; for a large job, when the job had its last part.
     since: Instant,
     large: bool,
-    /// The device's thread has it.
+    /// Whether the device's thread has the job.
     taken: bool,
 }
 
 struct Waiting<R, P> {
     lines: BTreeMap<u64, Line<P>>,
-    /// Lines with jobs, the next one first.
+    /// Lines with jobs, next line first.
     turns: VecDeque<u64>,
-    /// Rows and bytes of clients.
+    /// Waiting rows of clients.
     client_rows: usize,
     client_bytes: usize,
     slot_rows: usize,
-    /// Those of clients that have left are not among them.
+    /// Jobs in preparation or on the device; jobs of disconnected clients are removed.
     out: Vec<Out>,
     /// Number of the last cut.
     cuts: u64,
-    /// Whole jobs that are prepared, and their rows.
+    /// Prepared whole jobs.
     staged: Vec<Prepared<R, P>>,
     staged_rows: usize,
-    /// Rows of slots that were cut for the batch that is being staged.
+    /// Rows of slots in the batch that is being staged.
     staged_slots: usize,
-    /// A part of a large job that is prepared, and when that job had its last one.
+    /// A prepared part of a large job, and when the job had its previous part.
     staged_part: Option<(Prepared<R, P>, Instant)>,
-    /// When a client last asked for no more rows than a batch has.
+    /// When a client last requested at most as many rows as a batch has.
     recent: Option<Instant>,
-    /// The last batch was a part although whole jobs waited: now it is their turn.
+    /// Whether the last batch was a part although whole jobs waited; whole jobs are next then.
     forced: bool,
     woken: bool,
+    /// Whether the device's thread waits while no job is prepared.
+    idle: bool,
     closed: Option<Instant>,
 }
 
@@ -144,7 +149,7 @@ impl<R, P> Waiting<R, P> {
         }
     }
 
-    /// Takes the first job of a line, or the last.
+    /// Removes the first job of a line, or the last.
     fn pop(&mut self, line: u64, front: bool) -> Option<Job<P>> {
         let entry = self.lines.get_mut(&line)?;
         let job = if front {
@@ -167,7 +172,7 @@ impl<R, P> Waiting<R, P> {
         Some(job)
     }
 
-    /// Sends a line to the end of the turns.
+    /// Moves a line to the end of the turns.
     fn had_its_turn(&mut self, line: u64) {
         if let Some(place) = self.turns.iter().position(|turn| *turn == line) {
             self.turns.remove(place);
@@ -179,7 +184,8 @@ impl<R, P> Waiting<R, P> {
         self.lines.get(&line)?.jobs.front()
     }
 
-    /// Takes a job of at most `room` rows: of the slots while they have not `quota` rows, otherwise of the line that comes next.
+    /// Removes a job of at most `room` rows: of the slots while the slots have fewer than `quota` rows staged, otherwise of the
+    /// next line.
     fn next_whole(&mut self, room: usize, quota: usize) -> Option<Job<P>> {
         let fits = |job: &Job<P>| job.rows.len() <= room && job.progress.is_none();
         let line = if self.staged_slots < quota && self.front(SLOTS).is_some_and(fits) {
@@ -192,7 +198,8 @@ impl<R, P> Waiting<R, P> {
         Some(job)
     }
 
-    /// The line with a large job whose last part is longest ago; of those that are begun where these are many.
+    /// Returns the line with the large job whose last part is longest ago. With [`MAX_BEGUN`] unfinished jobs, only these are
+    /// considered.
     fn next_large(&self, max_rows: usize) -> Option<(u64, Instant)> {
         let begun = |line: &Line<P>| line.jobs.front().is_some_and(|job| job.progress.is_some());
         let out = self.out.iter().filter(|out| out.large).count();
@@ -206,7 +213,7 @@ impl<R, P> Waiting<R, P> {
             .min_by_key(|(_, part)| *part)
     }
 
-    /// Takes note of a job that is cut from its line: all of it, or the first `rows` of a large one.
+    /// Records a job that was cut from a line: all rows, or the first `rows` of a large job.
     fn cut(&mut self, job: Job<P>, rows: usize, since: Instant, large: bool) -> Cut<P> {
         self.cuts += 1;
         self.out.push(Out {
@@ -224,19 +231,45 @@ impl<R, P> Waiting<R, P> {
         }
     }
 
-    /// Whole jobs that are being prepared for the next batch.
+    /// Cuts the next job to prepare from its line, if there is one; see [`Queue::cut`].
+    fn next_cut(&mut self, max_rows: usize, least: usize) -> Option<Cut<P>> {
+        let preparing: usize = self.preparing().map(|out| out.rows).sum();
+        let room = max_rows.saturating_sub(self.staged_rows + preparing);
+        // half of a batch is reserved for slots with enough rows, because the numbers of workers and of clients differ
+        if let Some(job) = self.next_whole(room, max_rows.div_ceil(2)) {
+            if job.line == SLOTS {
+                self.staged_slots += job.rows.len();
+            }
+            let (rows, queued) = (job.rows.len(), job.queued);
+            return Some(self.cut(job, rows, queued, false));
+        }
+        // one part is prepared while another part runs
+        let ahead = self.out.iter().any(|out| out.large && !out.taken);
+        if !ahead
+            && let Some((line, since)) = self.next_large(max_rows)
+            && let Some(job) = self.pop(line, true)
+        {
+            let recent = self.recent.is_some_and(|recent| recent.elapsed() < RECENT);
+            let most = if recent { least.clamp(1, max_rows) } else { max_rows };
+            let rows = most.min(job.rows.len());
+            return Some(self.cut(job, rows, since, true));
+        }
+        None
+    }
+
+    /// Returns the whole jobs in preparation for the next batch.
     fn preparing(&self) -> impl Iterator<Item = &Out> {
         self.out.iter().filter(|out| !out.large)
     }
 
-    /// Ends the absence of a line's large job that the device's thread had; returns whether its client is still there.
+    /// Removes the record of a line's large job on the device; returns whether the client is still connected.
     fn returned(&mut self, line: u64) -> bool {
         let before = self.out.len();
         self.out.retain(|out| !(out.large && out.taken && out.line == line));
         self.out.len() < before
     }
 
-    /// Whether a whole job is being prepared, or will be, that was queued no later than `last` and has no more than `room` rows.
+    /// Returns whether a whole job of at most `room` rows, queued no later than `last`, is in preparation or still waiting.
     fn more_is_coming(&self, last: Instant, room: usize) -> bool {
         let waiting = self.turns.iter().filter_map(|line| self.front(*line));
         self.preparing().any(|out| out.since <= last)
@@ -246,21 +279,21 @@ impl<R, P> Waiting<R, P> {
     }
 }
 
-/// The queue. Rows of clients are bounded by its capacity. When it is full, the client with the most rows makes room for one with
-/// fewer: its newest job is displaced. Rows of slots are bounded by the number of slots, because a slot has one question at a time,
-/// so they are always accepted.
+/// A bounded queue. Rows of clients are limited by the capacity. In a full queue the client with the most rows makes room for a
+/// client with fewer rows: the newest job of the former is displaced. Rows of slots are limited by the number of slots, because a
+/// slot has one question at a time; these rows are therefore always accepted.
 pub struct Queue<R, P = ()> {
     waiting: Mutex<Waiting<R, P>>,
-    /// For the preparing threads.
+    /// Notifies the preparing threads.
     to_cut: Condvar,
-    /// For the device's thread.
+    /// Notifies the device's thread.
     to_take: Condvar,
     capacity: usize,
     max_rows: usize,
 }
 
 impl<R, P> Queue<R, P> {
-    /// Makes an empty queue for `capacity` rows of clients, taken in batches of at most `max_rows`.
+    /// Creates an empty queue for `capacity` rows of clients, with batches of at most `max_rows`.
     pub fn new(capacity: usize, max_rows: usize) -> Self {
         Self {
             waiting: Mutex::new(Waiting {
@@ -278,6 +311,7 @@ impl<R, P> Queue<R, P> {
                 recent: None,
                 forced: false,
                 woken: false,
+                idle: false,
                 closed: None,
             }),
             to_cut: Condvar::new(),
@@ -292,7 +326,7 @@ impl<R, P> Queue<R, P> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the rows that wait for the device.
+    /// Returns the number of rows that wait for the device.
     pub fn rows(&self) -> usize {
         let waiting = self.lock();
         let preparing: usize = waiting.preparing().map(|out| out.rows).sum();
@@ -300,10 +334,10 @@ impl<R, P> Queue<R, P> {
         waiting.client_rows + waiting.slot_rows + preparing + waiting.staged_rows + part
     }
 
-    /// Queues a client's job. Jobs of other clients that it displaces are added to `displaced`.
+    /// Queues a client's job. Displaced jobs of other clients are added to `displaced`.
     ///
     /// # Errors
-    /// The queue is full, the job can never fit, or the engine is leaving; the job comes back.
+    /// The queue is full, the job has no rows or more than the capacity, or the queue is closed; the error returns the job.
     pub fn push_client(&self, job: Job<P>, displaced: &mut Vec<Job<P>>) -> Result<(), Box<(JobError, Job<P>)>> {
         let (rows, bytes, line) = (job.rows.len(), job.bytes, job.line);
         let capacity = self.capacity;
@@ -314,7 +348,7 @@ impl<R, P> Queue<R, P> {
         if waiting.closed.is_some() {
             return Err(Box::new((JobError::Closed, job)));
         }
-        // the share of a line is what it has most of: rows, or bytes where these are short
+        // the share of a line is in rows, or in bytes where bytes are the scarce resource
         let own = waiting
             .lines
             .get(&line)
@@ -338,12 +372,18 @@ impl<R, P> Queue<R, P> {
             waiting.recent = Some(job.queued);
         }
         waiting.push(job, false);
+        let idle = std::mem::take(&mut waiting.idle);
         drop(waiting);
-        self.to_cut.notify_one();
+        // an idle device's thread prepares the job itself, without a change of threads
+        if idle {
+            self.to_take.notify_one();
+        } else {
+            self.to_cut.notify_one();
+        }
         Ok(())
     }
 
-    /// Queues jobs of slots. After [`Queue::close`] they are dropped.
+    /// Queues jobs of slots. After [`Queue::close`] the jobs are dropped.
     pub fn push_slots(&self, jobs: Vec<Job<P>>) {
         if jobs.is_empty() {
             return;
@@ -352,42 +392,28 @@ impl<R, P> Queue<R, P> {
         if waiting.closed.is_some() {
             return;
         }
+        let several = jobs.len() > 1;
         for job in jobs {
             waiting.push(job, false);
         }
+        let idle = std::mem::take(&mut waiting.idle);
         drop(waiting);
-        self.to_cut.notify_all();
+        if idle {
+            self.to_take.notify_one();
+        }
+        if several || !idle {
+            self.to_cut.notify_all();
+        }
     }
 
-    /// Waits for a job to prepare: a whole one while the next batch has room, or a part of a large one while none is staged. A part has
-    /// the rows of a batch, or `least` while other clients ask. Returns `None` when the queue is closed and nothing waits.
+    /// Blocks until there is a job to prepare. A whole job is returned while the next batch has room, a part of a large job while no
+    /// part is staged. A part has the rows of a batch, or `least` while other clients send requests. Returns `None` when the queue
+    /// is closed and empty.
     pub fn cut(&self, least: usize) -> Option<Cut<P>> {
         let mut waiting = self.lock();
         loop {
-            let preparing: usize = waiting.preparing().map(|out| out.rows).sum();
-            let room = self.max_rows.saturating_sub(waiting.staged_rows + preparing);
-            // half of a batch is the slots' where they have so many: workers and clients are not of one number
-            if let Some(job) = waiting.next_whole(room, self.max_rows.div_ceil(2)) {
-                if job.line == SLOTS {
-                    waiting.staged_slots += job.rows.len();
-                }
-                let (rows, queued) = (job.rows.len(), job.queued);
-                return Some(waiting.cut(job, rows, queued, false));
-            }
-            // one part ahead of the one that runs
-            let ahead = waiting.out.iter().any(|out| out.large && !out.taken);
-            if !ahead
-                && let Some((line, since)) = waiting.next_large(self.max_rows)
-                && let Some(job) = waiting.pop(line, true)
-            {
-                let recent = waiting.recent.is_some_and(|recent| recent.elapsed() < RECENT);
-                let most = if recent {
-                    least.clamp(1, self.max_rows)
-                } else {
-                    self.max_rows
-                };
-                let rows = most.min(job.rows.len());
-                return Some(waiting.cut(job, rows, since, true));
+            if let Some(cut) = waiting.next_cut(self.max_rows, least) {
+                return Some(cut);
             }
             if let Some(closed) = waiting.closed
                 && (waiting.turns.is_empty() || closed.elapsed() > DRAIN)
@@ -398,7 +424,7 @@ impl<R, P> Queue<R, P> {
         }
     }
 
-    /// Stages a prepared job for the device. The job of a client that has left meanwhile is dropped.
+    /// Stages a prepared job for the device. The job of a client that disconnected meanwhile is dropped.
     pub fn stage(&self, number: CutNumber, prepared: Prepared<R, P>) {
         let mut waiting = self.lock();
         let Some(place) = waiting.out.iter().position(|out| out.number == number.0) else {
@@ -419,17 +445,17 @@ impl<R, P> Queue<R, P> {
         self.to_take.notify_one();
     }
 
-    /// Forgets a cut whose job cannot be prepared.
+    /// Removes the record of a cut whose job cannot be prepared.
     pub fn give_up(&self, number: CutNumber) {
         self.lock().out.retain(|out| out.number != number.0);
         self.to_cut.notify_one();
         self.to_take.notify_one();
     }
 
-    /// Takes a large job back after a part of it was answered. The job of a client that has left is dropped.
+    /// Queues a large job again after one of its parts was answered. The job of a disconnected client is dropped.
     ///
     /// # Errors
-    /// The queue was closed meanwhile: the job comes back.
+    /// The queue was closed meanwhile; the error returns the job.
     pub fn put_back(&self, job: Job<P>) -> Result<(), Job<P>> {
         let line = job.line;
         let mut waiting = self.lock();
@@ -448,13 +474,13 @@ impl<R, P> Queue<R, P> {
         Ok(())
     }
 
-    /// Notes that the large job of a line, of which a part was taken, is not coming back.
+    /// Records that the large job of a line, of which a part was taken, does not return to the queue.
     pub fn finished(&self, line: u64) {
         self.lock().returned(line);
         self.to_cut.notify_one();
     }
 
-    /// Removes the jobs of a client that has left.
+    /// Removes the jobs of a disconnected client.
     pub fn remove_client(&self, client: u64) -> Vec<Job<P>> {
         let mut waiting = self.lock();
         waiting.out.retain(|out| out.line != client);
@@ -476,8 +502,8 @@ impl<R, P> Queue<R, P> {
         removed
     }
 
-    /// Accepts no more jobs and returns the large ones, which are not begun or finished any more. The others are still handed out
-    /// for a few seconds.
+    /// Closes the queue for new jobs and returns the large jobs, which are not started or finished any more. Other jobs are still
+    /// handed out for 4 s.
     pub fn close(&self) -> Vec<Job<P>> {
         let mut waiting = self.lock();
         waiting.closed = Some(Instant::now());
@@ -501,7 +527,7 @@ impl<R, P> Queue<R, P> {
         large
     }
 
-    /// Removes all jobs that are left.
+    /// Removes all remaining jobs.
     pub fn clear(&self) -> Vec<Job<P>> {
         let mut waiting = self.lock();
         waiting.out.clear();
@@ -522,11 +548,13 @@ impl<R, P> Queue<R, P> {
         self.to_take.notify_one();
     }
 
-    /// Waits for what the device's thread does next. Whole jobs are handed out when they fill a batch, or when the oldest has waited
-    /// for `deadline` and all that came within that time is prepared; a part of a large job when there are none.
-    pub fn take(&self, deadline: Duration) -> Taken<R, P> {
+    /// Blocks until there is work for the device's thread. Whole jobs are returned when they fill a batch, or when the oldest has
+    /// waited for `deadline` and all jobs that arrived within that time are prepared. A part of a large job is returned when there
+    /// are no whole jobs. If no job is prepared, a job to prepare is returned, with `least` as in [`Queue::cut`].
+    pub fn take(&self, deadline: Duration, least: usize) -> Taken<R, P> {
         let mut waiting = self.lock();
         loop {
+            waiting.idle = false;
             if std::mem::take(&mut waiting.woken) {
                 return Taken::Woken;
             }
@@ -544,29 +572,32 @@ impl<R, P> Queue<R, P> {
                 waiting.forced = true;
                 return self.part(waiting, part);
             }
-            let left = match waiting.staged.iter().map(|prepared| prepared.job.queued).min() {
-                Some(oldest) => {
-                    // with a large job there is no time to wait for others: they will come while its next part runs
-                    let hurry = waiting.staged_part.is_some() || waiting.closed.is_some();
-                    let left = if hurry {
-                        Duration::ZERO
-                    } else {
-                        deadline.saturating_sub(oldest.elapsed())
-                    };
-                    let room = self.max_rows.saturating_sub(waiting.staged_rows);
-                    if room == 0 || (left.is_zero() && !waiting.more_is_coming(oldest + deadline, room)) {
-                        return self.whole(waiting);
-                    }
-                    left
-                }
-                None if waiting.more_is_coming(Instant::now(), self.max_rows) => Duration::ZERO,
-                None => {
-                    if let Some((part, _)) = waiting.staged_part.take() {
-                        waiting.forced = false;
-                        return self.part(waiting, part);
-                    }
+            let left = if let Some(oldest) = waiting.staged.iter().map(|prepared| prepared.job.queued).min() {
+                // a large job leaves no time to wait for other jobs: these arrive while the next part runs
+                let hurry = waiting.staged_part.is_some() || waiting.closed.is_some();
+                let left = if hurry {
                     Duration::ZERO
+                } else {
+                    deadline.saturating_sub(oldest.elapsed())
+                };
+                let room = self.max_rows.saturating_sub(waiting.staged_rows);
+                if room == 0 || (left.is_zero() && !waiting.more_is_coming(oldest + deadline, room)) {
+                    return self.whole(waiting);
                 }
+                left
+            } else {
+                if let Some(cut) = waiting.next_cut(self.max_rows, least) {
+                    return Taken::Cut(cut);
+                }
+                // whole jobs that are being prepared come first
+                if waiting.preparing().next().is_none()
+                    && let Some((part, _)) = waiting.staged_part.take()
+                {
+                    waiting.forced = false;
+                    return self.part(waiting, part);
+                }
+                waiting.idle = true;
+                Duration::ZERO
             };
             waiting = if left.is_zero() {
                 self.to_take.wait(waiting).unwrap_or_else(PoisonError::into_inner)
@@ -601,313 +632,4 @@ impl<R, P> Queue<R, P> {
 }
 
 #[cfg(test)]
-mod tests {
-    use policy::{noise::NoiseKey, transform::RawObservation};
-    use tokio::sync::oneshot;
-    use wire::messages::Mode;
-
-    use super::*;
-    use crate::job::{Row, Ticket};
-
-    /// A prepared row is the number of its request, which is the row's `chunk` here.
-    type Numbers = Queue<u32>;
-
-    fn row(number: u32) -> Row {
-        Row {
-            observation: RawObservation {
-                images: BTreeMap::new(),
-                state: Vec::new(),
-                prompt: String::new(),
-            },
-            key: NoiseKey {
-                seed: 0,
-                env: 0,
-                episode: 0,
-                chunk: number,
-            },
-            mode: Mode::Eval,
-            record: false,
-            guidance: None,
-        }
-    }
-
-    fn slot(number: u32) -> Job {
-        Job::of_slot(Ticket::Chunk(number.into()), row(number))
-    }
-
-    fn request(client: u64, number: u32, rows: usize) -> Job {
-        Job::of_client(client, vec![row(number); rows], oneshot::channel().0)
-    }
-
-    fn push(queue: &Numbers, job: Job) -> Result<(), JobError> {
-        let mut displaced = Vec::new();
-        let pushed = queue.push_client(job, &mut displaced);
-        assert!(displaced.is_empty(), "{displaced:?}");
-        pushed.map_err(|rejected| rejected.0)
-    }
-
-    fn prepared(cut: Cut<()>) -> (CutNumber, Prepared<u32, ()>) {
-        let Cut { mut job, rows, number } = cut;
-        let rows = job.rows.drain(..rows).map(|row| row.key.chunk).collect();
-        (number, Prepared { job, rows })
-    }
-
-    /// Stages all that can be staged now.
-    fn prepare(queue: &Numbers) {
-        while can_cut(queue) {
-            let (number, prepared) = prepared(queue.cut(1).expect("something to cut"));
-            queue.stage(number, prepared);
-        }
-    }
-
-    /// Whether [`Queue::cut`] would return without waiting.
-    fn can_cut(queue: &Numbers) -> bool {
-        let waiting = queue.lock();
-        let room = queue.max_rows - waiting.staged_rows;
-        let whole = waiting.turns.iter().filter_map(|line| waiting.front(*line));
-        let mut whole = whole.filter(|job| job.progress.is_none() && job.rows.len() <= room);
-        let ahead = waiting.out.iter().any(|out| out.large && !out.taken);
-        whole.next().is_some() || (!ahead && waiting.next_large(queue.max_rows).is_some())
-    }
-
-    fn numbers(jobs: &[Job]) -> Vec<u32> {
-        jobs.iter()
-            .filter_map(|job| Some(job.rows.front()?.key.chunk))
-            .collect()
-    }
-
-    /// Numbers of the next batch, which holds whole jobs.
-    fn whole(queue: &Numbers, deadline: Duration) -> Vec<u32> {
-        prepare(queue);
-        match queue.take(deadline) {
-            Taken::Whole(jobs) => jobs.iter().filter_map(|job| job.rows.first().copied()).collect(),
-            other => panic!("expected whole jobs, got {other:?}"),
-        }
-    }
-
-    /// Takes a part of a large job and gives the rest back.
-    fn part(queue: &Numbers) -> (u64, usize) {
-        prepare(queue);
-        match queue.take(Duration::ZERO) {
-            Taken::Part(Prepared { mut job, rows }) => {
-                let line = job.line;
-                job.progress = Some(());
-                if job.rows.is_empty() {
-                    queue.finished(line);
-                } else {
-                    queue.put_back(job).expect("open");
-                }
-                (line, rows.len())
-            }
-            other => panic!("expected a part, got {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_full_batch_does_not_wait() {
-        let queue: Numbers = Queue::new(8, 2);
-        queue.push_slots(vec![slot(1), slot(2), slot(3)]);
-        let begun = Instant::now();
-        assert_eq!(
-            whole(&queue, Duration::from_mins(1)),
-            [1, 2],
-            "first come, first served"
-        );
-        assert!(
-            begun.elapsed() < Duration::from_secs(30),
-            "the deadline is not waited for"
-        );
-        assert_eq!(queue.rows(), 1);
-    }
-
-    #[test]
-    fn the_deadline_releases_a_part_batch() {
-        let queue: Numbers = Queue::new(8, 4);
-        queue.push_slots(vec![slot(1)]);
-        let begun = Instant::now();
-        assert_eq!(whole(&queue, Duration::from_millis(20)), [1]);
-        // the job was queued a moment before `begun`
-        assert!(begun.elapsed() >= Duration::from_millis(15), "{:?}", begun.elapsed());
-    }
-
-    #[test]
-    fn overload_is_rejected_and_nothing_is_lost() {
-        let queue: Numbers = Queue::new(3, 9);
-        assert!(push(&queue, request(1, 1, 2)).is_ok());
-        assert!(matches!(
-            push(&queue, request(1, 2, 2)),
-            Err(JobError::Overloaded {
-                waiting: 2,
-                capacity: 3
-            })
-        ));
-        assert!(matches!(
-            push(&queue, request(1, 3, 4)),
-            Err(JobError::Size { rows: 4, capacity: 3 })
-        ));
-        assert!(push(&queue, request(1, 4, 1)).is_ok());
-        assert!(queue.close().is_empty());
-        assert!(matches!(push(&queue, request(1, 5, 1)), Err(JobError::Closed)));
-        assert_eq!(whole(&queue, Duration::ZERO), [1, 4], "what waited is served");
-        assert!(queue.cut(1).is_none());
-        assert!(matches!(queue.take(Duration::ZERO), Taken::Closed));
-    }
-
-    #[test]
-    fn a_batch_takes_clients_and_slots_in_turn() {
-        let queue: Numbers = Queue::new(99, 5);
-        queue.push_slots((1..=9).map(slot).collect());
-        for number in 11..=19 {
-            push(&queue, request(1, number, 1)).expect("room");
-        }
-        push(&queue, request(2, 21, 1)).expect("room");
-        push(&queue, request(3, 31, 2)).expect("room");
-        assert_eq!(
-            whole(&queue, Duration::ZERO),
-            [1, 2, 3, 11, 21],
-            "half for the slots, then in turn"
-        );
-        assert_eq!(whole(&queue, Duration::ZERO), [4, 5, 6, 31]);
-        assert_eq!(whole(&queue, Duration::ZERO), [7, 8, 9, 12, 13]);
-    }
-
-    #[test]
-    fn a_job_that_fits_a_batch_is_never_split() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 3)).expect("room");
-        push(&queue, request(2, 2, 2)).expect("room");
-        push(&queue, request(2, 3, 2)).expect("room");
-        assert_eq!(whole(&queue, Duration::ZERO), [1]);
-        assert_eq!(whole(&queue, Duration::ZERO), [2, 3]);
-    }
-
-    #[test]
-    fn large_jobs_are_answered_in_parts_and_give_way() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 10)).expect("room");
-        push(&queue, request(2, 2, 6)).expect("room");
-        assert_eq!(part(&queue), (1, 4), "no one else asks: a whole batch");
-        assert_eq!(part(&queue), (2, 4), "large jobs take turns");
-        push(&queue, request(3, 3, 1)).expect("room");
-        assert_eq!(whole(&queue, Duration::ZERO), [3], "it waits for one part at most");
-        assert_eq!(part(&queue), (1, 1), "while others ask parts are small");
-        assert_eq!(part(&queue), (2, 1));
-        assert_eq!(queue.rows(), 5 + 1);
-    }
-
-    #[test]
-    fn large_jobs_that_waited_long_take_turns_with_small_ones() {
-        let queue: Numbers = Queue::new(99, 4);
-        let long_ago = Instant::now().checked_sub(2 * LARGE_WAIT).expect("2 s after boot");
-        for client in [1, 2] {
-            let mut large = request(client.into(), client, 10);
-            large.queued = long_ago;
-            push(&queue, large).expect("room");
-        }
-        push(&queue, request(3, 3, 3)).expect("room");
-        push(&queue, request(3, 4, 3)).expect("room");
-        assert_eq!(part(&queue).0, 1, "it waited for long");
-        assert_eq!(
-            whole(&queue, Duration::ZERO),
-            [3],
-            "and so did the other, but small ones come between"
-        );
-        assert_eq!(part(&queue).0, 2);
-        assert_eq!(whole(&queue, Duration::ZERO), [4]);
-    }
-
-    #[test]
-    fn the_client_with_the_most_rows_makes_room() {
-        let queue: Numbers = Queue::new(10, 4);
-        push(&queue, request(1, 1, 3)).expect("room");
-        push(&queue, request(1, 2, 5)).expect("room");
-        push(&queue, request(2, 3, 2)).expect("room");
-        let mut displaced = Vec::new();
-        queue.push_client(request(3, 4, 1), &mut displaced).expect("a share");
-        assert_eq!(numbers(&displaced), [2], "its newest job");
-        displaced.clear();
-        // with 5 rows it would have more than any other
-        let rejected = queue
-            .push_client(request(3, 5, 5), &mut displaced)
-            .expect_err("no share");
-        assert!(rejected.0.retry() && displaced.is_empty(), "{displaced:?}");
-    }
-
-    #[test]
-    fn what_a_client_left_behind_is_not_answered() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 1)).expect("room");
-        push(&queue, request(2, 2, 10)).expect("room");
-        push(&queue, request(3, 3, 1)).expect("room");
-        assert_eq!(numbers(&queue.remove_client(1)), [1]);
-        assert_eq!(whole(&queue, Duration::ZERO), [3]);
-        let Taken::Part(Prepared { job, .. }) = queue.take(Duration::ZERO) else {
-            panic!("a part")
-        };
-        assert!(queue.remove_client(2).is_empty(), "its job is out for a part");
-        queue.put_back(job).expect("dropped in silence");
-        assert_eq!(queue.rows(), 0);
-    }
-
-    #[test]
-    fn a_client_that_leaves_takes_its_prepared_jobs_along() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 1)).expect("room");
-        push(&queue, request(2, 2, 2)).expect("room");
-        push(&queue, request(3, 3, 10)).expect("room");
-        prepare(&queue);
-        push(&queue, request(1, 4, 1)).expect("room");
-        let (number, late) = prepared(queue.cut(1).expect("the batch has room"));
-        assert_eq!(queue.remove_client(1).len(), 1, "the one that was staged");
-        queue.stage(number, late);
-        assert_eq!(queue.remove_client(3).len(), 1, "the part that was staged");
-        assert_eq!(whole(&queue, Duration::ZERO), [2]);
-        assert_eq!(queue.rows(), 0);
-    }
-
-    #[test]
-    fn what_came_within_the_deadline_is_waited_for() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 1)).expect("room");
-        prepare(&queue);
-        let soon = request(2, 2, 1);
-        let first = queue.lock().staged[0].job.queued;
-        push(&queue, soon).expect("room");
-        assert!(queue.lock().more_is_coming(first + Duration::from_mins(1), 3));
-        let (number, second) = prepared(queue.cut(1).expect("the batch has room"));
-        assert!(
-            queue.lock().more_is_coming(first + Duration::from_mins(1), 3),
-            "it is being prepared"
-        );
-        let long_ago = first.checked_sub(Duration::from_secs(1)).expect("1 s after boot");
-        assert!(!queue.lock().more_is_coming(long_ago, 3), "it came later");
-        queue.stage(number, second);
-        assert!(!queue.lock().more_is_coming(first + Duration::from_mins(1), 2));
-        assert_eq!(whole(&queue, Duration::ZERO), [1, 2]);
-    }
-
-    #[test]
-    fn no_more_than_a_batch_is_prepared_ahead() {
-        let queue: Numbers = Queue::new(99, 4);
-        for number in 1..=6 {
-            push(&queue, request(number.into(), number, 1)).expect("room");
-        }
-        prepare(&queue);
-        assert_eq!(queue.lock().staged_rows, 4);
-        assert_eq!(queue.rows(), 6);
-        assert_eq!(whole(&queue, Duration::from_mins(1)), [1, 2, 3, 4]);
-        assert_eq!(whole(&queue, Duration::ZERO), [5, 6]);
-    }
-
-    #[test]
-    fn closing_returns_large_jobs_and_drains_the_others() {
-        let queue: Numbers = Queue::new(99, 4);
-        push(&queue, request(1, 1, 1)).expect("room");
-        push(&queue, request(1, 2, 10)).expect("room");
-        push(&queue, request(2, 3, 10)).expect("room");
-        assert_eq!(numbers(&queue.close()), [2, 3]);
-        assert_eq!(whole(&queue, Duration::from_mins(1)), [1]);
-        assert!(queue.cut(1).is_none());
-        assert!(matches!(queue.take(Duration::from_mins(1)), Taken::Closed));
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! The server: one ROUTER endpoint for env workers and clients, the road to the learner, and a clean end.
+//! The server: one ROUTER endpoint for env workers and clients, the link to the learner, and an orderly shutdown.
 
 use std::{
     collections::BTreeMap,
@@ -41,70 +41,70 @@ use crate::{
     queue::Queue,
 };
 
-/// What ends or prevents serving.
+/// Error that prevents or ends serving.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// ONNX Runtime or its provider.
+    /// ONNX Runtime, its provider or the device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The first bundle.
+    /// The first bundle failed to load.
     #[error("failed to load bundle `{path}`")]
     Policy {
-        /// Which bundle.
+        /// Folder of the bundle.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: Box<PolicyError>,
     },
-    /// An endpoint.
+    /// An endpoint is wrong or failed.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// The HTTP address.
+    /// The HTTP address is wrong or in use.
     #[error(transparent)]
     Http(#[from] HttpError),
-    /// The state folder.
+    /// The state folder is not usable.
     #[error("failed to use state folder `{path}`")]
     State {
-        /// Which folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: std::io::Error,
     },
-    /// The file that tells a parent the ports.
+    /// The file with the bound endpoints cannot be written, or the first bundle cannot be opened.
     #[error(transparent)]
     Endpoints(#[from] policy::bundle::BundleError),
-    /// A metric.
+    /// A metric cannot be registered.
     #[error("failed to register the metrics")]
     Metrics(#[from] prometheus::Error),
-    /// The system gives no thread.
+    /// The system failed to start a thread.
     #[error("failed to start the inference threads")]
     Thread(#[source] std::io::Error),
-    /// The inference thread is gone.
+    /// The inference thread has ended.
     #[error("the inference thread ended: see the log above")]
     Inference,
 }
 
-/// What the command line and the configuration say.
+/// Options from the command line and the configuration.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// `[rollout]`, with the command line's endpoints on top.
+    /// `[rollout]` of the configuration, with the endpoints of the command line.
     pub rollout: RolloutConfig,
     /// A bundle to serve from the start.
     pub bundle: Option<PathBuf>,
-    /// Where the learner listens; `None`: serve without one.
+    /// Endpoint of the learner, `tcp://HOST:PORT`; `None` without a learner.
     pub learner: Option<String>,
-    /// Folder of this engine alone.
+    /// Folder of this engine, not shared with another.
     pub state_dir: PathBuf,
-    /// Estimate the value of a terminated episode's last observation too.
+    /// Whether the last observation of a terminated episode is valued too.
     pub bootstrap_terminated: bool,
-    /// Where to write the endpoints as JSON.
+    /// File for the bound endpoints, as JSON.
     pub endpoints_file: Option<PathBuf>,
 }
 
-/// How often the server's loop comes round when nothing happens.
+/// Period of the server's loop without events.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Name of this session: unique per start.
+/// Returns a name for this session, unique per start.
 fn session_name() -> String {
     let since = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -115,7 +115,7 @@ fn session_name() -> String {
 /// Serves until `stop` becomes true.
 ///
 /// # Errors
-/// It cannot start, or the inference thread or the endpoint fails.
+/// The start fails, or the inference thread, the endpoint or the learner's endpoint fails.
 pub async fn serve(options: Options, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
     let (mut server, mut roads) = start(options).await?;
     let ended = server.run(&mut roads, stop).await;
@@ -123,7 +123,7 @@ pub async fn serve(options: Options, stop: watch::Receiver<bool>) -> Result<(), 
     ended
 }
 
-/// What the server listens to.
+/// Receivers of the server's loop.
 struct Roads {
     receive: RouterReceiver<ToEngine>,
     answered: mpsc::Receiver<Vec<Answered>>,
@@ -140,13 +140,13 @@ struct Server {
     metrics: Arc<Metrics>,
     episodes: Assign<Peer>,
     link: mpsc::UnboundedSender<ToLink>,
-    /// Workers that said hello before a policy was live.
+    /// Workers that registered before a policy was live.
     early: BTreeMap<Peer, Hello>,
     reported: (Option<u64>, u32),
     bootstrap_terminated: bool,
 }
 
-/// Starts the threads of inference and returns what loads versions for them.
+/// Starts the inference threads and returns the function that loads versions onto their device.
 fn start_inference(rollout: &RolloutConfig, shared: Shared) -> Result<LoadPolicy, ServeError> {
     let loader = OnnxLoader::new(OnnxRuntime::new(rollout.provider, rollout.threads)?);
     let thread = inference::start(OnnxDevice::default(), shared, rollout).map_err(ServeError::Thread)?;
@@ -194,7 +194,7 @@ async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
 
     let engine = session_name();
     let (link_sender, inbox) = mpsc::unbounded_channel();
-    // orders and versions are few; the link waits when the server does not keep up
+    // orders and versions are few; the link blocks while the server is behind
     let (outbox, news) = mpsc::channel(16);
     let link = options.learner.clone().map(|endpoint| {
         let link = LearnerLink {
@@ -298,7 +298,7 @@ impl Server {
                 Event::News(FromLink::Full(full)) => {
                     if full {
                         tracing::warn!(
-                            "the learner does not keep up: no new episode until it acknowledges trajectories"
+                            "too many unacknowledged trajectories: no episode starts until the learner acknowledges some"
                         );
                     }
                     self.episodes.set_full(full);
@@ -312,7 +312,7 @@ impl Server {
         }
     }
 
-    /// Ends: nothing more is accepted, what is queued is answered but for large requests, trajectories are flushed.
+    /// Shuts down: closes the queue, answers queued jobs except large requests, sends the remaining trajectories.
     async fn leave(&mut self, mut roads: Roads) {
         for job in self.queue.close() {
             zmq::fail(job, JobError::Closed);
@@ -331,7 +331,7 @@ impl Server {
             && let Some(link) = roads.link
             && tokio::time::timeout(LEAVE, link).await.is_err()
         {
-            tracing::warn!("the learner did not take all trajectories in time");
+            tracing::warn!("the link to the learner did not end in time: trajectories may be lost");
         }
         tracing::info!("left");
     }
@@ -419,11 +419,11 @@ impl Server {
         }
     }
 
-    /// Gives the answer to a slot's question to its episode.
+    /// Delivers the answer to a slot's question to its episode.
     fn deliver(&mut self, ticket: Ticket, result: JobResult) {
         match (ticket, result) {
             (Ticket::Chunk(ticket), Ok(answer)) => {
-                // a policy that has answered is there
+                // after an answer a policy is live
                 let Some(policy) = self.versions.live() else { return };
                 let executed = Executed::of(policy.manifest());
                 for chunk in answer.rows {
@@ -451,7 +451,7 @@ impl Server {
         }
     }
 
-    /// Sends what the last event led to.
+    /// Sends the effects of the last event.
     fn carry_out(&mut self) {
         loop {
             let effects = self.episodes.take_effects();
@@ -491,10 +491,10 @@ impl Server {
 
     fn send_to_link(&self, message: ToLink) {
         if self.link.send(message).is_err() {
-            tracing::debug!("no learner takes this");
+            tracing::debug!("message dropped: the engine has no link to a learner");
         }
     }
 }
 
-/// Time for the link to flush and end: a little more than its own limit.
+/// Time for the link to send the remaining trajectories and to end; a little more than the link's own limit.
 const LEAVE: Duration = Duration::from_millis(2500);

@@ -21,14 +21,14 @@ use crate::{
     shape::Dim,
 };
 
-/// The denoise graph as the bytes of an `.onnx` file. In mode `constants` its weights lie at `locations` of
-/// `expert.safetensors` beside it; in mode `inputs` they are graph inputs and `locations` is not read.
+/// Returns the denoise graph as the bytes of an `.onnx` file. In mode `constants` the weights are at `locations` in
+/// `expert.safetensors` in the same folder. In mode `inputs` the weights are graph inputs and `locations` is not read.
 ///
 /// Inputs and outputs are those of [`GraphContract::denoise`]; debug outputs are `suffix_embs`, `suffix_out`, `adarms_cond`
 /// (pi0.5), `suffix_position_ids`.
 ///
 /// # Errors
-/// A location is missing or has another shape; see [`GraphError`].
+/// A location is missing or has a wrong shape; see [`GraphError`].
 pub fn denoise_graph(
     dims: &PolicyDims,
     heads: &Heads,
@@ -46,7 +46,7 @@ pub fn denoise_graph(
     let mut builder = GraphBuilder::new("denoise", options.batch, expert_params(dims, heads), weights);
     let g = &mut builder;
     let contract = GraphContract::denoise(dims, heads, mode, options.batch);
-    // the builder itself adds the weights
+    // the builder adds the weights
     let inputs: BTreeMap<&str, Value> = contract
         .inputs
         .iter()
@@ -139,8 +139,8 @@ pub fn denoise_graph(
     builder.finish()
 }
 
-/// Standard deviation of the noise head, `[batch, horizon, action_dim]`, on the flat action tokens `[batch * horizon, width]`:
-/// `exp(logvar / 2)`, `logvar` between the ends of the range by `(tanh + 1) / 2` (piRL, Flow-Noise).
+/// Returns the noise head's standard deviation, `[batch, horizon, action_dim]`, for the flat action tokens `[batch * horizon,
+/// width]`: `exp(logvar / 2)`. `(tanh + 1) / 2` interpolates `logvar` between the ends of the range (piRL, Flow-Noise).
 fn noise_std(
     g: &mut GraphBuilder<'_>,
     dims: &PolicyDims,
@@ -169,7 +169,7 @@ fn noise_std(
     Ok(std)
 }
 
-/// The value head on `[batch, width]` features: ReLU between, one number out; `[batch]`.
+/// Returns the values `[batch]` of the value head for features `[batch, width]`: linear layers with ReLU between.
 fn value(g: &mut GraphBuilder<'_>, head: &ValueHeadDims, features: &Value) -> Result<Value, GraphError> {
     g.scope("value");
     let mut x = features.clone();

@@ -1,4 +1,4 @@
-//! The action expert's tokens: state and noisy actions with the flow time mixed in, attention mask and positions.
+//! Tokens of the action expert (state, and noisy actions with the flow time), attention mask and positions.
 
 use policy::{
     dims::{PolicyDims, Variant},
@@ -12,15 +12,16 @@ use crate::{
     shape::Dim,
 };
 
-/// The expert's input tokens and, for pi0.5, the condition of its norms.
+/// The expert's input tokens and, for pi0.5, the condition of the norms.
 pub(crate) struct Suffix {
-    /// `[batch * suffix_len, expert.width]`
+    /// Input tokens, `[batch * suffix_len, expert.width]`.
     pub(crate) tokens: Value,
-    /// `[batch, expert.width]`
+    /// Condition of the norms, `[batch, expert.width]`; `None` for pi0.
     pub(crate) condition: Option<Value>,
 }
 
-/// pi0: `[state, action tokens]` with the time in the action tokens; pi0.5: action tokens, the time in the condition.
+/// Returns the suffix. For pi0: `[state, action tokens]` with the time in the action tokens. For pi0.5: action tokens, with the
+/// time in the condition.
 pub(crate) fn suffix(
     g: &mut GraphBuilder<'_>,
     dims: &PolicyDims,
@@ -47,7 +48,7 @@ pub(crate) fn suffix(
         Variant::Pi0 => {
             let state = state.ok_or_else(|| g.refuse("Gemm", "pi0 takes a `state`".to_owned()))?;
             let state = g.linear_named(state, "state_proj", true)?;
-            // one weight for [action ; time]: its two halves, so that the time part is computed once per sample
+            // the weight for [action ; time] is split in two halves, so that the time part is computed once per sample
             let weight = g.weight("action_time_mlp_in.weight")?;
             let bias = g.weight("action_time_mlp_in.bias")?;
             let halves = g.split(&weight, 1, &[width, width])?;
@@ -74,15 +75,15 @@ pub(crate) fn suffix(
     }
 }
 
-/// What the expert makes of the suffix.
+/// Result of the expert for the suffix.
 pub(crate) struct ExpertOutput {
-    /// After the final norm, `[batch * suffix_len, expert.width]`.
+    /// Tokens after the final norm, `[batch * suffix_len, expert.width]`.
     pub(crate) tokens: Value,
-    /// f32 positions, `[batch, suffix_len]`.
+    /// Positions as f32, `[batch, suffix_len]`.
     pub(crate) positions: Value,
 }
 
-/// All layers over the cached prefix: `k`, `v` `[batch, depth, kv_heads, prefix_len, head_dim]`.
+/// Runs all layers over the cached prefix: `k`, `v` `[batch, depth, kv_heads, prefix_len, head_dim]`.
 pub(crate) fn expert(
     g: &mut GraphBuilder<'_>,
     dims: &PolicyDims,
@@ -127,7 +128,7 @@ pub(crate) fn expert(
     })
 }
 
-/// One value per layer in the layout of [`Cache`].
+/// Returns one value per layer in the layout of [`Cache`].
 fn per_layer(g: &mut GraphBuilder<'_>, dims: &PolicyDims, cached: &Value) -> Result<Vec<Value>, GraphError> {
     let shape = cache_shape(g, dims, dims.prefix_len());
     if dims.depth == 1 {
@@ -139,7 +140,8 @@ fn per_layer(g: &mut GraphBuilder<'_>, dims: &PolicyDims, cached: &Value) -> Res
         .collect()
 }
 
-/// Every token sees the valid prefix; pi0's state token sees itself besides, the action tokens all of the suffix.
+/// Returns the attention bias. Every token sees the valid prefix; in addition, pi0's state token sees itself, and action tokens see
+/// the whole suffix.
 fn suffix_bias(g: &mut GraphBuilder<'_>, dims: &PolicyDims, prefix_mask: &Value) -> Result<Value, GraphError> {
     let (prefix, tokens) = (dims.prefix_len(), dims.suffix_len());
     let keys = prefix + tokens;

@@ -1,4 +1,4 @@
-//! One Gemma layer as both stacks use it: RMSNorm or adaRMS, rotary positions, grouped-query attention, gated MLP.
+//! A Gemma layer for both stacks: RMSNorm or adaRMS, rotary positions, grouped-query attention, gated MLP.
 
 use policy::{dims::PolicyDims, graph::ElementType};
 
@@ -9,19 +9,20 @@ use crate::{
 
 const EPS: f32 = 1e-6;
 const ROPE_THETA: f64 = 10_000.0;
-/// Added to the score of a forbidden pair. Finite: a row with no allowed key becomes uniform over all of them.
+/// Bias added to the score of a forbidden pair. The bias is finite: a row without an allowed key has uniform attention over all
+/// keys.
 pub(crate) const FORBIDDEN: f32 = -2.381_976_3e38;
 
-/// Cosines and signed sines for queries (with the attention scale folded in) and for keys.
+/// Cosines and signed sines, for queries (multiplied by the attention scale) and for keys.
 pub(crate) struct Rotary {
     query: (Value, Value),
     key: (Value, Value),
 }
 
-/// Tables from `positions` `[batch, tokens]` f32: `[batch * tokens, heads, head_dim]`, built once per graph.
+/// Returns the tables for `positions` `[batch, tokens]` f32: `[batch * tokens, heads, head_dim]`, built once per graph.
 ///
-/// With `swap(x)` the two halves of a head exchanged, rotation is `x cos + swap(x) sin`, where the sine of the first half is
-/// negative. The tables have all heads, so that the products in every layer run over contiguous memory.
+/// With `swap(x)` for the exchanged halves of a head, rotation is `x cos + swap(x) sin`, where the sine of the first half is
+/// negative. The tables have all heads, so that the products in every layer read contiguous memory.
 pub(crate) fn rotary(
     g: &mut GraphBuilder<'_>,
     dims: &PolicyDims,
@@ -55,7 +56,7 @@ pub(crate) fn rotary(
     })
 }
 
-/// Rotates `x` `[rows, heads * head_dim]`; gives `[rows, heads, head_dim]`.
+/// Rotates `x` `[rows, heads * head_dim]`; returns `[rows, heads, head_dim]`.
 fn rotate(g: &mut GraphBuilder<'_>, x: &Value, table: &(Value, Value)) -> Result<Value, GraphError> {
     let half = table.0.axis(2).count() / 2;
     let x = g.reshape(x, table.0.shape())?;
@@ -67,21 +68,21 @@ fn rotate(g: &mut GraphBuilder<'_>, x: &Value, table: &(Value, Value)) -> Result
     g.add(&cos, &sin)
 }
 
-/// How a stack normalises.
+/// Kind of a stack's norms.
 pub(crate) enum Norm {
-    /// RMSNorm with a weight of its own, applied as `1 + w`.
+    /// RMSNorm with a separate weight, applied as `1 + w`.
     Weight,
     /// adaRMS: scale, shift and gate from the condition `[batch, width]`.
     Adaptive(Value),
 }
 
-/// What a norm gives: the normed tokens, and the gate `[batch, 1, width]` of the sub-layer's output if there is one.
+/// Result of a norm: the tokens, and for adaRMS the gate `[batch, 1, width]` of the sub-layer's output.
 struct Normed {
     tokens: Value,
     gate: Option<Value>,
 }
 
-/// One stack's constants while its layers are built.
+/// Constants of one stack during the build of its layers.
 pub(crate) struct Stack<'d> {
     /// Sizes of the policy.
     pub(crate) dims: &'d PolicyDims,
@@ -89,15 +90,15 @@ pub(crate) struct Stack<'d> {
     pub(crate) width: usize,
     /// Tokens per sample.
     pub(crate) tokens: usize,
-    /// Norm of every layer and of the output.
+    /// Kind of the norms of every layer and of the output.
     pub(crate) norm: Norm,
     /// Rotary tables.
     pub(crate) rotary: Rotary,
-    /// Score bias, `[batch, tokens * group, keys]` with one kv head, else `[batch, 1, tokens * group, keys]`.
+    /// Score bias, `[batch, tokens * group, keys]` with one kv head, otherwise `[batch, 1, tokens * group, keys]`.
     pub(crate) bias: Value,
 }
 
-/// Keys and values of one layer: `[batch, tokens, head_dim]` with one kv head, else `[batch, kv_heads, tokens, head_dim]`.
+/// Keys and values of one layer: `[batch, tokens, head_dim]` with one kv head, otherwise `[batch, kv_heads, tokens, head_dim]`.
 pub(crate) struct Cache {
     /// Keys after rotation.
     pub(crate) k: Value,
@@ -105,7 +106,7 @@ pub(crate) struct Cache {
     pub(crate) v: Value,
 }
 
-/// Axes of keys or values with `tokens` entries, as [`Cache`] holds them.
+/// Returns the axes of keys or values with `tokens` entries, in the layout of [`Cache`].
 pub(crate) fn cache_shape(g: &GraphBuilder<'_>, dims: &PolicyDims, tokens: usize) -> Vec<Dim> {
     if dims.kv_heads == 1 {
         vec![g.rows(1), Dim::fixed(tokens), Dim::fixed(dims.head_dim)]
@@ -138,7 +139,7 @@ pub(crate) fn grouped_bias(
     }
 }
 
-/// `0` where `allowed`, else the forbidden bias.
+/// Returns `0` where `allowed`, otherwise [`FORBIDDEN`].
 pub(crate) fn bias_of(g: &mut GraphBuilder<'_>, allowed: &Value) -> Result<Value, GraphError> {
     let zero = g.scalar(0.0)?;
     let forbidden = g.scalar(FORBIDDEN)?;
@@ -157,7 +158,7 @@ impl Stack<'_> {
                 let one = g.scalar(1.0)?;
                 let scale = g.add(&weight, &one)?;
                 if g.weights_are_inputs() {
-                    // a constant scale lets the runtime fuse the norm; the weight follows as one product
+                    // a constant scale lets the runtime fuse the norm; the weight follows as a separate product
                     let normed = self.plain_norm(g, x)?;
                     return Ok(Normed {
                         tokens: g.mul(&normed, &scale)?,
@@ -196,7 +197,7 @@ impl Stack<'_> {
         g.rms_norm(x, &ones, EPS)
     }
 
-    /// `x + gate * y`, or `x + y` without a gate.
+    /// Returns `x + gate * y`, or `x + y` without a gate.
     fn residual(
         &self,
         g: &mut GraphBuilder<'_>,
@@ -213,13 +214,13 @@ impl Stack<'_> {
         g.add(x, &gated)
     }
 
-    /// The stack's last norm on `[rows, width]`; its gate, if any, is not used.
+    /// Applies the stack's last norm to `[rows, width]`, without a gate.
     pub(crate) fn final_norm(&self, g: &mut GraphBuilder<'_>, x: &Value, name: &str) -> Result<Value, GraphError> {
         Ok(self.norm(g, x, name)?.tokens)
     }
 
-    /// One layer on `x` `[rows, width]`; `past` are keys and values that stand before this stack's own.
-    /// Gives the new tokens and this layer's own keys and values.
+    /// Applies one layer to `x` `[rows, width]`; `past` has the keys and values before this stack's own. Returns the new tokens,
+    /// and the layer's own keys and values.
     pub(crate) fn layer(
         &self,
         g: &mut GraphBuilder<'_>,
@@ -258,7 +259,7 @@ impl Stack<'_> {
         Ok((self.residual(g, &x, &down, normed.gate.as_ref())?, own))
     }
 
-    /// `[rows, kv_heads * head_dim]` (or with the heads apart) in the layout of [`Cache`].
+    /// Converts `[rows, kv_heads * head_dim]` (or `[rows, kv_heads, head_dim]`) to the layout of [`Cache`].
     fn to_cache(&self, g: &mut GraphBuilder<'_>, x: &Value) -> Result<Value, GraphError> {
         let dims = self.dims;
         if dims.kv_heads == 1 {
@@ -275,9 +276,9 @@ impl Stack<'_> {
         g.transpose(&x, &[0, 2, 1, 3])
     }
 
-    /// Grouped-query attention; `q` is `[rows, heads, head_dim]`, rotated and scaled. Gives `[rows, heads * head_dim]`.
+    /// Applies grouped-query attention to `q` `[rows, heads, head_dim]`, rotated and scaled. Returns `[rows, heads * head_dim]`.
     ///
-    /// The queries of a group are rows of one product. With one kv head that is their natural layout: nothing is transposed.
+    /// The queries of a group are rows of one product. With one kv head this is the natural layout, without a transposition.
     fn attend(&self, g: &mut GraphBuilder<'_>, q: &Value, cache: &Cache) -> Result<Value, GraphError> {
         let dims = self.dims;
         let (batch, rows) = (g.rows(1), self.rows(g));
@@ -305,7 +306,7 @@ impl Stack<'_> {
     }
 }
 
-/// Positions as integers, for debug outputs.
+/// Returns positions as integers, for debug outputs.
 pub(crate) fn position_ids(g: &mut GraphBuilder<'_>, positions: &Value) -> Result<Value, GraphError> {
     g.cast(positions, ElementType::I64)
 }

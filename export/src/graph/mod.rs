@@ -1,4 +1,4 @@
-//! The two graphs of a bundle and the parts that they share, in the order of the data's way.
+//! The two graphs of a bundle and their shared parts, in the order of the data path.
 
 pub(crate) mod siglip;
 pub(crate) mod gemma;
@@ -6,11 +6,11 @@ pub(crate) mod prefix;
 pub(crate) mod expert;
 pub(crate) mod denoise;
 
-/// Choices of a graph that do not change what it computes.
+/// Options of a graph that do not change its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct GraphOptions {
-    /// Fixed batch size; absent: symbolic.
+    /// Fixed batch size; `None` is symbolic.
     pub batch: Option<usize>,
-    /// Intermediate values as further outputs: only the golden tests ask for them, to find a deviation where it begins.
+    /// Whether intermediate values are additional outputs, with which the golden tests locate a deviation.
     pub debug: bool,
 }

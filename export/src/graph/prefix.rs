@@ -20,13 +20,14 @@ use crate::{
     shape::Dim,
 };
 
-/// The prefix graph as the bytes of an `.onnx` file; its weights lie at `locations` of `vlm.safetensors` beside it.
+/// Returns the prefix graph as the bytes of an `.onnx` file; the weights are at `locations` in `vlm.safetensors` in the same
+/// folder.
 ///
-/// `pooling` says what `pooled` is. Inputs and outputs are those of [`GraphContract::prefix`]; debug outputs are `patch_pos_emb.N`, `vision_hidden.N` and
-/// `vision_projected.N` per camera `N`, `prefix_embs`, `prefix_out`, `position_ids`.
+/// `pooling` selects the output `pooled`. Inputs and outputs are those of [`GraphContract::prefix`]. Debug outputs are
+/// `patch_pos_emb.N`, `vision_hidden.N` and `vision_projected.N` per camera `N`, `prefix_embs`, `prefix_out`, `position_ids`.
 ///
 /// # Errors
-/// A location is missing or has another shape; see [`GraphError`].
+/// A location is missing or has a wrong shape; see [`GraphError`].
 pub fn prefix_graph(
     dims: &PolicyDims,
     pooling: Pooling,

@@ -9,17 +9,17 @@ use crate::{
 
 const EPS: f32 = 1e-6;
 
-/// What the tower makes of `n` images; `N` is the number of patches.
+/// Results of the tower for `n` images with `N` patches each.
 pub(crate) struct ImageTokens {
-    /// Patch embedding plus position, `[n, N, vision.width]`.
+    /// Patch embedding plus position embedding, `[n, N, vision.width]`.
     pub(crate) embedded: Value,
-    /// After the last layer norm, `[n, N, vision.width]`.
+    /// Tokens after the last layer norm, `[n, N, vision.width]`.
     pub(crate) hidden: Value,
-    /// In the language model's width, `[n, N, vlm.width]`.
+    /// Tokens with the language model's width, `[n, N, vlm.width]`.
     pub(crate) projected: Value,
 }
 
-/// `images` is `[n, 3, size, size]`.
+/// Returns the tokens of `images` `[n, 3, size, size]`.
 pub(crate) fn image_tokens(
     g: &mut GraphBuilder<'_>,
     dims: &PolicyDims,
@@ -69,7 +69,7 @@ fn norm(g: &mut GraphBuilder<'_>, x: &Value, name: &str) -> Result<Value, GraphE
     g.layer_norm(x, &weight, &bias, EPS)
 }
 
-/// Full attention among the patches of one image; `x` is `[n * N, width]`.
+/// Applies full attention among the patches of each image; `x` is `[n * N, width]`.
 fn attention(g: &mut GraphBuilder<'_>, dims: &PolicyDims, x: &Value, name: &str, n: Dim) -> Result<Value, GraphError> {
     let vision = &dims.vision;
     let head_dim = vision.width / vision.heads;

@@ -1,8 +1,8 @@
-//! Asynchronous training: episodes of later iterations are ordered before an earlier one is trained, so that the engine has work
-//! during the update.
+//! Asynchronous training: episodes of later iterations are ordered before an earlier iteration is trained, so that the engine has
+//! work during the update.
 //!
-//! The episodes of iteration `i` are ordered as soon as version `i - max_staleness` is published, and its update takes exactly
-//! these: none of its records is older, and no episode is left out for being long.
+//! The episodes of iteration `i` are ordered as soon as version `i - max_staleness` is published. The update of iteration `i` takes
+//! exactly these episodes: no record is older, and no episode is dropped for its length.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -22,7 +22,7 @@ use crate::{
     ring::{hub::Hub, launch::Children},
 };
 
-/// An iteration whose episodes are ordered.
+/// Iteration whose episodes are ordered.
 #[derive(Debug)]
 struct Ordered {
     iteration: u32,
@@ -31,15 +31,15 @@ struct Ordered {
     trajectories: Vec<Trajectory>,
 }
 
-/// The iterations whose episodes are on their way or wait for their update.
+/// Iterations whose episodes are on their way or wait for their update.
 #[derive(Debug)]
 pub struct Ahead {
-    /// The first iteration whose episodes are not ordered.
+    /// First iteration whose episodes are not ordered.
     next: u32,
     ordered: VecDeque<Ordered>,
-    /// Which iteration a training episode is of, by environment and episode number.
+    /// Iteration of each training episode that has not come, by environment and episode number.
     iteration_of: BTreeMap<(u32, u64), u32>,
-    /// Since the last update.
+    /// Stale episodes since the last update.
     stale: usize,
     reload_seconds: f64,
 }
@@ -49,7 +49,7 @@ fn number(reset: &Reset) -> (u32, u64) {
 }
 
 impl Ahead {
-    /// Nothing is ordered yet; `first` is the iteration that comes next.
+    /// Returns a state without orders; `first` is the next iteration.
     pub fn new(first: u32) -> Self {
         Self {
             next: first,
@@ -60,7 +60,7 @@ impl Ahead {
         }
     }
 
-    /// What may be ordered once `version` is published, one batch per iteration, and not again.
+    /// Returns the batches that `version` allows and that were not returned before, one per iteration.
     fn batches(&mut self, plan: &RunPlan, version: u64) -> Vec<Batch> {
         let mut batches = Vec::new();
         while self.next < plan.config.runner.max_epochs && plan.oldest(u64::from(self.next)) <= version {
@@ -85,7 +85,7 @@ impl Ahead {
         batches
     }
 
-    /// Orders what may be ordered once `version` is published.
+    /// Orders the episodes that `version` allows and that were not ordered before.
     ///
     /// # Errors
     /// The network thread has ended.
@@ -95,7 +95,7 @@ impl Ahead {
             .try_for_each(|batch| hub.add(batch))
     }
 
-    /// Keeps a training episode for its update; returns its iteration.
+    /// Stores a training episode for its update. Returns its iteration, or `None` for an episode that was not ordered or came already.
     fn keep(&mut self, trajectory: Trajectory) -> Option<u32> {
         let iteration = self.iteration_of.remove(&number(&trajectory.reset))?;
         let ordered = self.ordered.iter_mut().find(|ordered| ordered.iteration == iteration)?;
@@ -109,10 +109,10 @@ impl Ahead {
         self.reload_seconds = waited.reload_seconds.unwrap_or(self.reload_seconds);
     }
 
-    /// The episodes of `iteration`, the oldest that is ordered. Those of later ones are kept meanwhile.
+    /// Returns the episodes of `iteration`, the oldest ordered iteration. Stores episodes of later iterations meanwhile.
     ///
     /// # Errors
-    /// A child ends, an engine refuses the version, or nothing comes for two minutes.
+    /// A child ends, an engine rejects the version, or no episode or reload report comes for two minutes.
     pub fn sample(&mut self, hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32) -> Result<Sampled> {
         let begin = Instant::now();
         let next = self.ordered.front().filter(|ordered| ordered.iteration == iteration);
@@ -137,7 +137,7 @@ impl Ahead {
         sample_from(plan, got, |_, _| Ok(Collected::default()))
     }
 
-    /// Success of `version` on the evaluation's episodes. Training's go on meanwhile and are kept.
+    /// Returns the success rate of `version` on the evaluation's episodes. Stores training episodes that come meanwhile.
     ///
     /// # Errors
     /// See [`Ahead::sample`].
@@ -207,7 +207,7 @@ mod tests {
             let batches = ahead.batches(&plan, version);
             assert_eq!(batches.len(), count, "version {version}");
             for batch in batches {
-                // the episodes are those of synchronous training
+                // the episodes are the same as in synchronous training
                 assert_eq!(batch.resets, training_resets(&plan, batch.newest as u32, 0, 8));
                 assert_eq!((batch.resets.len(), batch.mode), (8, Mode::Train));
                 assert!(batch.oldest <= version, "it may begin");

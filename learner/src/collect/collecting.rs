@@ -1,4 +1,4 @@
-//! Episodes of an order, collected.
+//! Collection of the episodes of an order.
 
 use std::time::{Duration, Instant};
 
@@ -14,37 +14,37 @@ use crate::{
     },
 };
 
-/// How long the ring may be silent before the run ends with an error.
+/// Time without an episode or a reload report after which the run ends with an error.
 const SILENCE: Duration = Duration::from_mins(2);
-/// How often children are looked after while waiting.
+/// Interval between two checks of the children while waiting.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Episodes of an order.
 #[derive(Debug, Default)]
 pub struct Collected {
-    /// Episodes in the order of their environment and episode numbers.
+    /// Episodes, sorted by environment and episode number.
     pub trajectories: Vec<Trajectory>,
-    /// What happened meanwhile.
+    /// Times and counts of the collection.
     pub report: CollectReport,
 }
 
-/// What happened while the episodes of an order, or of all orders of an iteration, came.
+/// Times and counts of a collection, for one order or for all orders of an iteration.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct CollectReport {
-    /// Seconds until the version was live, from the announce; 0 where that was not reported meanwhile.
+    /// Seconds from the announce until the version was live; 0 without a report during the collection.
     pub reload_seconds: f64,
     /// Seconds from the order to the last episode.
     pub seconds: f64,
-    /// Seconds of these that the learner only waited.
+    /// Seconds that the learner only waited, at most `seconds`.
     pub waited: f64,
-    /// Episodes left out for their version and ordered again.
+    /// Episodes dropped for their version and ordered again.
     pub stale: usize,
 }
 
-/// Orders `resets` from `version` in the place of all that is wanted, and waits for all of them.
+/// Orders `resets` from `version`, replacing all open orders, and waits for all episodes.
 ///
 /// # Errors
-/// A child ends, an engine refuses the version, or nothing comes for two minutes.
+/// A child ends, an engine rejects the version, or no episode or reload report comes for two minutes.
 pub fn collect(
     hub: &Hub,
     children: &mut Children,
@@ -74,19 +74,19 @@ pub fn collect(
     })
 }
 
-/// What came beside the episodes while they were waited for.
+/// Reports that came during a wait for episodes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Waited {
-    /// Seconds until the version was live, from the announce; `None`: that was not reported meanwhile.
+    /// Seconds from the announce until the version was live; `None` without a report during the wait.
     pub reload_seconds: Option<f64>,
-    /// Episodes left out for their version and ordered again.
+    /// Episodes dropped for their version and ordered again.
     pub stale: usize,
 }
 
-/// Blocks until `take`, which gets every episode, has accepted `wanted` of them. `version` is the newest that was announced.
+/// Blocks until `take`, which gets every episode, has accepted `wanted` episodes. `version` is the newest announced version.
 ///
 /// # Errors
-/// A child ends, an engine refuses the version, or nothing comes for two minutes.
+/// A child ends, an engine rejects the version, or no episode or reload report comes for two minutes.
 pub(crate) fn wait(
     hub: &Hub,
     children: &mut Children,
@@ -120,7 +120,7 @@ pub(crate) fn wait(
                 last_news = Instant::now();
                 match report.refused {
                     Some(reason) if report.version == version => return Err(LearnerError::Refused { version, reason }),
-                    // the newer one may have taken its place before it was loaded
+                    // a newer version may have replaced this version before loading
                     Some(reason) => tracing::warn!("an engine did not serve version {}: {reason}", report.version),
                     None if report.version == version => waited.reload_seconds = Some(report.seconds),
                     None => {}
@@ -147,12 +147,12 @@ pub(crate) fn wait(
     Ok(waited)
 }
 
-/// Share of successful episodes.
+/// Returns the share of successful episodes.
 pub fn success_rate(trajectories: &[Trajectory]) -> f64 {
     trajectories.iter().filter(|t| t.success).count() as f64 / trajectories.len().max(1) as f64
 }
 
-/// Share of episodes that ended by themselves without success, like a wrong object in the goal.
+/// Returns the share of episodes that ended by themselves without success, for example with a wrong object in the goal.
 pub fn failure_rate(trajectories: &[Trajectory]) -> f64 {
     trajectories.iter().filter(|t| t.terminated && !t.success).count() as f64 / trajectories.len().max(1) as f64
 }

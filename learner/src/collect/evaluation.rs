@@ -1,14 +1,14 @@
-//! The episodes of an evaluation: fixed seeds that training never sees.
+//! Episodes of an evaluation: fixed seeds that training never uses.
 
 use policy::{config::ConfigError, plan::RunPlan};
 use wire::messages::Reset;
 
 use crate::error::{LearnerError, Result};
 
-/// Seed of all evaluation episodes: training uses `runner.seed`, which the plan keeps different from it.
+/// Seed of all evaluation episodes; [`check_seed`] rejects a run with the same `runner.seed`.
 pub const EVAL_SEED: u64 = 0x0e7a_15ee_d000;
 
-/// The resets of an evaluation: episode `i` is always the same start, the first `videos` send frames.
+/// Returns the resets of an evaluation: episode `i` always has the same start, and the first `videos` episodes send frames.
 pub fn resets(episodes: usize, videos: usize) -> Vec<Reset> {
     (0..episodes)
         .map(|i| Reset {
@@ -23,10 +23,10 @@ pub fn resets(episodes: usize, videos: usize) -> Vec<Reset> {
         .collect()
 }
 
-/// Refuses a run whose training seed is the evaluation's.
+/// Rejects a run whose training seed is [`EVAL_SEED`].
 ///
 /// # Errors
-/// The seeds are the same.
+/// The seeds are equal.
 pub fn check_seed(plan: &RunPlan) -> Result<()> {
     if plan.config.runner.seed == EVAL_SEED {
         return Err(LearnerError::Config(ConfigError::key(

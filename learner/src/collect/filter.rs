@@ -1,12 +1,12 @@
-//! Groups of episodes on the same task and reset state, and which of them are worth an update.
+//! Groups of episodes with the same task and reset state, and the filter of groups by their mean reward.
 
 use std::collections::BTreeMap;
 
 use policy::config::FilterConfig;
 use wire::messages::{Reset, Trajectory};
 
-/// Numbers the groups of these resets: two episodes have one number exactly if they have the same task and the same reset
-/// state. An episode without a reset state is alone.
+/// Returns the group number of each reset: two episodes have the same number exactly if they have the same task and the same reset
+/// state. An episode without a reset state is a group of its own.
 pub fn group_ids<'a>(resets: impl IntoIterator<Item = &'a Reset>) -> Vec<u64> {
     let mut known: BTreeMap<(Option<u32>, u64), u64> = BTreeMap::new();
     let mut next = 0;
@@ -23,7 +23,7 @@ pub fn group_ids<'a>(resets: impl IntoIterator<Item = &'a Reset>) -> Vec<u64> {
         .collect()
 }
 
-/// For every score whether the mean of its group is in `[low, high]`. Both slices have the same length.
+/// Returns for every score whether the mean of its group is in `[low, high]`. Both slices have the same length.
 pub fn keep_members(scores: &[f32], groups: &[u64], low: f64, high: f64) -> Vec<bool> {
     let mut sums: BTreeMap<u64, (f64, f64)> = BTreeMap::new();
     for (score, group) in scores.iter().zip(groups) {
@@ -34,8 +34,9 @@ pub fn keep_members(scores: &[f32], groups: &[u64], low: f64, high: f64) -> Vec<
     groups
         .iter()
         .map(|group| {
-            sums.get(group)
-                .is_some_and(|(sum, count)| (low..=high).contains(&(sum / count)))
+            // the loop above made an entry for every group: there is a score for each
+            let (sum, count) = sums[group];
+            (low..=high).contains(&(sum / count))
         })
         .collect()
 }
@@ -43,7 +44,7 @@ pub fn keep_members(scores: &[f32], groups: &[u64], low: f64, high: f64) -> Vec<
 /// Episodes of groups inside the bounds.
 #[derive(Debug, Default)]
 pub struct Kept {
-    /// Their episodes, in the order given.
+    /// Episodes of these groups, in the given order.
     pub trajectories: Vec<Trajectory>,
     /// Number of groups inside the bounds.
     pub groups: usize,
@@ -51,13 +52,13 @@ pub struct Kept {
     pub outside: (usize, usize),
 }
 
-/// Undiscounted reward of an episode.
+/// Returns the sum of an episode's rewards, undiscounted.
 pub fn score(trajectory: &Trajectory) -> f32 {
     let rewards = trajectory.chunks.iter().flat_map(|chunk| &chunk.rewards);
     rewards.map(|reward| f64::from(*reward)).sum::<f64>() as f32
 }
 
-/// Leaves out the episodes whose group's mean score is outside the bounds.
+/// Drops the episodes whose group's mean score is outside the bounds.
 pub fn keep(trajectories: Vec<Trajectory>, filter: &FilterConfig) -> Kept {
     let groups = group_ids(trajectories.iter().map(|t| &t.reset));
     let scores: Vec<f32> = trajectories.iter().map(score).collect();

@@ -1,4 +1,4 @@
-//! Which episodes an iteration trains on, ordered from the ring and collected.
+//! Selection, order and collection of an iteration's episodes.
 
 pub mod filter;
 pub mod evaluation;

@@ -1,4 +1,4 @@
-//! Which episodes an iteration trains on: the resets that are ordered, and new groups for those that teach nothing.
+//! Episodes that an iteration trains on: the ordered resets, and new groups in place of filtered groups.
 
 use policy::{
     config::{FilterConfig, FilterMode},
@@ -15,42 +15,42 @@ use crate::{
     ring::{hub::Hub, launch::Children},
 };
 
-/// An iteration's episodes that the update reads.
+/// Episodes of an iteration that the update reads.
 #[derive(Debug)]
 pub struct Sampled {
     /// The episodes.
     pub trajectories: Vec<Trajectory>,
-    /// What they say of the policy; it holds none of them.
+    /// Statistics of the ordered episodes, without the episodes.
     pub report: SampleReport,
 }
 
-/// What an iteration's episodes say of the policy.
+/// Statistics of an iteration's ordered episodes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SampleReport {
-    /// All orders together, but for the reload: that is of the first.
+    /// Sums over all orders; `reload_seconds` is of the first order.
     pub collect: CollectReport,
-    /// Share of successes of the first order, which no filter has touched.
+    /// Success rate of the first order, before any filter.
     pub success: f64,
-    /// Share of episodes of the first order that ended by themselves without success.
+    /// Share of the first order's episodes that ended by themselves without success.
     pub failure: f64,
-    /// Episodes of all orders.
+    /// Number of episodes of all orders.
     pub episodes: usize,
-    /// Executed env steps of all orders.
+    /// Number of executed env steps of all orders.
     pub env_steps: usize,
-    /// Orders.
+    /// Number of orders.
     pub rounds: u32,
-    /// Groups in the update.
+    /// Number of groups in the update.
     pub groups: usize,
 }
 
-/// Groups of one training iteration (episodes, where the group size is 1).
+/// Returns the number of groups of a training iteration (of episodes, for group size 1).
 pub fn group_count(plan: &RunPlan) -> usize {
     let train = &plan.config.env.train;
     train.total_num_envs / plan.config.algorithm.group_size * train.rollout_epoch
 }
 
-/// The resets of the first `groups` groups of an order: the environments in groups on the same start, `rollout_epoch` times.
-/// No start and no episode number comes twice in a run, whatever the iteration and the round.
+/// Returns the resets of the first `groups` groups of an order: the environments in groups on the same start, `rollout_epoch` times.
+/// No start and no episode number repeats within a run, over all iterations and rounds.
 pub fn training_resets(plan: &RunPlan, iteration: u32, round: u32, groups: usize) -> Vec<Reset> {
     let train = &plan.config.env.train;
     let size = plan.config.algorithm.group_size;
@@ -77,8 +77,8 @@ pub fn training_resets(plan: &RunPlan, iteration: u32, round: u32, groups: usize
         .collect()
 }
 
-/// Orders an iteration's episodes from `version`, again for every group outside the bounds of a filter that resamples, at most
-/// `max_rounds` times.
+/// Orders an iteration's episodes from `version`. A filter that resamples orders a new group for every group outside the bounds, in
+/// at most `max_rounds` orders.
 ///
 /// # Errors
 /// See [`collect`].
@@ -92,12 +92,12 @@ pub fn sample(hub: &Hub, children: &mut Children, plan: &RunPlan, iteration: u32
     sample_from(plan, first, order)
 }
 
-/// What a wait for an iteration's episodes shows.
+/// Returns the label of the progress bar for an iteration's episodes.
 pub(crate) fn label(plan: &RunPlan, iteration: u32) -> String {
     format!("iteration {}/{}: rollout", iteration + 1, plan.config.runner.max_epochs)
 }
 
-/// The same from a first order; `order` is given the number of an order and the groups that are ordered again.
+/// Like [`sample`], from the episodes of a first order. `order` gets the number of an order and the number of groups to order.
 pub(crate) fn sample_from(
     plan: &RunPlan,
     mut got: Collected,
@@ -165,7 +165,7 @@ impl SampleReport {
             self.groups, filter.lower, filter.upper, self.rounds
         );
         if self.groups < wanted && filter.mode == FilterMode::Resample {
-            tracing::warn!("{text}: the update goes on with fewer");
+            tracing::warn!("{text}: the update uses fewer");
         } else {
             tracing::info!("{text}");
         }

@@ -1,48 +1,48 @@
-//! What the network can refuse.
+//! Errors of the network.
 
 use policy::{dims::DimsError, weights::WeightsError};
 use tch::Tensor;
 
-/// What the network can refuse.
+/// Reason for rejecting sizes, weights or inputs of the network.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// Sizes that cannot be a policy.
+    /// The sizes of the policy are invalid.
     #[error(transparent)]
     Dims(#[from] DimsError),
-    /// A weight file that does not fit.
+    /// A weight file does not fit the policy.
     #[error("weights: {0}")]
     Weights(#[from] WeightsError),
-    /// No tensor of this name.
+    /// The policy does not have a tensor of this name.
     #[error("no parameter `{0}` in this policy")]
     NoParam(String),
-    /// Another number of elements.
+    /// The number of elements differs from the tensor of the policy.
     #[error("`{name}` has {found} elements, expected {expected}")]
     Elements {
-        /// Which array.
+        /// Name of the tensor.
         name: String,
-        /// Elements of the policy.
+        /// Elements of the tensor.
         expected: usize,
         /// Elements given.
         found: usize,
     },
-    /// A tensor of another shape.
+    /// A tensor has another shape than expected.
     #[error("`{name}` has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// Which tensor.
+        /// Name of the tensor.
         name: &'static str,
-        /// The shape that fits the policy and the batch.
+        /// Shape that fits the policy and the batch.
         expected: Vec<i64>,
-        /// The shape given.
+        /// Shape given.
         found: Vec<i64>,
     },
-    /// pi0 reads the state.
-    #[error("pi0 needs the `state` and none was given")]
+    /// The state, which pi0 requires, is missing.
+    #[error("pi0 needs the `state`, which is missing")]
     NoState,
-    /// A value was asked of a policy without a value head.
+    /// A value was requested from a policy without a value head.
     #[error("this policy has no value head, configure `actor.model.value_head`")]
     NoValueHead,
-    /// A denoise step that the table has not, or that has no density.
+    /// The denoise step is outside the table or deterministic.
     #[error("denoise step {found} has no log-probability, expected 0 to {limit} (exclusive)")]
     Step {
         /// Step given.

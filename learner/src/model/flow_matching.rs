@@ -1,10 +1,10 @@
-//! The flow-matching loss of SFT (Lipman et al. 2023, with openpi's direction of time).
+//! Flow-matching loss of SFT (Lipman et al. 2023, with openpi's direction of time).
 
 use tch::Tensor;
 
 use super::{ModelError, Pi0, PrefixCache, check_shape};
 
-/// One evaluation of the loss.
+/// Flow-matching loss per element, with its noisy actions and target.
 #[derive(Debug)]
 pub struct FlowMatching {
     /// `(u_t - v_t)^2` per element, `[B, H, A]`.
@@ -15,19 +15,19 @@ pub struct FlowMatching {
     pub u_t: Tensor,
 }
 
-/// The straight path of flow matching at flow times `time` `[B]`: noisy actions `t * noise + (1 - t) * actions` and the velocity
-/// along it, `noise - actions`; all `[B, H, A]`.
+/// Computes the straight path of flow matching at flow times `time` `[B]`. Returns the noisy actions
+/// `t * noise + (1 - t) * actions` and the path's velocity `noise - actions`, both `[B, H, A]`.
 pub(crate) fn path(actions: &Tensor, noise: &Tensor, time: &Tensor) -> (Tensor, Tensor) {
     let t = time.to_kind(actions.kind()).view([-1, 1, 1]);
     (noise * &t + actions * (1.0 - &t), noise - actions)
 }
 
 impl Pi0 {
-    /// Unreduced flow-matching loss `[B, H, A]` for normalised `actions` and standard normal `noise` `[B, H, A]` at flow times
-    /// `time` `[B]` (training draws `0.999 * Beta(1.5, 1) + 0.001`). `state` `[B, A]` is read by pi0 only.
+    /// Computes the unreduced flow-matching loss `[B, H, A]` for normalized `actions` and standard normal `noise` `[B, H, A]` at
+    /// flow times `time` `[B]` (training draws `0.999 * Beta(1.5, 1) + 0.001`). `state` `[B, A]` is read by pi0 only.
     ///
     /// # Errors
-    /// A shape that does not fit the policy or the batch.
+    /// A shape does not fit the policy or the batch.
     pub fn flow_matching_loss(
         &self,
         cache: &PrefixCache,

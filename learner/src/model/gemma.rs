@@ -45,40 +45,68 @@ impl Linear {
     }
 }
 
-/// RMSNorm: `x / rms(x)` times `1 + w` (Gemma), or modulated by the condition (adaRMS of pi0.5).
-#[derive(Debug)]
-pub(super) enum Norm {
-    /// The weight `[width]`.
-    Plain(Tensor),
-    /// Dense layer `[3 width, width]` giving scale, shift and gate of one condition per sample.
-    Adaptive(Linear),
+/// An RMSNorm, `x / rms(x)`, and what follows it.
+pub(super) trait Norm: Sized {
+    /// What the norm reads besides `x`.
+    type Condition<'a>: Copy;
+
+    /// Takes the weights of this name.
+    fn new(store: &ParamStore, name: &str) -> Result<Self, ModelError>;
+
+    /// Returns the normed `x` `[B, T, W]` and, for adaRMS, the gate `[B, 1, W]` of the block's output.
+    fn forward(&self, x: &Tensor, condition: Self::Condition<'_>) -> (Tensor, Option<Tensor>);
 }
 
-impl Norm {
-    pub(super) fn new(store: &ParamStore, name: &str, adaptive: bool) -> Result<Self, ModelError> {
-        if adaptive {
-            Ok(Self::Adaptive(Linear::new(store, &format!("{name}.dense"))?))
-        } else {
-            Ok(Self::Plain(store.get(&format!("{name}.weight"))?.shallow_clone()))
-        }
+/// The norm of Gemma: times `1 + w`.
+#[derive(Debug)]
+pub(super) struct PlainNorm {
+    /// `[width]`.
+    weight: Tensor,
+}
+
+impl Norm for PlainNorm {
+    type Condition<'a> = ();
+
+    fn new(store: &ParamStore, name: &str) -> Result<Self, ModelError> {
+        Ok(Self {
+            weight: store.get(&format!("{name}.weight"))?.shallow_clone(),
+        })
     }
 
-    /// The normed `x` `[B, T, W]` and, for adaRMS, the gate `[B, 1, W]` of the block's output.
-    pub(super) fn forward(&self, x: &Tensor, condition: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
-        let normed = x * (x.square().mean_dim(-1, true, Kind::Float) + NORM_EPS).rsqrt();
-        match (self, condition) {
-            (Self::Plain(weight), _) => (normed * (weight + 1.0), None),
-            (Self::Adaptive(dense), Some(condition)) => {
-                let modulation = dense.forward(condition).unsqueeze(1).chunk(3, -1);
-                match modulation.as_slice() {
-                    [scale, shift, gate] => (shift.addcmul(&normed, &(scale + 1.0)), Some(gate.shallow_clone())),
-                    // 3 * width columns always make three chunks
-                    _ => (normed, None),
-                }
-            }
-            (Self::Adaptive(_), None) => (normed, None),
-        }
+    fn forward(&self, x: &Tensor, (): ()) -> (Tensor, Option<Tensor>) {
+        (rms_normed(x) * (&self.weight + 1.0), None)
     }
+}
+
+/// The norm of pi0.5's expert (adaRMS): modulated by a condition `[B, width]`.
+#[derive(Debug)]
+pub(super) struct AdaptiveNorm {
+    /// `[3 width, width]`, gives scale, shift and gate.
+    dense: Linear,
+}
+
+impl Norm for AdaptiveNorm {
+    type Condition<'a> = &'a Tensor;
+
+    fn new(store: &ParamStore, name: &str) -> Result<Self, ModelError> {
+        Ok(Self {
+            dense: Linear::new(store, &format!("{name}.dense"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, condition: &Tensor) -> (Tensor, Option<Tensor>) {
+        let normed = rms_normed(x);
+        let mut modulation = self.dense.forward(condition).unsqueeze(1).chunk(3, -1);
+        // 3 * width columns always make three chunks
+        let gate = modulation.swap_remove(2);
+        let (scale, shift) = (&modulation[0], &modulation[1]);
+        (shift.addcmul(&normed, &(scale + 1.0)), Some(gate))
+    }
+}
+
+/// `x / rms(x)`.
+fn rms_normed(x: &Tensor) -> Tensor {
+    x * (x.square().mean_dim(-1, true, Kind::Float) + NORM_EPS).rsqrt()
 }
 
 /// `x + f`, or `x + gate * f` under adaRMS.
@@ -145,13 +173,13 @@ pub(super) struct LayerOutput {
 
 /// One Gemma layer.
 #[derive(Debug)]
-pub(super) struct Layer {
-    norm1: Norm,
+pub(super) struct Layer<N> {
+    norm1: N,
     q: Linear,
     k: Linear,
     v: Linear,
     o: Linear,
-    norm2: Norm,
+    norm2: N,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -160,16 +188,16 @@ pub(super) struct Layer {
     head_dim: i64,
 }
 
-impl Layer {
-    pub(super) fn new(store: &ParamStore, name: &str, dims: &PolicyDims, adaptive: bool) -> Result<Self, ModelError> {
+impl<N: Norm> Layer<N> {
+    pub(super) fn new(store: &ParamStore, name: &str, dims: &PolicyDims) -> Result<Self, ModelError> {
         let linear = |part: &str| Linear::without_bias(store, &format!("{name}.{part}"));
         Ok(Self {
-            norm1: Norm::new(store, &format!("{name}.input_layernorm"), adaptive)?,
+            norm1: N::new(store, &format!("{name}.input_layernorm"))?,
             q: linear("self_attn.q_proj")?,
             k: linear("self_attn.k_proj")?,
             v: linear("self_attn.v_proj")?,
             o: linear("self_attn.o_proj")?,
-            norm2: Norm::new(store, &format!("{name}.post_attention_layernorm"), adaptive)?,
+            norm2: N::new(store, &format!("{name}.post_attention_layernorm"))?,
             gate: linear("mlp.gate_proj")?,
             up: linear("mlp.up_proj")?,
             down: linear("mlp.down_proj")?,
@@ -184,7 +212,7 @@ impl Layer {
     pub(super) fn forward(
         &self,
         x: &Tensor,
-        condition: Option<&Tensor>,
+        condition: N::Condition<'_>,
         rope: &Rope,
         past: Option<(&Tensor, &Tensor)>,
         bias: Option<&Tensor>,
@@ -206,10 +234,9 @@ impl Layer {
         past: Option<(&Tensor, &Tensor)>,
         bias: Option<&Tensor>,
     ) -> (Tensor, Tensor, Tensor) {
-        let (batch, tokens) = match x.size().as_slice() {
-            [batch, tokens, ..] => (*batch, *tokens),
-            _ => (1, 1),
-        };
+        // `x` is `[B, T, W]` in every call
+        let size = x.size();
+        let (batch, tokens) = (size[0], size[1]);
         let (kv, group, width) = (self.kv_heads, self.heads / self.kv_heads, self.head_dim);
         let q = rope.query(&self.q.forward(x).view([batch, tokens, self.heads, width]));
         let q = q
@@ -224,7 +251,8 @@ impl Layer {
             Some((past_k, past_v)) => (Tensor::cat(&[past_k, &k], 2), Tensor::cat(&[past_v, &v], 2)),
             None => (k.shallow_clone(), v.shallow_clone()),
         };
-        let total = keys.size().get(2).copied().unwrap_or(tokens);
+        // keys are `[B, kv, S + T, head_dim]`
+        let total = keys.size()[2];
         let scores = q.bmm(&keys.reshape([-1, total, width]).transpose(1, 2));
         if let Some(bias) = bias {
             // in place: the backward pass of the product does not read its result

@@ -1,4 +1,5 @@
-//! The value head (linear layers with ReLU between, one number out) and the noise head of Flow-Noise (tanh, a standard deviation out).
+//! Value head (linear layers with ReLU in between, one output) and noise head of Flow-Noise (linear layers with tanh, standard
+//! deviations as output).
 
 use policy::params::{NoiseHeadDims, ValueHeadDims, noise_layer};
 use tch::Tensor;
@@ -9,7 +10,7 @@ use super::{ModelError, gemma::Linear, store::ParamStore};
 #[derive(Debug)]
 pub(super) struct ValueHead {
     layers: Vec<Linear>,
-    /// What the head reads.
+    /// Input feature and layer widths of the head.
     pub(super) dims: ValueHeadDims,
 }
 
@@ -24,7 +25,7 @@ impl ValueHead {
         })
     }
 
-    /// `[B, width]` to `[B]`.
+    /// Maps features `[B, width]` to values `[B]`.
     pub(super) fn forward(&self, feature: &Tensor) -> Tensor {
         let mut x = feature.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
@@ -37,12 +38,12 @@ impl ValueHead {
     }
 }
 
-/// Noise head: the standard deviation of every action element from the expert's output of its token.
+/// Noise head: maps the expert's output of each action token to the standard deviations of its action elements.
 #[derive(Debug)]
 pub(super) struct NoiseHead {
     pub(super) dims: NoiseHeadDims,
     layers: Vec<Linear>,
-    /// Ends of the log-variance.
+    /// Lower and upper bound of the log-variance.
     logvar: (f64, f64),
 }
 
@@ -58,7 +59,8 @@ impl NoiseHead {
         })
     }
 
-    /// `[B, H, width]` to `[B, H, A]`: `exp(logvar / 2)`, `logvar = low + (high - low) (tanh(z) + 1) / 2` (piRL, Flow-Noise).
+    /// Maps `[B, H, width]` to standard deviations `[B, H, A]`: `exp(logvar / 2)`,
+    /// `logvar = low + (high - low) (tanh(z) + 1) / 2` (piRL, Flow-Noise).
     pub(super) fn forward(&self, hidden: &Tensor) -> Tensor {
         let mut x = hidden.shallow_clone();
         for layer in &self.layers {

@@ -31,7 +31,7 @@ pub use self::{
 pub(crate) use self::{error::check_shape, flow_matching::path};
 use self::{
     expert::Expert,
-    gemma::{Layer, Norm, Rope, attention_bias},
+    gemma::{Layer, Norm, PlainNorm, Rope, attention_bias},
     heads::{NoiseHead, ValueHead},
     siglip::Siglip,
 };
@@ -59,8 +59,8 @@ pub struct Pi0 {
     store: ParamStore,
     vision: Siglip,
     embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Norm,
+    layers: Vec<Layer<PlainNorm>>,
+    norm: PlainNorm,
     expert: Expert,
     value_head: Option<ValueHead>,
     noise_head: Option<NoiseHead>,
@@ -74,13 +74,13 @@ impl Pi0 {
     pub fn new(dims: PolicyDims, heads: &Heads, store: ParamStore) -> Result<Self, ModelError> {
         dims.check()?;
         let layers = (0..dims.depth)
-            .map(|l| Layer::new(&store, &format!("{VLM}language_model.layers.{l}"), &dims, false))
+            .map(|l| Layer::new(&store, &format!("{VLM}language_model.layers.{l}"), &dims))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             vision: Siglip::new(&store, &dims.vision)?,
             embedding: store.get(EMBEDDING)?.shallow_clone(),
             layers,
-            norm: Norm::new(&store, &format!("{VLM}language_model.norm"), false)?,
+            norm: PlainNorm::new(&store, &format!("{VLM}language_model.norm"))?,
             expert: Expert::new(&store, &dims)?,
             value_head: heads
                 .value
@@ -139,12 +139,11 @@ impl Pi0 {
         prompt: &Tensor,
         prompt_mask: &Tensor,
     ) -> Result<Prefix, ModelError> {
-        let batch = prompt.size().first().copied().unwrap_or(0);
         let (cameras, size) = (self.dims.cameras as i64, self.dims.vision.image_size as i64);
         let (patches, length) = (self.dims.vision.tokens() as i64, self.dims.prompt_len as i64);
+        let batch = rows("prompt", prompt, length)?;
         check_shape("images", images, &[batch, cameras, 3, size, size])?;
         check_shape("image_mask", image_mask, &[batch, cameras])?;
-        check_shape("prompt", prompt, &[batch, length])?;
         check_shape("prompt_mask", prompt_mask, &[batch, length])?;
 
         let width = self.dims.vlm.width as i64;
@@ -173,12 +172,12 @@ impl Pi0 {
             Vec::with_capacity(self.layers.len()),
         );
         for layer in &self.layers {
-            let output = layer.forward(&x, None, &rope, None, bias.as_ref());
+            let output = layer.forward(&x, (), &rope, None, bias.as_ref());
             x = output.x;
             keys.push(output.k);
             values.push(output.v);
         }
-        let (out, _) = self.norm.forward(&x, None);
+        let (out, _) = self.norm.forward(&x, ());
         let cache = PrefixCache {
             k: Tensor::stack(&keys, 1),
             v: Tensor::stack(&values, 1),
@@ -271,8 +270,7 @@ impl Pi0 {
             .as_ref()
             .filter(|head| head.dims.input == CriticInput::Vlm)
             .ok_or(ModelError::NoValueHead)?;
-        let batch = pooled.size().first().copied().unwrap_or(0);
-        check_shape("pooled", pooled, &[batch, self.dims.vlm.width as i64])?;
+        let batch = rows("pooled", pooled, self.dims.vlm.width as i64)?;
         if !head.dims.state {
             return Ok(head.forward(pooled));
         }
@@ -292,5 +290,17 @@ impl Pi0 {
             None => hidden.shallow_clone(),
         };
         Some(head.forward(&read.mean_dim(1, false, Kind::Float)))
+    }
+}
+
+/// Returns the number of rows of a matrix that has to be `width` wide.
+fn rows(name: &'static str, matrix: &Tensor, width: i64) -> Result<i64, ModelError> {
+    match matrix.size().as_slice() {
+        [count, found] if *found == width => Ok(*count),
+        found => Err(ModelError::Shape {
+            name,
+            expected: vec![-1, width],
+            found: found.to_vec(),
+        }),
     }
 }

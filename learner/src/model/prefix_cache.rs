@@ -1,27 +1,27 @@
-//! The KV cache of a prefix.
+//! KV cache of a prefix.
 
 use tch::{Kind, Tensor};
 
 use super::error::{ModelError, check_shape};
 
-/// Keys, values and mask of a prefix: all that the expert reads of an observation.
+/// Keys, values and mask of a prefix, the only inputs of the expert that depend on images and prompt.
 #[derive(Debug)]
 pub struct PrefixCache {
     /// Keys after RoPE, `[B, depth, kv, S, head_dim]`.
     pub k: Tensor,
     /// Values, `[B, depth, kv, S, head_dim]`.
     pub v: Tensor,
-    /// Which prefix tokens are valid, bool `[B, S]`.
+    /// Mask of the valid prefix tokens, bool `[B, S]`.
     pub mask: Tensor,
-    /// Whether all of them are: then no mask is built.
+    /// Whether all prefix tokens are valid, so that attention needs no mask.
     pub(super) all_valid: bool,
 }
 
 impl PrefixCache {
-    /// A cache from stored tensors (shapes at the fields).
+    /// Creates a cache from stored tensors; see the fields for the shapes.
     ///
     /// # Errors
-    /// The shapes do not fit each other.
+    /// The shapes are inconsistent.
     pub fn new(k: Tensor, v: Tensor, mask: Tensor) -> Result<Self, ModelError> {
         check_shape("v", &v, &k.size())?;
         match k.size().as_slice() {
@@ -38,10 +38,10 @@ impl PrefixCache {
         Ok(Self { k, v, mask, all_valid })
     }
 
-    /// The rows `[n]` (i64) as a cache of their own.
+    /// Returns a new cache of the rows `[n]` (i64).
     ///
     /// # Errors
-    /// None for rows inside the batch.
+    /// Never for rows inside the batch.
     pub fn index_select(&self, rows: &Tensor) -> Result<Self, ModelError> {
         Self::new(
             self.k.index_select(0, rows),
@@ -50,23 +50,23 @@ impl PrefixCache {
         )
     }
 
-    /// Samples in the cache.
+    /// Returns the number of samples.
     pub fn batch(&self) -> i64 {
         self.mask.size().first().copied().unwrap_or(0)
     }
 
-    /// Prefix tokens, padding included.
+    /// Returns the number of prefix tokens, padding included.
     pub fn len(&self) -> i64 {
         self.mask.size().get(1).copied().unwrap_or(0)
     }
 
-    /// Whether there is no prefix token.
+    /// Returns whether the prefix has no tokens.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Positions of `tokens` suffix tokens: they go on from the number of valid prefix tokens. `[1, tokens]` when it is the same
-    /// for all samples, else `[B, tokens]`.
+    /// Returns the positions of `tokens` suffix tokens, which start at the number of valid prefix tokens. The shape is
+    /// `[1, tokens]` if all prefix tokens are valid, else `[B, tokens]`.
     pub(super) fn suffix_positions(&self, tokens: i64) -> Tensor {
         let own = Tensor::arange(tokens, (Kind::Int64, self.mask.device())).unsqueeze(0);
         if self.all_valid {

@@ -68,16 +68,22 @@ impl Pi0 {
             let drawn: Vec<Option<&StepNoise>> = (0..batch as usize)
                 .map(|b| stochastic.get(b)?.iter().find(|s| s.step == k))
                 .collect();
-            let rows: Vec<_> = drawn
+            let rows = drawn
                 .iter()
-                .map(|s| schedule.row(k, s.is_some()).copied().unwrap_or(*ode))
-                .collect();
+                .map(|s| {
+                    schedule.row(k, s.is_some()).ok_or(ModelError::Step {
+                        found: k as i64,
+                        limit: schedule.stochastic.len(),
+                    })
+                })
+                .collect::<Result<Vec<_>, _>>()?;
             let t = Tensor::full([batch], ode.t, (Kind::Double, noise.device()));
             let velocity = self.velocity(cache, state, &x, &t)?;
             let c_x: Vec<f32> = rows.iter().map(|r| r.mean_coefficients().0 as f32).collect();
             let c_v: Vec<f32> = rows.iter().map(|r| r.mean_coefficients().1 as f32).collect();
             let mean = &x * column(&c_x) + &velocity.v_t * column(&c_v);
             x = if drawn.iter().any(Option::is_some) {
+                // a row without a draw takes the ODE's step, whose `std` is 0: its `z` adds nothing
                 let z: Vec<f32> = drawn
                     .iter()
                     .flat_map(|s| s.map_or_else(|| vec![0.0; elements], |s| s.z.clone()))

@@ -1,4 +1,4 @@
-//! The SigLIP image tower: patches, position table, pre-norm blocks, final norm, projection to the language width.
+//! SigLIP image tower: patches, position table, pre-norm blocks, final norm, projection to the language width.
 
 use policy::{dims::VisionDims, params::VLM};
 use tch::{Kind, Tensor};
@@ -9,14 +9,14 @@ use super::{
     store::ParamStore,
 };
 
-/// The image tower's outputs for `N` images.
+/// Outputs of the image tower for `N` images.
 #[derive(Debug)]
 pub struct VisionOutput {
-    /// Patch embedding plus position, `[N, tokens, width]`.
+    /// Sum of patch embedding and position embedding, `[N, tokens, width]`.
     pub patch_pos_emb: Tensor,
-    /// After the final LayerNorm, `[N, tokens, width]`.
+    /// Output of the final LayerNorm, `[N, tokens, width]`.
     pub last_hidden: Tensor,
-    /// Projected to the width of the language model, `[N, tokens, vlm width]`.
+    /// Projection to the width of the language model, `[N, tokens, vlm width]`.
     pub projected: Tensor,
 }
 
@@ -90,7 +90,7 @@ impl Siglip {
         })
     }
 
-    /// Encodes `[N, 3, size, size]` in `[-1, 1]`. Patches are numbered row by row.
+    /// Encodes images `[N, 3, size, size]` in `[-1, 1]`. Patches are numbered row by row.
     pub(super) fn forward(&self, images: &Tensor) -> VisionOutput {
         let stride = [self.stride, self.stride];
         let patches = images.conv2d(&self.patch.weight, self.patch.bias.as_ref(), stride, [0, 0], [1, 1], 1);

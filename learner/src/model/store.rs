@@ -1,4 +1,4 @@
-//! The weights of a policy as named f32 tensors: created, filled, loaded, exported.
+//! Weights of a policy as named f32 tensors: creation, initialization, load and export.
 
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
@@ -13,13 +13,13 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::ModelError;
 
-/// One weight taken out of the store: name, sizes and row-major values.
+/// Copy of one weight: name, sizes and row-major values.
 pub type ExportedParam = (String, Vec<usize>, Vec<f32>);
 
-/// All weights of one policy, by name, as leaf tensors of one device.
+/// Weights of one policy by name, as leaf tensors on one device.
 ///
 /// A tensor's storage never changes after creation: loading and optimizing write in place, so that the network's layers,
-/// which hold the same tensors, always see the current values.
+/// which share the tensors, always have the current values.
 #[derive(Debug)]
 pub struct ParamStore {
     specs: Vec<ParamSpec>,
@@ -28,10 +28,10 @@ pub struct ParamStore {
 }
 
 impl ParamStore {
-    /// All weights zero: to be filled by [`ParamStore::load`] or [`ParamStore::init`].
+    /// Creates a store of zeros, to be filled by [`ParamStore::load`] or [`ParamStore::init`].
     ///
     /// # Errors
-    /// The sizes do not fit together.
+    /// The sizes of the policy are inconsistent.
     pub fn zeros(dims: &PolicyDims, heads: &Heads, device: Device) -> Result<Self, ModelError> {
         dims.check()?;
         let specs = params(dims, heads);
@@ -47,7 +47,7 @@ impl ParamStore {
         Ok(Self { specs, tensors, device })
     }
 
-    /// A store whose tensors of these parts are copies and whose others are shared with this one.
+    /// Returns a store with copies of the tensors of these parts; the other tensors are shared with this store.
     #[must_use]
     pub fn fork(&self, parts: &[Part]) -> Self {
         let tensors = self.specs.iter().filter_map(|spec| {
@@ -66,25 +66,29 @@ impl ParamStore {
         }
     }
 
-    /// Random weights, the same for the same seed: see [`ParamStore::init`].
+    /// Creates a store with random weights that depend on the seed only; see [`ParamStore::init`].
     ///
     /// # Errors
-    /// The sizes do not fit together.
+    /// The sizes of the policy are inconsistent.
     pub fn random(dims: &PolicyDims, heads: &Heads, seed: u64, device: Device) -> Result<Self, ModelError> {
         let store = Self::zeros(dims, heads, device)?;
         store.init(&[Part::Vlm, Part::Expert, Part::NoiseHead, Part::ValueHead], seed)?;
         Ok(store)
     }
 
-    /// Draws the weights of these parts. Each tensor has a random stream of its own, keyed by `seed` and its place in the table.
+    /// Draws the weights of these parts. Each tensor has a separate random stream, keyed by `seed` and its index in the parameter
+    /// table.
     ///
-    /// Linear and patch weights and biases are uniform in `+-1/sqrt(inputs)` (He et al. 2015 with `a = sqrt(5)`, the usual
-    /// default); the text embedding is `N(0, 1/width)`; RMSNorm weights are 0 (the network multiplies by `1 + w`), LayerNorm 1
-    /// and 0; the position table is the 2-D sine-cosine one; adaRMS weights are `N(0, 0.02^2)` with zero bias, so that every
-    /// block starts near the identity; the value head is `N(0, 2/outputs)` with its last layer `N(0, 0.02^2)`, zero biases.
+    /// - Linear and patch weights and biases are uniform in `+-1/sqrt(inputs)` (He et al. 2015 with `a = sqrt(5)`, the usual
+    ///   default).
+    /// - The text embedding is `N(0, 1/width)`; the position table is the 2-D sine-cosine table, or
+    ///   `N(0, 1/width)` if the sizes do not fit one.
+    /// - RMSNorm weights are 0 (the network multiplies by `1 + w`), LayerNorm weights 1 and biases 0.
+    /// - adaRMS weights are `N(0, 0.02^2)` with zero bias, so that every block starts near the identity.
+    /// - The value head is `N(0, 2/outputs)` with last layer `N(0, 0.02^2)` and zero biases.
     ///
     /// # Errors
-    /// None in a store made by this module.
+    /// A tensor of the parameter table is missing or has another size, which no store of this module has.
     pub fn init(&self, parts: &[Part], seed: u64) -> Result<(), ModelError> {
         let last_head = self
             .specs
@@ -99,7 +103,7 @@ impl ParamStore {
         Ok(())
     }
 
-    /// Inputs of the linear layer that a weight or bias belongs to.
+    /// Returns the number of inputs of the linear layer that a weight or bias belongs to.
     fn fan_in(&self, spec: &ParamSpec) -> usize {
         let weight = spec.name.strip_suffix(".bias").map(|stem| format!("{stem}.weight"));
         let shape = weight
@@ -108,10 +112,10 @@ impl ParamStore {
         shape.iter().skip(1).product::<usize>().max(1)
     }
 
-    /// Fills these parts from a file that holds exactly their tensors, each with its shape and only finite numbers.
+    /// Loads these parts from a file that contains exactly the parts' tensors, with equal shapes and finite values.
     ///
     /// # Errors
-    /// The first tensor that is missing, extra, misshapen, of another type or not finite; the store is then partly loaded.
+    /// A tensor is missing, unexpected, not finite, or of another shape or type; the store may then be partly loaded.
     pub fn load(&self, file: &WeightFile, parts: &[Part]) -> Result<(), ModelError> {
         let wanted: Vec<&ParamSpec> = self.specs.iter().filter(|s| parts.contains(&s.part)).collect();
         file.check_header(&wanted)?;
@@ -124,7 +128,7 @@ impl ParamStore {
     /// Overwrites one tensor in place with row-major values.
     ///
     /// # Errors
-    /// There is no such tensor, or it has another number of elements.
+    /// The tensor is unknown or has another number of elements.
     pub fn assign(&self, name: &str, data: &[f32]) -> Result<(), ModelError> {
         let tensor = self.get(name)?;
         if tensor.numel() != data.len() {
@@ -141,17 +145,17 @@ impl ParamStore {
         Ok(())
     }
 
-    /// The tensor of this name.
+    /// Returns the tensor of this name.
     ///
     /// # Errors
-    /// There is none.
+    /// The name is unknown.
     pub fn get(&self, name: &str) -> Result<&Tensor, ModelError> {
         self.tensors
             .get(name)
             .ok_or_else(|| ModelError::NoParam(name.to_owned()))
     }
 
-    /// Names and tensors of one part in the order of the parameter table.
+    /// Returns names and tensors of one part in the order of the parameter table.
     pub fn part(&self, part: Part) -> impl Iterator<Item = (&str, &Tensor)> {
         self.specs
             .iter()
@@ -159,34 +163,34 @@ impl ParamStore {
             .filter_map(|s| self.tensors.get(&s.name).map(|tensor| (s.name.as_str(), tensor)))
     }
 
-    /// The parameter table that the store was made from.
+    /// Returns the parameter table of the policy.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
     }
 
-    /// Where the tensors live.
+    /// Returns the device of the tensors.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Gradients are computed for these parts and for no other.
+    /// Enables gradients for these parts and disables gradients for all others.
     pub fn set_trainable(&self, parts: &[Part]) {
         for spec in &self.specs {
             if let Some(tensor) = self.tensors.get(&spec.name) {
-                // the flag is set on the tensor itself, the returned handle is another name of it
+                // the flag is set on the tensor itself; the returned handle refers to the same tensor
                 drop(tensor.set_requires_grad(parts.contains(&spec.part)));
             }
         }
     }
 
-    /// Drops all gradients to zero.
+    /// Sets all gradients to zero.
     pub fn zero_grad(&self) {
         for tensor in self.tensors.values() {
             tensor.shallow_clone().zero_grad();
         }
     }
 
-    /// Copies one part out, in the order of the parameter table.
+    /// Copies the tensors of one part to main memory, in the order of the parameter table.
     pub fn export(&self, part: Part) -> Vec<ExportedParam> {
         self.specs
             .iter()
@@ -195,10 +199,10 @@ impl ParamStore {
             .collect()
     }
 
-    /// Writes a safetensors file with these parts atomically and describes it.
+    /// Writes these parts atomically to a safetensors file and returns the file's description.
     ///
     /// # Errors
-    /// A tensor is not finite, or a file operation fails; then the old file, if any, is untouched.
+    /// A tensor is not finite, or a file operation fails; an existing file is then unchanged.
     pub fn write(&self, parts: &[Part], path: &Path) -> Result<BundleFile, BundleError> {
         write_weights(path, self.specs.iter().filter(|s| parts.contains(&s.part)), self)
     }
@@ -212,7 +216,7 @@ impl Weights for ParamStore {
     }
 }
 
-/// Row-major values of a tensor on any device.
+/// Copies the row-major values of a tensor on any device.
 fn copy_out(tensor: &Tensor) -> Vec<f32> {
     let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
     let mut data = vec![0.0f32; tensor.numel()];
@@ -221,12 +225,12 @@ fn copy_out(tensor: &Tensor) -> Vec<f32> {
     data
 }
 
-/// Sizes as libtorch takes them.
+/// Converts sizes to the integer type of libtorch.
 pub(super) fn sizes(shape: &[usize]) -> Vec<i64> {
     shape.iter().map(|v| *v as i64).collect()
 }
 
-/// Writes the initial values of one tensor; the rules are at [`ParamStore::init`].
+/// Writes the initial values of one tensor by the rules of [`ParamStore::init`].
 fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64, data: &mut [f32]) {
     let mut rng = stream(Purpose::Init, seed, index, 0, 0);
     let mut normal = |data: &mut [f32], std: f64| {
@@ -251,7 +255,7 @@ fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64,
             normal(data, (width as f64).sqrt().recip());
         }
     } else if name.contains("norm") {
-        // LayerNorm has a bias beside its weight of one; RMSNorm a lone weight that is added to one
+        // LayerNorm has a bias in addition to its weight of one; RMSNorm has only a weight, which is added to one
         if name.ends_with("norm.dense.weight") {
             normal(data, 0.02);
         } else if name.contains("vision_tower") && !bias {
@@ -265,8 +269,9 @@ fn fill(spec: &ParamSpec, fan_in: usize, last_head: bool, seed: u64, index: u64,
     }
 }
 
-/// 2-D sine-cosine positions of a square grid, `[side * side, width]`, columns `sin x, cos x, sin y, cos y` with `width / 4`
-/// frequencies from 1 to 1e-4 (Chen et al. 2021, `MoCo` v3). False when the sizes do not allow it.
+/// Writes the 2-D sine-cosine positions of a square grid, `[side * side, width]`, columns `sin x, cos x, sin y, cos y` with
+/// `width / 4` frequencies from 1 to 1e-4 (Chen et al. 2021, `MoCo` v3). Returns `false` without writing if the sizes do not
+/// fit: a grid that is not square, a width not divisible by 4 or below 8.
 fn position_table(width: usize, data: &mut [f32]) -> bool {
     let tokens = data.len() / width.max(1);
     let side = tokens.isqrt();

@@ -1,4 +1,4 @@
-//! Files of a run, read up to a bound: a folder may hold anything.
+//! Bounded reads of the files of a run, because a folder may contain arbitrary files.
 
 use std::{
     fs::File,
@@ -8,7 +8,7 @@ use std::{
 
 use crate::error::{LearnerError, Result, io};
 
-/// The bytes of a file of at most `limit` bytes; nothing when there is no such file.
+/// Reads a file of at most `limit` bytes; `None` if the file does not exist.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -21,7 +21,7 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     if bytes.len() as u64 > limit {
         return Err(LearnerError::Run {
             path: path.to_owned(),
-            detail: format!("it has more than {limit} bytes, so it is no file of a run"),
+            detail: format!("it has more than {limit} bytes, so it is not a file of a run"),
         });
     }
     Ok(Some(bytes))

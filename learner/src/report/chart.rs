@@ -1,4 +1,4 @@
-//! A line chart as inline SVG: colours come from the page's style, numbers are shown where the pointer rests.
+//! Line chart as inline SVG, with colors from the page's style and numbers at the pointer.
 
 use super::{
     html::{each, escape},
@@ -6,52 +6,52 @@ use super::{
 };
 use crate::digits::grouped;
 
-/// Size of the drawing in its own units; the page scales it.
+/// Width and height of the drawing in SVG units, scaled by the page.
 const SIZE: (f64, f64) = (480.0, 300.0);
-/// Left, top, right and bottom edge of the plot.
+/// Left, top, right and bottom edge of the plot in SVG units.
 const PLOT: (f64, f64, f64, f64) = (42.0, 10.0, 466.0, 250.0);
-/// The most points of a line; longer ones are averaged over neighbours.
+/// Largest number of points of a line; longer lines are averaged over neighbors.
 const MOST_POINTS: usize = 600;
-/// The most places of a line that show their numbers.
+/// Largest number of points of a line with a hint.
 const MOST_HINTS: usize = 100;
-/// Colours and line patterns repeat after so many series.
+/// Number of distinct colors and line patterns; further series repeat them.
 pub(super) const STYLES: usize = 8;
 
-/// What a chart shows over x.
+/// Horizontal axis of a chart.
 pub(super) struct Axis {
-    /// Under the plot.
+    /// Label under the plot.
     pub(super) label: String,
-    /// One label unit in units of x.
+    /// Length of one label unit in units of x.
     pub(super) unit: f64,
-    /// After a number in a hint, like `min`.
+    /// Short unit after a number in a hint, for instance `min`.
     pub(super) short: &'static str,
 }
 
-/// One series of a chart.
+/// Series of a chart.
 pub(super) struct Series {
-    /// Place in the palette.
+    /// Index in the palette.
     pub(super) style: usize,
-    /// What hints call it.
+    /// Name in hints.
     pub(super) label: String,
-    /// Name and points (x, success rate) of each run, x rising.
+    /// Name and points (x, success rate) of each run, x ascending.
     pub(super) runs: Vec<(String, Vec<(f64, f64)>)>,
 }
 
-/// A chart with its accessible title.
+/// Chart with an accessible title.
 pub(super) struct Chart {
-    /// Unique in the page, letters only.
+    /// Identifier, unique in the page, letters only.
     pub(super) id: &'static str,
-    /// What it shows.
+    /// Accessible title.
     pub(super) title: String,
-    /// Over x.
+    /// Horizontal axis.
     pub(super) axis: Axis,
-    /// The points are few and each is marked.
+    /// Whether the points are marked, for curves with few points.
     pub(super) marks: bool,
-    /// The series.
+    /// Series in drawing order.
     pub(super) series: Vec<Series>,
 }
 
-/// Number of neighbours that become one point of a line with `count` points.
+/// Returns the number of neighbors that are averaged to one point, for a line with `count` points.
 pub(super) fn thinning(count: usize) -> usize {
     count.div_ceil(MOST_POINTS).max(1)
 }
@@ -73,16 +73,16 @@ fn thinned(points: Vec<Spread>) -> Vec<Spread> {
         .collect()
 }
 
-/// A step of 1, 2 or 5 times a power of ten that cuts 0 to `most` into at most six parts.
+/// Returns a step of 1, 2 or 5 times a power of ten that divides 0 to `most` into at most six parts.
 fn tick_step(most: f64) -> f64 {
     let raw = most / 6.0;
     let power = 10f64.powf(raw.log10().floor());
-    // the rounding of the logarithm may leave the quotient a hair above the factor
+    // rounding of the logarithm may leave the quotient slightly above the factor
     let factor = [1.0, 2.0, 5.0].into_iter().find(|f| raw / power <= f * (1.0 + 1e-9));
     power * factor.unwrap_or(10.0)
 }
 
-/// A number with as many decimals as ticks of `step` need, thousands set apart.
+/// Formats a number with thousands separators and as many decimals as ticks of `step` need.
 pub(super) fn number(value: f64, step: f64) -> String {
     let decimals = if step >= 1.0 {
         0
@@ -94,7 +94,7 @@ pub(super) fn number(value: f64, step: f64) -> String {
     grouped(whole) + rest
 }
 
-/// The mark of a series around (0, 0): the shape tells series apart without colour.
+/// Returns the SVG path of a mark around (0, 0), whose shape distinguishes series without color.
 pub(super) fn mark(style: usize) -> &'static str {
     match style % 4 {
         0 => "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
@@ -124,7 +124,7 @@ impl Scale {
 }
 
 impl Chart {
-    /// The chart as an `svg` element.
+    /// Renders the chart as an `svg` element.
     pub(super) fn svg(&self) -> String {
         let xs = self.series.iter().flat_map(|l| &l.runs).flat_map(|r| &r.1).map(|p| p.0);
         let most = xs.fold(0.0, f64::max);
@@ -210,7 +210,7 @@ impl Chart {
             )
         });
         let path = scale.path(points.iter().map(|s| (s.x, s.mean)));
-        // over time the runs' points lie beside each other: a mark per point of one run is enough
+        // over wall time the runs' points differ in x: one mark per point of the longest run is enough
         let longest = series.runs.iter().map(|r| r.1.len()).max().unwrap_or(0);
         let every = points.len().div_ceil(longest.max(1)).max(1);
         let marks = each(points.iter().step_by(every).filter(|_| self.marks), |s| {
@@ -250,7 +250,7 @@ impl Chart {
     }
 }
 
-/// The range of the runs around the mean.
+/// Renders the range of the runs around the mean.
 fn band(series: &Series, points: &[Spread], scale: &Scale) -> String {
     if series.runs.len() < 2 || points.is_empty() {
         return String::new();
@@ -333,7 +333,7 @@ mod tests {
             }],
         };
         let svg = chart.svg();
-        // plot 42..466 by 250..10: the mean goes from 0.25 at the left edge to 0.75 at the right one
+        // plot 42..466 by 250..10: the mean rises from 0.25 at the left edge to 0.75 at the right edge
         assert!(
             svg.contains(r#"<path class="mean s0" d="M42.0 190.0L466.0 70.0"/>"#),
             "{svg}"

@@ -1,4 +1,4 @@
-//! The success curves of a run, out of its `metrics.jsonl`.
+//! Success curves of a run, read from `metrics.jsonl`.
 
 use std::path::Path;
 
@@ -7,23 +7,24 @@ use serde::Deserialize;
 use super::bounded::read;
 use crate::error::{LearnerError, Result};
 
-/// The longest `metrics.jsonl` that is read, in bytes: some 300,000 iterations.
+/// Largest size of `metrics.jsonl` in bytes, about 300,000 iterations.
 const METRICS_LIMIT: u64 = 256 << 20;
 
-/// One measured success rate.
+/// Measured success rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Point {
-    /// Training episodes before it.
+    /// Training episodes before the measurement.
     pub episodes: f64,
-    /// Seconds of training before it.
+    /// Seconds of training before the measurement.
     pub seconds: f64,
     /// Success rate, 0 to 1.
     pub success: f64,
 }
 
-/// When processes that wrote metrics of this run began, in seconds since 1970, rising: the names of their event files say so.
+/// Returns the start times of the processes that wrote metrics of this run, in seconds since 1970, ascending. The times are read
+/// from the names of the event files.
 fn sessions(dir: &Path) -> Vec<f64> {
-    // without the folder, time is counted from line to line
+    // without the folder, time is counted between lines
     let mut starts: Vec<f64> = std::fs::read_dir(dir.join("tensorboard"))
         .into_iter()
         .flatten()
@@ -37,7 +38,7 @@ fn sessions(dir: &Path) -> Vec<f64> {
     starts
 }
 
-/// What the curves need of a line of `metrics.jsonl`.
+/// Fields of a line of `metrics.jsonl` that the curves use.
 #[derive(Deserialize)]
 struct MetricsLine {
     stage: String,
@@ -49,26 +50,26 @@ struct MetricsLine {
     iteration_seconds: Option<f64>,
 }
 
-/// Success over training, as its lines say.
+/// Success over training.
 #[derive(Debug, Default)]
 pub(super) struct Curves {
-    /// Of the sampling policy in each training iteration.
+    /// Success of the sampling policy in each training iteration.
     pub(super) train: Vec<Point>,
-    /// Of the ODE policy on unseen episodes.
+    /// Success of the ODE policy on unseen episodes.
     pub(super) eval: Vec<Point>,
-    /// Over how many episodes the last of `eval` was measured.
+    /// Number of episodes of the last point of `eval`.
     pub(super) eval_episodes: Option<u64>,
-    /// Training iterations done.
+    /// Completed training iterations.
     pub(super) iterations: u64,
-    /// Lines that are no metrics.
+    /// Number of lines that are not valid metrics.
     pub(super) unreadable: usize,
 }
 
 impl Curves {
-    /// The curves of the run in `dir`.
+    /// Reads the curves of the run in `dir`.
     ///
     /// # Errors
-    /// It has no `metrics.jsonl`, or the file cannot be read or is too long.
+    /// `metrics.jsonl` is missing, unreadable or too large.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let metrics = read(&dir.join("metrics.jsonl"), METRICS_LIMIT)?.ok_or_else(|| LearnerError::Run {
             path: dir.to_owned(),
@@ -77,8 +78,8 @@ impl Curves {
         Ok(Self::parse(&metrics, &sessions(dir)))
     }
 
-    /// The curves of lines in the order of training, which a run that goes on keeps (`MetricsLog::open_after`). Seconds count from the
-    /// start of the training process; the time between two processes does not count, nor what was undone by going on from a checkpoint.
+    /// Parses lines in the order of training, which a resumed run keeps (`MetricsLog::open_after`). Seconds count from the start
+    /// of the training process. The time between two processes and iterations undone by resuming from a checkpoint do not count.
     fn parse(metrics: &[u8], sessions: &[f64]) -> Self {
         let mut curves = Self::default();
         let mut seconds = 0.0;
@@ -151,12 +152,12 @@ mod tests {
             line("sft", 7, 90.0, 0.0),
             line("eval", 0, 103.0, 0.1),
             line("train", 1, 105.0, 0.2),
-            // killed in iteration 2; goes on from the checkpoint after iteration 1
+            // killed in iteration 2, resumed from the checkpoint after iteration 1
             line("train", 2, 1004.0, 0.3),
             line("eval", 2, 1005.0, 0.4),
         ]
         .join("\n");
-        // the process of SFT, of training, of the training that went on
+        // processes of SFT, of training and of the resumed training
         let got = Curves::parse(lines.as_bytes(), &[50.0, 100.0, 1000.0]);
         assert_eq!(points(&got.train), [(10.0, 5.0, 0.2), (20.0, 9.0, 0.3)]);
         assert_eq!(points(&got.eval), [(0.0, 3.0, 0.1), (20.0, 10.0, 0.4)]);
@@ -171,7 +172,7 @@ mod tests {
             line("train", 2, 109.0, 0.3),
         ]
         .join("\n");
-        // an iteration says how long it took
+        // the first line has `iteration_seconds`
         let got = Curves::parse(lines.as_bytes(), &[]);
         assert_eq!(points(&got.train), [(10.0, 2.0, 0.2), (20.0, 6.0, 0.3)]);
         assert_eq!(points(&got.eval), [(10.0, 3.0, 0.1)]);

@@ -1,6 +1,6 @@
-//! Text that comes from files becomes harmless in a page, bytes become a data URL.
+//! Escaping of text from files for a page, and base 64 for data URLs.
 
-/// `text` for the inside of an element or of a quoted attribute: the five characters with a meaning there become entities, control
+/// Escapes `text` for the content of an element or a quoted attribute. The five special characters become entities, control
 /// characters become the replacement character.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -18,12 +18,12 @@ pub(super) fn escape(text: &str) -> String {
     out
 }
 
-/// The items one after another.
+/// Renders the items and concatenates the results.
 pub(super) fn each<T>(items: impl IntoIterator<Item = T>, html: impl FnMut(T) -> String) -> String {
     items.into_iter().map(html).collect::<Vec<_>>().concat()
 }
 
-/// Base 64 with padding (RFC 4648, section 4).
+/// Encodes bytes in base 64 with padding (RFC 4648, section 4).
 pub(super) fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);

@@ -1,5 +1,5 @@
-//! What runs came to, for people: one HTML page about several (success curves, final numbers, evaluation videos, differences of the
-//! configurations) and the success curves as a PNG. Everything is inside the page; it asks the network for nothing and runs no script.
+//! Report on runs: one HTML page (success curves, final numbers, evaluation videos, differences of the configurations) and the
+//! success curves as a PNG. The page is self-contained: it loads nothing from the network and runs no script.
 
 mod bounded;
 mod curves;
@@ -22,16 +22,16 @@ pub use series::{Difference, Spread, differences, group, spread};
 
 use crate::error::{LearnerError, Result};
 
-/// Name of the page where none is given.
+/// Default file name of the page.
 const PAGE: &str = "report.html";
 
-/// Writes the page about the runs in `dirs` (each with `metrics.jsonl` and `config.toml`; `eval.json` and `eval.gif` where they
-/// are there) to `out`, else to `report.html` in the folder that holds the first run, and returns where it is. `picture` is a PNG of the
-/// success curves.
+/// Writes the page about the runs in `dirs` and returns its path. Each folder has `metrics.jsonl` and `config.toml`, optionally
+/// `eval.json` and `eval.gif`. The page is written to `out`, by default to `report.html` in the parent folder of the first run.
+/// `picture` is the path of an optional PNG of the success curves.
 ///
 /// # Errors
-/// No run or the same one twice, a run without success values, a file that cannot be read or is malformed, or the page cannot be
-/// written; then no page is left.
+/// `dirs` is empty or names a run twice, a run has no success values, or a file is unreadable or malformed. The page or the
+/// picture cannot be written. No partial page is left.
 pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Result<PathBuf> {
     let mut full = Vec::new();
     for dir in dirs {
@@ -55,7 +55,7 @@ pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Re
         .zip(names(&full))
         .map(|(dir, name)| Run::load(dir, name))
         .collect::<Result<Vec<_>>>()?;
-    // `.` and `..` have no name of their own, so their parent is the real one
+    // `.` and `..` have no file name: the parent of the canonical path is used
     let parent = match first.file_name() {
         Some(_) => first.parent().map(Path::to_owned),
         None => full.first().and_then(|d| d.parent()).map(Path::to_owned),
@@ -68,15 +68,15 @@ pub fn write(dirs: &[PathBuf], out: Option<&Path>, picture: Option<&Path>) -> Re
     Ok(out)
 }
 
-/// Draws the success curves of the run in `dir` (training, unseen episodes) over its training episodes to `DIR/success.png`.
+/// Draws the success curves of the run in `dir` (training, unseen episodes) over training episodes to `DIR/success.png`.
 ///
 /// # Errors
-/// The metrics cannot be read or the picture not be written.
+/// The metrics cannot be read, or the picture cannot be written.
 pub fn success_curve(dir: &Path) -> Result<()> {
     plot::draw_one(dir, &dir.join("success.png"))
 }
 
-/// Names of the runs: the shortest ends of their paths that tell all apart.
+/// Returns the names of the runs: the shortest path suffixes that distinguish all runs.
 fn names(dirs: &[PathBuf]) -> Vec<String> {
     let most = dirs.iter().map(|d| d.components().count()).max().unwrap_or(0);
     let ends = |count: usize| -> Vec<String> {

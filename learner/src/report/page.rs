@@ -1,4 +1,4 @@
-//! The page of a report, from the runs to the last `</html>`.
+//! HTML page of a report.
 
 use super::{
     chart::{Axis, Chart, STYLES, Series, mark, number, thinning},
@@ -9,12 +9,12 @@ use super::{
 };
 
 const STYLE: &str = include_str!("style.css");
-/// The page loads nothing and runs nothing, whatever it holds.
+/// Content security policy: the page loads nothing and runs no script, whatever its content.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
-/// So many differing keys stand beside a series in the legend; more are in the table alone.
+/// Largest number of differing keys in the legend; more keys are in the table only.
 const LEGEND_KEYS: usize = 3;
 
-/// The page about `runs`.
+/// Renders the page about `runs`.
 pub(super) fn page(runs: &[Run]) -> String {
     let series = group(runs);
     let different = differences(&series);
@@ -42,7 +42,7 @@ fn names<'a>(runs: impl Iterator<Item = &'a Run>) -> Vec<&'a str> {
     runs.map(|r| r.name.as_str()).collect()
 }
 
-/// Up to four names, of more the first and the last.
+/// Lists up to four names; of more names, the first and the last.
 fn listed(names: &[&str]) -> String {
     match names {
         [first, _, _, _, .., last] => format!("{first} to {last} ({} runs)", names.len()),
@@ -54,17 +54,17 @@ fn label(series: &[&Run]) -> String {
     listed(&names(series.iter().copied()))
 }
 
-/// Curves of one kind, over episodes and over wall time.
+/// Charts of one kind of curve, over episodes and over wall time.
 struct Stage {
     heading: &'static str,
     title: &'static str,
     points: fn(&Run) -> &[Point],
     ids: [&'static str; 2],
-    /// The points are few and each is marked.
+    /// Whether the points are marked, for curves with few points.
     marks: bool,
 }
 
-/// Line and mark of a series.
+/// Renders line and mark of a series for the legend.
 fn key(style: usize) -> String {
     let style = style % STYLES;
     format!(
@@ -171,14 +171,14 @@ fn curves(series: &[Vec<&Run>], different: &[Difference<'_>]) -> String {
     }
     if longest > 1 {
         notes.push(format!(
-            "Long curves are averaged over up to {longest} neighbouring points."
+            "Long curves are averaged over up to {longest} neighboring points."
         ));
     }
     let notes = notes.join(" ");
     format!("<h2>Success rate</h2>\n<p>{notes}</p>\n<ul class=\"legend\">\n{legend}</ul>\n{charts}")
 }
 
-/// Points for a chart, one for each x.
+/// Returns the points of a chart by ascending x, one point per x.
 fn rising(points: &[Point], place: fn(&Point) -> (f64, f64)) -> Vec<(f64, f64)> {
     let mut out: Vec<(f64, f64)> = points.iter().map(place).collect();
     out.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -192,7 +192,7 @@ fn rising(points: &[Point], place: fn(&Point) -> (f64, f64)) -> Vec<(f64, f64)> 
     out
 }
 
-/// The unit of a time axis that ends at `seconds`.
+/// Returns the unit of a time axis that ends at `seconds`, with its length in seconds.
 fn unit(seconds: f64) -> (f64, &'static str) {
     match seconds {
         s if s <= 120.0 => (1.0, "s"),
@@ -249,12 +249,12 @@ fn rate(success: f64, episodes: Option<u64>) -> String {
     episodes.map_or_else(|| format!("{success:.3}"), |n| format!("{success:.3} ({n})"))
 }
 
-/// Success before: the lowest version of `eval.json`. A single entry is the one after.
+/// Returns the evaluation before training: the lowest version of `eval.json`, `None` for a single entry.
 fn before(run: &Run) -> Option<&Evaluation> {
     run.evaluations.first().filter(|_| run.evaluations.len() > 1)
 }
 
-/// Success after: the highest version of `eval.json`.
+/// Returns the evaluation after training: the highest version of `eval.json`.
 fn after(run: &Run) -> Option<&Evaluation> {
     run.evaluations.last()
 }
@@ -285,7 +285,7 @@ fn row(style: usize, run: &Run) -> String {
     )
 }
 
-/// Mean and range of a series of several runs.
+/// Renders mean and range of a series of several runs.
 fn summary(style: usize, members: &[&Run]) -> String {
     if members.len() < 2 {
         return String::new();

@@ -2,75 +2,74 @@
 
 use std::path::Path;
 
-use plotters::{coord::Shift, prelude::*};
+use plotters::{coord::Shift, drawing::DrawingAreaErrorKind, prelude::*};
 
 use super::series::Spread;
-use crate::error::{LearnerError, Result};
+use crate::error::{LearnerError, Result, io};
 
-/// Size of a lone panel in pixels.
+type DrawError = DrawingAreaErrorKind<<BitMapBackend<'static> as DrawingBackend>::ErrorType>;
+
+/// Width and height of a single panel in pixels.
 const LONE: (u32, u32) = (1000, 560);
-/// Size of a panel where there are several.
+/// Width and height of each of several panels in pixels.
 const PANEL: (u32, u32) = (560, 400);
 
-/// One curve; where its points have a range, that is a band.
+/// Curve of one series, with the range of its points as a band.
 #[derive(Debug, Clone)]
 pub(super) struct Curve {
-    /// In the legend.
+    /// Name in the legend.
     pub(super) label: String,
     pub(super) colour: RGBColor,
-    /// The points are few and each is marked.
+    /// Whether the points are marked, for curves with few points.
     pub(super) marks: bool,
     pub(super) points: Vec<Spread>,
 }
 
-/// A title and the curves below it.
+/// Title with the curves below.
 #[derive(Debug, Clone)]
 pub(super) struct Panel {
     pub(super) title: String,
     pub(super) curves: Vec<Curve>,
 }
 
-/// Registers the embedded font: a picture must not depend on the fonts of the machine.
-pub(crate) fn font() -> Result<(), String> {
-    plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
-        .map_err(|_e| "the embedded font is not readable".to_owned())
+/// Registers the embedded font, so that pictures do not depend on the fonts of the machine.
+pub(crate) fn font() {
+    let registered = plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
+    #[expect(
+        clippy::expect_used,
+        reason = "the font is a constant of this program and is only refused when it is not a font"
+    )]
+    registered.ok().expect("a readable font");
 }
 
-/// Draws the panels, two in a row where there are several, all over the same episodes.
+/// Draws the panels with the same range of episodes, several panels in rows of two.
 ///
 /// # Errors
 /// The picture cannot be written.
 pub(super) fn draw(panels: &[Panel], out: &Path) -> Result<()> {
-    write(panels, out).map_err(|detail| LearnerError::Picture {
+    let beside = out.with_extension("writing.png");
+    draw_all(panels, &beside).map_err(|error| LearnerError::Picture {
         path: out.to_owned(),
-        detail,
-    })
+        source: Box::new(error),
+    })?;
+    std::fs::rename(&beside, out).map_err(io("renaming to", out))
 }
 
-fn write(panels: &[Panel], out: &Path) -> Result<(), String> {
-    font()?;
-    let text = |e: &dyn std::fmt::Display| e.to_string();
+fn draw_all(panels: &[Panel], out: &Path) -> Result<(), DrawError> {
+    font();
     let (columns, (width, height)) = if panels.len() == 1 { (1, LONE) } else { (2, PANEL) };
     let rows = panels.len().div_ceil(columns);
     let curves = panels.iter().flat_map(|panel| &panel.curves);
     let last = curves.flat_map(|curve| &curve.points).map(|s| s.x).fold(1.0, f64::max);
-    let beside = out.with_extension("writing.png");
-    {
-        let root = BitMapBackend::new(&beside, (width * columns as u32, height * rows as u32)).into_drawing_area();
-        root.fill(&WHITE).map_err(|e| text(&e))?;
-        for (panel, area) in panels.iter().zip(root.split_evenly((rows, columns))) {
-            draw_panel(panel, last, &area).map_err(|e| text(&*e))?;
-        }
-        root.present().map_err(|e| text(&e))?;
+    let root = BitMapBackend::new(out, (width * columns as u32, height * rows as u32)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (panel, area) in panels.iter().zip(root.split_evenly((rows, columns))) {
+        draw_panel(panel, last, &area)?;
     }
-    std::fs::rename(&beside, out).map_err(|e| text(&e))
+    root.present()
 }
 
-fn draw_panel(
-    panel: &Panel,
-    last: f64,
-    area: &DrawingArea<BitMapBackend<'_>, Shift>,
-) -> Result<(), Box<dyn std::error::Error>> {
+fn draw_panel(panel: &Panel, last: f64, area: &DrawingArea<BitMapBackend<'_>, Shift>) -> Result<(), DrawError> {
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, ("sans-serif", 22))
         .margin(14)

@@ -1,4 +1,4 @@
-//! The success curves of one run or of several series as a PNG, for places that show no HTML.
+//! Success curves of one run or of several series as a PNG, for places that cannot show HTML.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::error::Result;
 
-/// Colours that stay apart for most kinds of colour blindness (Okabe and Ito 2008); they repeat.
+/// Palette that is distinguishable for most kinds of color blindness (Okabe and Ito 2008); further series repeat it.
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -24,8 +24,8 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(160, 130, 0),
 ];
 
-/// Draws success on unseen episodes over training episodes: the mean of each series and, of several runs, its range. Series that are
-/// called `FACTOR.VALUE` are drawn in a panel for each factor, the others in every panel.
+/// Draws success on unseen episodes over training episodes: the mean of each series and the range of its runs. Series named
+/// `FACTOR.VALUE` are drawn in one panel per factor, other series in every panel.
 ///
 /// # Errors
 /// The picture cannot be written.
@@ -43,7 +43,7 @@ pub(super) fn draw(runs: &[Run], out: &Path) -> Result<()> {
 /// Draws success over training episodes of the run in `dir`: sampled (training) and ODE (unseen episodes).
 ///
 /// # Errors
-/// The metrics cannot be read or the picture not be written.
+/// The metrics cannot be read, or the picture cannot be written.
 pub(super) fn draw_one(dir: &Path, out: &Path) -> Result<()> {
     let curves = Curves::read(dir)?;
     let curve = |label: &str, points: &[Point], colour: RGBColor, marks: bool| Curve {
@@ -71,7 +71,7 @@ fn over_episodes(points: &[Point]) -> Vec<(f64, f64)> {
     points.iter().map(|p| (p.episodes, p.success)).collect()
 }
 
-/// What the names of a series' runs have in common, without the number of the seed.
+/// Returns the common prefix of the names of a series' runs, without the seed and without parent folders.
 fn name(members: &[&Run]) -> String {
     let first = members.first().map_or("", |run| run.name.as_str());
     let common = members.iter().fold(first.len(), |most, run| {
@@ -90,7 +90,7 @@ fn name(members: &[&Run]) -> String {
     if folder.is_empty() { first } else { folder }.to_owned()
 }
 
-/// A panel for each factor, or one for all where there is none.
+/// Arranges the series in one panel per factor, or in a single panel without factors.
 fn panels(series: &[(String, Vec<Spread>)]) -> Vec<Panel> {
     let panel = |title: &str, shown: Vec<(&str, &[Spread])>| Panel {
         title: title.to_owned(),

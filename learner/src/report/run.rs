@@ -1,4 +1,4 @@
-//! What a run left in its folder, as far as a report shows it.
+//! Files of a run's folder that a report shows.
 
 use std::{collections::BTreeMap, io::ErrorKind, path::Path};
 
@@ -11,61 +11,61 @@ use super::{
 };
 use crate::error::{LearnerError, Result, io};
 
-/// The longest `config.toml` and `eval.json`, in bytes.
+/// Largest size of `config.toml` and of `eval.json`, in bytes.
 const TEXT_LIMIT: u64 = 1 << 20;
-/// The longest `eval.gif` that is put into a page, in bytes.
+/// Largest size of an `eval.gif` that is embedded in a page, in bytes.
 const VIDEO_LIMIT: u64 = 64 << 20;
 
-/// One entry of `eval.json`.
+/// Entry of `eval.json`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Evaluation {
     /// Policy version.
     pub version: u64,
     /// Success rate, 0 to 1.
     pub success: f64,
-    /// Over how many unseen episodes.
+    /// Number of unseen episodes.
     pub episodes: u64,
 }
 
 /// `eval.gif` of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Video {
-    /// There is none.
+    /// The file does not exist.
     Absent,
-    /// It is not put into the page, and why.
+    /// Reason for not embedding the file in the page.
     LeftOut(String),
-    /// Its bytes.
+    /// Content of the file.
     Gif(Vec<u8>),
 }
 
-/// A run as a report shows it.
+/// Run as shown in a report.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
-    /// Its name in the page.
+    /// Name in the page.
     pub name: String,
-    /// Its effective configuration: dotted key and value as TOML writes it; `OUTPUT_DIR` stands for the run's own folder.
+    /// Effective configuration as dotted keys with TOML values; `OUTPUT_DIR` stands for the run's folder.
     pub config: BTreeMap<String, String>,
     /// Success of the sampling policy in each training iteration.
     pub train: Vec<Point>,
-    /// Success of the ODE policy on unseen episodes, measured now and then.
+    /// Success of the ODE policy on unseen episodes, at the validations of the training.
     pub eval: Vec<Point>,
-    /// Over how many episodes the last of `eval` was measured.
+    /// Number of episodes of the last point of `eval`.
     pub eval_episodes: Option<u64>,
-    /// Training iterations done.
+    /// Completed training iterations.
     pub iterations: u64,
-    /// Lines of `metrics.jsonl` that are no metrics, such as one that was cut when the run was killed.
+    /// Number of lines of `metrics.jsonl` that are not valid metrics, for instance a line cut when the run was killed.
     pub unreadable: usize,
-    /// `eval.json`, by rising version; empty where there is none.
+    /// Entries of `eval.json` by ascending version; empty without the file.
     pub evaluations: Vec<Evaluation>,
-    /// `eval.gif`.
+    /// Evaluation video `eval.gif`.
     pub(super) video: Video,
 }
 
 impl Run {
-    /// Reads the run in `dir`; `name` is for the page.
+    /// Loads the run in `dir`; `name` is the name in the page.
     ///
     /// # Errors
-    /// `metrics.jsonl` or `config.toml` is missing, no line has a success rate, a file is malformed or too long.
+    /// `metrics.jsonl` or `config.toml` is missing, no line has a success rate, or a file is malformed or too large.
     pub fn load(dir: &Path, name: String) -> Result<Self> {
         let bad = |detail: String| LearnerError::Run {
             path: dir.to_owned(),
@@ -79,13 +79,13 @@ impl Run {
             ));
         }
         let text = |path: &Path, bytes: Vec<u8>| {
-            String::from_utf8(bytes).map_err(|e| bad(format!("`{}` is no UTF-8: {e}", path.display())))
+            String::from_utf8(bytes).map_err(|e| bad(format!("`{}` is not UTF-8: {e}", path.display())))
         };
         let path = dir.join("config.toml");
         let bytes = read(&path, TEXT_LIMIT)?.ok_or_else(|| bad("it has no `config.toml`".to_owned()))?;
         let table: toml::Table = text(&path, bytes)?
             .parse()
-            .map_err(|e: toml::de::Error| bad(format!("`config.toml` is no TOML: {}", e.message())))?;
+            .map_err(|e: toml::de::Error| bad(format!("`config.toml` is not TOML: {}", e.message())))?;
         let path = dir.join("eval.json");
         let mut evaluations: Vec<Evaluation> = read(&path, TEXT_LIMIT)?
             .map(|bytes| serde_json::from_slice(&bytes))
@@ -106,12 +106,12 @@ impl Run {
         })
     }
 
-    /// Seconds of training, up to the last point.
+    /// Returns the seconds of training up to the last point.
     pub fn seconds(&self) -> f64 {
         self.last().map_or(0.0, |p| p.seconds)
     }
 
-    /// Training episodes, up to the last point.
+    /// Returns the training episodes up to the last point.
     pub fn episodes(&self) -> f64 {
         self.last().map_or(0.0, |p| p.episodes)
     }
@@ -139,11 +139,11 @@ fn video(path: &Path) -> Result<Video> {
     Ok(if bytes.starts_with(b"GIF8") {
         Video::Gif(bytes)
     } else {
-        Video::LeftOut("it is no GIF".to_owned())
+        Video::LeftOut("it is not a GIF".to_owned())
     })
 }
 
-/// Every key with its value as TOML writes it; `OUTPUT_DIR` stands for the run's own folder.
+/// Returns dotted keys with TOML values; `OUTPUT_DIR` replaces the path of the run's folder.
 fn shown(table: &toml::Table) -> BTreeMap<String, String> {
     let own = table
         .get("runner")

@@ -1,4 +1,4 @@
-//! Several runs become series: grouped by configuration, averaged over seeds, compared key by key.
+//! Series of runs: grouped by configuration, averaged over seeds, compared key by key.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,23 +6,23 @@ use policy::config::Neutral;
 
 use super::run::Run;
 
-/// Mean and range of a series at one place.
+/// Mean and range of a series at one x.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spread {
-    /// Episodes or seconds.
+    /// Training episodes or seconds.
     pub x: f64,
     /// Mean over the runs.
     pub mean: f64,
-    /// The smallest of the runs.
+    /// Minimum over the runs.
     pub low: f64,
-    /// The largest of the runs.
+    /// Maximum over the runs.
     pub high: f64,
 }
 
-/// A key that differs between series, and its value in each; `None` where it is absent.
+/// Key that differs between series, with its value in each series; `None` if absent.
 pub type Difference<'a> = (&'a str, Vec<Option<&'a str>>);
 
-/// Puts runs whose configurations differ only in the seed and in keys that change no weight into one series, in the order of the runs.
+/// Groups runs whose configurations differ only in the seed and in keys that change no weight, in the order of the runs.
 pub fn group(runs: &[Run]) -> Vec<Vec<&Run>> {
     let mut series: Vec<(BTreeMap<&str, &str>, Vec<&Run>)> = Vec::new();
     for run in runs {
@@ -35,14 +35,14 @@ pub fn group(runs: &[Run]) -> Vec<Vec<&Run>> {
     series.into_iter().map(|(_, members)| members).collect()
 }
 
-/// What makes a run another experiment: its keys but the neutral ones.
+/// Returns the keys that distinguish experiments: all except neutral keys and the seed.
 fn compared(run: &Run) -> BTreeMap<&str, &str> {
     let all = run.config.iter().map(|(k, v)| (k.as_str(), v.as_str()));
     all.filter(|(key, _)| !matches!(Neutral::of(key), Some(Neutral::Place | Neutral::Upkeep | Neutral::Seed)))
         .collect()
 }
 
-/// The keys whose value is not the same in all series, with the value in each.
+/// Returns the keys whose value differs between series, with the value in each series.
 pub fn differences<'a>(series: &[Vec<&'a Run>]) -> Vec<Difference<'a>> {
     let configs: Vec<BTreeMap<&str, &str>> = series.iter().filter_map(|s| s.first()).map(|r| compared(r)).collect();
     let keys: BTreeSet<&str> = configs.iter().flat_map(|c| c.keys().copied()).collect();
@@ -52,8 +52,8 @@ pub fn differences<'a>(series: &[Vec<&'a Run>]) -> Vec<Difference<'a>> {
         .collect()
 }
 
-/// Mean and range of curves `(x, y)` with rising x, at every x of any of them within the stretch that all cover; between its
-/// points a curve is linear. Empty where the curves have no stretch in common.
+/// Computes mean and range of curves `(x, y)` with ascending x. The result has every x of any curve within the range that all
+/// curves cover. Curves are linear between their points. Curves without a common range yield an empty result.
 pub fn spread(curves: &[Vec<(f64, f64)>]) -> Vec<Spread> {
     if curves.iter().any(Vec::is_empty) {
         return Vec::new();
@@ -80,7 +80,7 @@ pub fn spread(curves: &[Vec<(f64, f64)>]) -> Vec<Spread> {
         .collect()
 }
 
-/// The value of a piecewise linear curve at `x`, which lies within it.
+/// Returns the value of a piecewise linear curve at `x`; `None` if `x` is after the last point.
 fn at(curve: &[(f64, f64)], x: f64) -> Option<f64> {
     let after = curve.partition_point(|p| p.0 < x);
     let (right, left) = (curve.get(after)?, curve.get(after.saturating_sub(1))?);
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn mean_and_range_of_two_known_curves() {
-        // the first rises from 0 to 1 on 0..10, the second is 0.5 on 0..20: they share 0..10
+        // the first curve rises from 0 to 1 on 0..10, the second is 0.5 on 0..20: the common range is 0..10
         let curves = [vec![(0.0, 0.0), (10.0, 1.0)], vec![(0.0, 0.5), (5.0, 0.5), (20.0, 0.5)]];
         let got: Vec<_> = spread(&curves).iter().map(|s| (s.x, s.mean, s.low, s.high)).collect();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Evaluation: ODE episodes with fixed seeds that training never sees, through the engine that also serves robots.
+//! Evaluation: ODE episodes with fixed seeds that training never uses, through the engine that also serves robots.
 
 use std::path::{Path, PathBuf};
 
@@ -19,10 +19,10 @@ use crate::{
     supervised::prepare::prepare,
 };
 
-/// Episodes of an evaluation that send frames.
+/// Number of episodes of an evaluation that send frames.
 const VIDEOS: usize = 12;
 
-/// Success of a version and its episodes.
+/// Returns the success rate of a version, and its episodes.
 ///
 /// # Errors
 /// See [`collect`].
@@ -38,11 +38,11 @@ pub fn evaluate(
     Ok((success_rate(&got.trajectories), got.trajectories))
 }
 
-/// Evaluates bundles on the same unseen episodes through a local ring; writes a GIF of one episode under each and returns
-/// (version, success) of each.
+/// Evaluates bundles on the same unseen episodes through a local ring. Writes a GIF of one episode with every bundle, and returns
+/// (version, success rate) of each bundle.
 ///
 /// # Errors
-/// A bundle is not usable or a process of the ring fails.
+/// A bundle is invalid or a process of the ring fails.
 pub fn bundles(plan: &RunPlan, dirs: &[PathBuf], episodes: usize, gif: Option<&Path>) -> Result<Vec<(u64, f64)>> {
     check_seed(plan)?;
     let (dir, config) = prepare(plan)?;

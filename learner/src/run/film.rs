@@ -1,8 +1,8 @@
-//! The film of an episode: the same one under several policy versions, side by side, as a GIF.
+//! Film of an episode: the same episode with several policy versions, side by side, as a GIF.
 
 use std::path::Path;
 
-use plotters::prelude::*;
+use plotters::{drawing::DrawingAreaErrorKind, prelude::*};
 use wire::messages::Trajectory;
 
 use crate::{
@@ -10,12 +10,25 @@ use crate::{
     report::font,
 };
 
-/// Time of a GIF frame in hundredths of a second.
+/// Display time of a GIF frame in hundredths of a second.
 const FRAME_CENTISECONDS: u16 = 12;
-/// How long the last frame stays.
+/// Number of repeats of the last frame.
 const LAST_FRAMES: usize = 8;
-/// Height of the text strip under a frame.
+/// Height of a text line under a frame, in pixels.
 const STRIP: usize = 26;
+
+type DrawError = DrawingAreaErrorKind<<BitMapBackend<'static> as DrawingBackend>::ErrorType>;
+
+/// Film that cannot be made.
+#[derive(Debug, thiserror::Error)]
+enum FilmError {
+    #[error("found no frames; the env worker must send them")]
+    NoFrames,
+    #[error("failed to draw a caption")]
+    Caption(#[source] DrawError),
+    #[error("failed to encode the GIF")]
+    Encode(#[source] gif::EncodingError),
+}
 
 struct Frame {
     width: usize,
@@ -23,7 +36,7 @@ struct Frame {
     rgb: Vec<u8>,
 }
 
-/// All frames of an episode.
+/// Returns all frames of an episode.
 fn frames(trajectory: &Trajectory) -> Vec<Frame> {
     let all = trajectory.chunks.iter().flat_map(|c| &c.frames);
     all.filter_map(|array| {
@@ -36,7 +49,7 @@ fn frames(trajectory: &Trajectory) -> Vec<Frame> {
     .collect()
 }
 
-/// The episode shown: one that the first version fails and the last does not, else the first.
+/// Returns the index of the first episode in which the first version fails and the last version succeeds, otherwise 0.
 fn chosen(films: &[(u64, Vec<Trajectory>)]) -> usize {
     let at = |film: Option<&(u64, Vec<Trajectory>)>, i: usize| {
         film.and_then(|f| f.1.get(i))
@@ -48,15 +61,16 @@ fn chosen(films: &[(u64, Vec<Trajectory>)]) -> usize {
         .unwrap_or(0)
 }
 
-/// Writes a GIF with the same episode under each version side by side, version, prompt and outcome written below.
+/// Writes a GIF of the same episode with each version side by side, and version, prompt and outcome below.
 ///
 /// # Errors
 /// No frames came, or the file cannot be written.
 pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> {
-    let bad = |detail: String| LearnerError::Picture {
+    let bad = |error: FilmError| LearnerError::Picture {
         path: path.to_owned(),
-        detail,
+        source: Box::new(error),
     };
+    let encode = |error| bad(FilmError::Encode(error));
     let index = chosen(films);
     let panels: Vec<(String, String, Vec<Frame>)> = films
         .iter()
@@ -74,18 +88,15 @@ pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> 
         panels.iter().flat_map(|p| &p.2).map(|f| f.width).max(),
         panels.iter().flat_map(|p| &p.2).map(|f| f.height).max(),
     ) else {
-        return Err(bad("no frames came from the env worker".to_owned()));
+        return Err(bad(FilmError::NoFrames));
     };
     let (total_width, total_height) = (width * panels.len(), height + 2 * STRIP);
     let count = panels.iter().map(|p| p.2.len()).max().unwrap_or(0) + LAST_FRAMES;
     let beside = path.with_extension("writing.gif");
     let file = std::fs::File::create(&beside).map_err(io("creating", &beside))?;
-    let mut encoder =
-        gif::Encoder::new(file, total_width as u16, total_height as u16, &[]).map_err(|e| bad(e.to_string()))?;
-    encoder
-        .set_repeat(gif::Repeat::Infinite)
-        .map_err(|e| bad(e.to_string()))?;
-    font().map_err(bad)?;
+    let mut encoder = gif::Encoder::new(file, total_width as u16, total_height as u16, &[]).map_err(encode)?;
+    encoder.set_repeat(gif::Repeat::Infinite).map_err(encode)?;
+    font();
     for number in 0..count {
         let mut canvas = vec![255u8; total_width * total_height * 3];
         for (panel, (_, _, frames)) in panels.iter().enumerate() {
@@ -99,10 +110,11 @@ pub fn episode_gif(path: &Path, films: &[(u64, Vec<Trajectory>)]) -> Result<()> 
                 }
             }
         }
-        caption(&mut canvas, (total_width, total_height), width, height, &panels).map_err(bad)?;
+        caption(&mut canvas, (total_width, total_height), width, height, &panels)
+            .map_err(|error| bad(FilmError::Caption(error)))?;
         let mut frame = gif::Frame::from_rgb_speed(total_width as u16, total_height as u16, &canvas, 10);
         frame.delay = FRAME_CENTISECONDS;
-        encoder.write_frame(&frame).map_err(|e| bad(e.to_string()))?;
+        encoder.write_frame(&frame).map_err(encode)?;
     }
     drop(encoder);
     std::fs::rename(&beside, path).map_err(io("renaming to", path))
@@ -114,7 +126,7 @@ fn caption(
     width: usize,
     height: usize,
     panels: &[(String, String, Vec<Frame>)],
-) -> Result<(), String> {
+) -> Result<(), DrawError> {
     let root = BitMapBackend::with_buffer(canvas, (total_width as u32, total_height as u32)).into_drawing_area();
     for (panel, (title, prompt, _)) in panels.iter().enumerate() {
         for (line, text) in [format!("\u{201c}{prompt}\u{201d}"), title.clone()]
@@ -122,9 +134,8 @@ fn caption(
             .enumerate()
         {
             let place = ((panel * width + 6) as i32, (height + line * STRIP + 5) as i32);
-            root.draw(&Text::new(text, place, ("sans-serif", 15).into_font().color(&BLACK)))
-                .map_err(|e| e.to_string())?;
+            root.draw(&Text::new(text, place, ("sans-serif", 15).into_font().color(&BLACK)))?;
         }
     }
-    root.present().map_err(|e| e.to_string())
+    root.present()
 }

@@ -1,23 +1,23 @@
-//! What an iteration of RL came to, as metrics and as a line of the log.
+//! Metrics and log line of an RL iteration.
 
 use crate::{batch::WholeBatch, collect::sampling::SampleReport, update::UpdateReport};
 
-/// One iteration, done.
+/// Finished iteration.
 pub(crate) struct Iteration<'a> {
-    /// What its episodes said.
+    /// Statistics of the iteration's episodes.
     pub(crate) got: &'a SampleReport,
-    /// Their records as the update read them.
+    /// Statistics of the records that the update read.
     pub(crate) batch: &'a WholeBatch,
-    /// What the update did.
+    /// Result of the update.
     pub(crate) report: &'a UpdateReport,
-    /// Seconds until the next version was announced.
+    /// Seconds from the end of the update to the announce of the next version.
     pub(crate) publish_seconds: f64,
-    /// Seconds of all of it.
+    /// Seconds from the start of the sampling to the announce of the next version.
     pub(crate) seconds: f64,
 }
 
 impl Iteration<'_> {
-    /// Its metrics by name; `episodes` is the number of training episodes so far.
+    /// Returns the metrics by name; `episodes` is the number of training episodes so far.
     pub(crate) fn metrics(&self, episodes: u64) -> Vec<(&'static str, f64)> {
         let Self { got, batch, report, .. } = self;
         let a = &report.actor;
@@ -70,7 +70,7 @@ impl Iteration<'_> {
         metrics
     }
 
-    /// Its line in the log.
+    /// Returns the iteration's line in the log.
     pub(crate) fn told(&self, asynchronous: bool) -> String {
         let Self { got, batch, report, .. } = self;
         let age = if asynchronous {
@@ -89,8 +89,8 @@ impl Iteration<'_> {
     }
 }
 
-/// What an update did, in the numbers that its loss has. Parity of engine and learner is that of records of the version in training,
-/// which asynchronous training may not have.
+/// Returns a text with the numbers of an update that its loss has. `parity` adds the ratio gap between engine and learner, which needs
+/// records of the version in training; asynchronous training may lack such records.
 fn learnt(report: &UpdateReport, parity: bool) -> String {
     let a = &report.actor;
     if let Some(credit) = report.credit {

@@ -1,4 +1,4 @@
-//! Online RL from its first iteration to its last, evaluation, and what a run leaves in its folder.
+//! Online RL, evaluation, and the files of a run's folder.
 
 pub mod publish;
 pub mod checkpoint;

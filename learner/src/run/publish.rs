@@ -16,27 +16,27 @@ use tch::Tensor;
 
 use crate::{batch::observation::ObservationBatch, error::Result, model::Pi0};
 
-/// Largest difference between the two runtimes on the self-test, f32 on CPU; measured about 1e-6 on small policies.
+/// Largest allowed difference between the two runtimes on the self-test, f32 on CPU; about 1e-6 was measured on small policies.
 const SELF_TEST_TOLERANCE: f32 = 1e-3;
 /// Seed of the self-test inputs.
 const SELF_TEST_SEED: u64 = 20_260_101;
 
-/// Writes the versions of one run.
+/// Writer of the versions of one run.
 #[derive(Debug)]
 pub struct Publisher {
     dir: PathBuf,
     plan: RunPlan,
     norm_stats: Option<NormStats>,
-    /// The bundle whose graphs and frozen weights later ones link.
+    /// Bundle whose graphs and frozen weights later bundles link.
     first: Option<Bundle>,
     published: Vec<u64>,
 }
 
-/// Versions kept beside the first and the newest.
+/// Number of newest versions that are kept, in addition to the first version.
 const KEEP: usize = 3;
 
 impl Publisher {
-    /// A publisher into `dir`; one folder per version.
+    /// Returns a publisher into `dir`, with one folder per version.
     pub fn new(dir: &Path, plan: &RunPlan, norm_stats: Option<NormStats>) -> Self {
         Self {
             dir: dir.to_owned(),
@@ -47,8 +47,8 @@ impl Publisher {
         }
     }
 
-    /// Takes over the first version of a run that goes on, when it is there and whole, and removes the later ones, which will
-    /// be published again. Returns whether there is a first version.
+    /// Adopts the first version of a resumed run if the version is complete, and removes all other versions, which will be published
+    /// again. Returns whether the first version was adopted.
     ///
     /// # Errors
     /// A folder cannot be read or removed.
@@ -75,12 +75,12 @@ impl Publisher {
         Ok(found)
     }
 
-    /// Folder of a version.
+    /// Returns the folder of a version.
     pub fn path(&self, version: u64) -> PathBuf {
         self.dir.join(format!("v{version:06}"))
     }
 
-    /// Writes a version and removes old ones (the first and the newest three stay).
+    /// Writes a version and removes old versions; the first version and the newest three stay.
     ///
     /// # Errors
     /// A file cannot be written, or the version exists.
@@ -113,7 +113,7 @@ impl Publisher {
         }
         self.published.push(version);
         while self.published.len() > KEEP + 1 {
-            // index 0 is the first version, which others link and the report compares with
+            // index 0 is the first version, which later versions link and the report compares with
             let version = self.published.remove(1);
             let old = self.path(version);
             std::fs::remove_dir_all(&old).map_err(crate::error::io("removing the old version", &old))?;
@@ -122,7 +122,7 @@ impl Publisher {
     }
 }
 
-/// The reference output of this policy: an ODE pass on the drawn inputs.
+/// Returns the reference output of this policy: an ODE pass on the drawn inputs.
 fn self_test(policy: &Pi0, plan: &RunPlan) -> Result<SelfTest> {
     let dims = policy.dims();
     let drawn = SelfTestInput::draw(dims, SELF_TEST_SEED);

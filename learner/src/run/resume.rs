@@ -1,4 +1,4 @@
-//! Going on from a checkpoint: which one, and whether its configuration is this run's.
+//! Resume from a checkpoint: selects the checkpoint and compares its configuration with the run's.
 
 use std::{
     convert::Infallible,
@@ -15,15 +15,15 @@ use policy::{
 use super::checkpoint::{self, Checkpoint};
 use crate::error::{LearnerError, Result};
 
-/// Keys that a refusal lists with both values; of more it gives the number.
+/// Most keys that an error lists with both values; further keys are only counted.
 const SHOWN: usize = 8;
 
-/// What `learner train --resume` goes on from.
+/// Argument of `learner train --resume`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resume {
-    /// The newest whole checkpoint of the run's folder; a fresh start when there is none.
+    /// The newest complete checkpoint of the run's folder, or a fresh start if the folder has no checkpoints.
     Auto,
-    /// This one.
+    /// The checkpoint in this folder.
     From(PathBuf),
 }
 
@@ -38,19 +38,18 @@ impl FromStr for Resume {
     }
 }
 
-/// Folder of a run's checkpoints.
+/// Returns the folder of a run's checkpoints.
 pub fn folder(plan: &RunPlan) -> PathBuf {
     plan.config.runner.output_dir.join("checkpoints")
 }
 
-/// Finds, reads and checks the checkpoint to go on from; `None`: the run begins anew. Changes nothing on disk.
+/// Finds, reads and checks the checkpoint to resume from; `None` means a fresh start. Changes nothing on disk.
 ///
-/// `auto` passes over a damaged checkpoint with a warning to the one before. The configurations must be the same but for keys that change
-/// no weight; `runner.max_epochs` is free too and moves the rest of the learning-rate decay, which is warned of.
+/// `auto` skips a damaged checkpoint with a warning. The configurations must be equal except for keys that change no weight and
+/// `runner.max_epochs`. A change of `runner.max_epochs` that moves the rest of the learning-rate decay gives a warning.
 ///
 /// # Errors
-/// Names the checkpoint and what is damaged or missing in it, or the keys that differ with both values; checkpoints that a fresh
-/// start, or one from an older checkpoint, would overwrite.
+/// A checkpoint is damaged or incomplete, keys differ (the error lists both values), or the run would overwrite newer checkpoints.
 pub fn find(plan: &RunPlan, resume: Option<&Resume>) -> Result<Option<Checkpoint>> {
     let dir = folder(plan);
     let specs = params(&plan.dims, &plan.heads);
@@ -60,7 +59,7 @@ pub fn find(plan: &RunPlan, resume: Option<&Resume>) -> Result<Option<Checkpoint
         (None, Some(newest)) => {
             return Err(LearnerError::Checkpoint {
                 path: checkpoint::path(&dir, *newest),
-                detail: "it would be overwritten: go on from it with `--resume auto`, or begin anew in another \
+                detail: "it would be overwritten: resume from it with `--resume auto`, or restart in another \
                          `runner.output_dir`"
                     .to_owned(),
             });
@@ -79,7 +78,7 @@ pub fn find(plan: &RunPlan, resume: Option<&Resume>) -> Result<Option<Checkpoint
                 return Err(LearnerError::Checkpoint {
                     path: checkpoint::path(&dir, *newest),
                     detail: format!(
-                        "it is newer than `{}` and would be overwritten: resume from it, move it away, or go on in another \
+                        "it is newer than `{}` and would be overwritten: resume from it, move it away, or resume in another \
                          `runner.output_dir`",
                         path.display()
                     ),
@@ -106,7 +105,7 @@ fn newest_whole(plan: &RunPlan, dir: &Path, existing: &[u32], specs: &[ParamSpec
         match Checkpoint::read(&path, specs) {
             Ok(found) => return Ok(found),
             Err(error) => {
-                // another configuration is no damage: it must not be passed over
+                // a checkpoint of another configuration is not damaged, so it must not be skipped
                 if let Some(other) = other_config(plan, &path) {
                     return Err(other);
                 }
@@ -125,7 +124,7 @@ fn newest_whole(plan: &RunPlan, dir: &Path, existing: &[u32], specs: &[ParamSpec
     })
 }
 
-/// Weights of another configuration do not fit this one: then the keys say more than the tensors.
+/// Returns an error about differing keys, which explains more than an error about tensors that do not fit.
 fn other_config(plan: &RunPlan, dir: &Path) -> Option<LearnerError> {
     let path = dir.join(checkpoint::CONFIG);
     let config = RunConfig::load(&path, &[]).ok()?;
@@ -157,7 +156,7 @@ fn check_config(plan: &RunPlan, dir: &Path, config: &RunConfig) -> Result<()> {
     Err(LearnerError::Checkpoint {
         path: dir.to_owned(),
         detail: format!(
-            "its configuration (digest {}) is not this run's (digest {}): {}; go on with its own `{}`, or begin anew",
+            "its configuration (digest {}) is not this run's (digest {}): {}; resume with its own `{}`, or restart",
             config.digest()?,
             plan.config_digest,
             different.join("; "),

@@ -33,11 +33,11 @@ use crate::{
     update::Updater,
 };
 
-/// Online RL from the SFT checkpoint, or on from a checkpoint of RL: a synchronous run that was killed and goes on gives the same
-/// weights, bit for bit on a CPU, as one that was not.
+/// Runs online RL from the SFT checkpoint, or resumes from a checkpoint of RL. A synchronous run that was killed and resumed gives
+/// the same weights as an uninterrupted run, bit for bit on a CPU.
 ///
 /// # Errors
-/// A checkpoint cannot be resumed from (then nothing has been changed on disk), or any process of the ring fails.
+/// A checkpoint cannot be resumed from (the disk is then unchanged), or a process of the ring fails.
 pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     check_seed(plan)?;
     libtorch(plan);
@@ -115,7 +115,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         let batch = RolloutBatch::new(plan, trajectories, version, &ranks)?.to_device(policy.device());
         let whole = batch.whole;
         let report = updater.update(&batch, iteration)?;
-        // its images are as large as the episodes' were
+        // the batch's images are as large as the episodes' images were
         drop(batch);
         let publishing = Instant::now();
         bundle = publisher.publish(&policy, version + 1)?;
@@ -152,7 +152,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     report::success_curve(&dir)
 }
 
-/// Measures the success of `version` on unseen episodes and writes it down.
+/// Measures the success rate of `version` on unseen episodes, writes the rate to the metrics and returns it.
 fn validation(
     ring: &mut Ring,
     plan: &RunPlan,

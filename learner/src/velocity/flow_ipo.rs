@@ -1,12 +1,14 @@
 //! `flow_ipo`: reward-directed velocity interpolation. The target is pulled from the reference's velocity towards the recorded
 //! chunk's as far as the chunk's credit says.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use tch::Tensor;
 
 use super::{
     method::{Episodes, Velocities, VelocityLoss},
-    params::{check_positive, check_times, parameters},
+    params::{ParamsError, check_positive, check_times, parameters},
 };
 use crate::advantage::mean_and_std;
 
@@ -36,7 +38,7 @@ struct FlowIpo {
 }
 
 /// The method with these parameters.
-pub(super) fn build(params: &toml::Table) -> Result<Box<dyn VelocityLoss>, String> {
+pub(super) fn build(params: &toml::Table) -> Result<Box<dyn VelocityLoss>, ParamsError> {
     let method: FlowIpo = parameters(params)?;
     check_positive("alpha", method.alpha)?;
     check_times(method.t_min, method.t_max)?;
@@ -57,18 +59,16 @@ impl VelocityLoss for FlowIpo {
         if self.credit == Credit::Advantage {
             return episodes.advantages.iter().map(|a| weight(f64::from(*a))).collect();
         }
-        let count = episodes.episode.iter().max().map_or(0, |last| last + 1);
-        let mut by_episode: Vec<Vec<f32>> = vec![Vec::new(); count];
+        let mut by_episode: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
         for (episode, distance) in episodes.episode.iter().zip(episodes.displacement) {
-            if let Some(chunks) = by_episode.get_mut(*episode) {
-                chunks.push(*distance);
-            }
+            by_episode.entry(*episode).or_default().push(*distance);
         }
-        // a lone chunk has no neighbours to be compared with: its credit is 0
-        let spread: Vec<(f64, f64)> = by_episode
-            .iter()
-            .map(|chunks| {
-                mean_and_std(chunks, None).unwrap_or_else(|| (f64::from(chunks.first().copied().unwrap_or(0.0)), 0.0))
+        // an entry has a chunk or more; a lone one has no neighbours to be compared with: its credit is 0
+        let spread: BTreeMap<usize, (f64, f64)> = by_episode
+            .into_iter()
+            .map(|(episode, chunks)| {
+                let lone = || (f64::from(chunks[0]), 0.0);
+                (episode, mean_and_std(&chunks, None).unwrap_or_else(lone))
             })
             .collect();
         episodes
@@ -77,7 +77,8 @@ impl VelocityLoss for FlowIpo {
             .zip(episodes.success)
             .zip(episodes.displacement)
             .map(|((episode, success), distance)| {
-                let (mean, std) = spread.get(*episode).copied().unwrap_or_default();
+                // the loop above made an entry for every episode with a distance
+                let (mean, std) = spread[episode];
                 let sign = if *success { 1.0 } else { -1.0 };
                 weight(sign * (f64::from(*distance) - mean) / (std + SPREAD_EPS))
             })

@@ -9,10 +9,13 @@ mod params;
 mod flow_ipo;
 mod nft;
 
-pub use self::method::{Episodes, Velocities, VelocityLoss};
+pub use self::{
+    method::{Episodes, Velocities, VelocityLoss},
+    params::ParamsError,
+};
 
 /// Makes a method from `algorithm.velocity.params`, or says what is wrong with them.
-pub type Build = fn(&toml::Table) -> Result<Box<dyn VelocityLoss>, String>;
+pub type Build = fn(&toml::Table) -> Result<Box<dyn VelocityLoss>, ParamsError>;
 
 /// The one table of methods without likelihood.
 pub const VELOCITY_LOSSES: &[(&str, Build)] = &[("flow_ipo", flow_ipo::build), ("nft", nft::build)];

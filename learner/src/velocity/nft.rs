@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     method::{Episodes, Velocities, VelocityLoss},
-    params::{check_positive, check_times, parameters},
+    params::{ParamsError, check_positive, check_times, parameters},
 };
 
 /// How the two distances become a loss.
@@ -33,7 +33,7 @@ struct Nft {
 }
 
 /// The method with these parameters.
-pub(super) fn build(params: &toml::Table) -> Result<Box<dyn VelocityLoss>, String> {
+pub(super) fn build(params: &toml::Table) -> Result<Box<dyn VelocityLoss>, ParamsError> {
     let method: Nft = parameters(params)?;
     check_positive("beta", method.beta)?;
     check_positive("advantage_max", method.advantage_max)?;

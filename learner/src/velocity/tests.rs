@@ -194,7 +194,7 @@ fn wrong_parameters_are_refused_by_name() {
         ("nft", NFT.replace("beta = 0.5", "beta = 0"), "beta"),
     ] {
         let error = velocity_loss(name).expect("registered")(&params.parse().expect("TOML")).expect_err("refused");
-        assert!(error.contains(wanted), "{error}");
+        assert!(error.to_string().contains(wanted), "{error}");
     }
     assert!(velocity_loss("actor").is_none());
 }

@@ -1,7 +1,7 @@
 //! Processors that run policy versions, at the level of an action chunk.
 //!
-//! A [`Loader`] reads a version aside from what serves; a [`Device`] holds versions in slots and runs them. One thread owns the
-//! device; nothing else calls it.
+//! A [`Loader`] reads a version without disturbing the serving versions. A [`Device`] holds versions in slots and runs these
+//! versions. One thread owns the device; other threads do not call the device.
 
 pub mod record;
 pub mod versions;
@@ -12,21 +12,21 @@ use std::path::PathBuf;
 
 use policy::{bundle::Bundle, guidance::Guidance};
 
-/// An operation of a device that failed.
+/// Error of a device operation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// No library.
+    /// The library is not found.
     #[error(
         "libonnxruntime is not found: set `ORT_DYLIB_PATH` to libonnxruntime.so, or run scripts/setup, which puts it into `.deps/onnxruntime`"
     )]
     NoLibrary,
-    /// The library cannot be used.
+    /// The library is not usable.
     #[error("failed to load libonnxruntime `{path}`: {detail}")]
     Library {
-        /// Which file.
+        /// Path of the library.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         detail: String,
     },
     /// The provider is unavailable.
@@ -34,7 +34,7 @@ pub enum DeviceError {
         "provider `{provider}` is unavailable: {detail}; install what is missing or set `rollout.provider = \"cpu\"`"
     )]
     Provider {
-        /// Its name in a configuration.
+        /// The configuration's name of the provider.
         provider: &'static str,
         /// ONNX Runtime's reason.
         detail: String,
@@ -42,58 +42,58 @@ pub enum DeviceError {
     /// A graph cannot be loaded.
     #[error("failed to load graph `{path}`: {detail}")]
     Load {
-        /// Which file.
+        /// Path of the graph.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         detail: String,
     },
-    /// A graph with other inputs or outputs.
+    /// A graph lacks an input or an output.
     #[error("graph `{path}` lacks the {kind} `{name}`, which the graphs of this policy have: export the bundle again")]
     Graph {
-        /// Which file.
+        /// Path of the graph.
         path: PathBuf,
         /// `input` or `output`.
         kind: &'static str,
-        /// Its name.
+        /// Name of the input or output.
         name: String,
     },
-    /// Weights of the inputs mode.
+    /// Weights of mode `inputs` cannot be read.
     #[error("failed to read weights `{path}`")]
     Weights {
-        /// Which file.
+        /// Path of the weights.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: policy::weights::WeightsError,
     },
     /// A run failed.
     #[error("failed to run the {graph} graph: {detail}")]
     Run {
-        /// Which graph.
+        /// `prefix` or `denoise`.
         graph: &'static str,
         /// ONNX Runtime's reason.
         detail: String,
     },
-    /// An output of another size.
+    /// An output has a wrong number of elements.
     #[error("{graph} graph: output `{name}` has {found} elements, expected {expected}")]
     Output {
-        /// Which graph.
+        /// `prefix` or `denoise`.
         graph: &'static str,
-        /// Which output.
+        /// Name of the output.
         name: String,
-        /// What the sizes give.
+        /// Elements by the policy's sizes.
         expected: usize,
         /// Elements of the output.
         found: usize,
     },
-    /// A tensor that is not in the contract of its graph.
+    /// A tensor is not in the contract of its graph.
     #[error("{graph} graph: no tensor `{name}` in its contract")]
     Contract {
-        /// Which graph.
+        /// `prefix` or `denoise`.
         graph: &'static str,
-        /// Which tensor.
+        /// Name of the tensor.
         name: String,
     },
-    /// A slot that holds no version.
+    /// A slot holds no version.
     #[error("slot {0} of the device holds no policy version")]
     Slot(u64),
     /// The device's thread has ended.
@@ -101,35 +101,35 @@ pub enum DeviceError {
     Closed,
 }
 
-/// Place of a policy version on a device; never used twice.
+/// Identifier of a policy version on a device; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(pub u64);
 
 /// Observations in model units; `B` rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PrefixBatch {
-    /// Rows.
+    /// Number of rows `B`.
     pub rows: usize,
-    /// `[B, cameras, 3, size, size]` in `[-1, 1]`.
+    /// Images in `[-1, 1]`, `[B, cameras, 3, size, size]`.
     pub images: Vec<f32>,
-    /// `[B, cameras]`.
+    /// Whether an image is present, `[B, cameras]`.
     pub image_mask: Vec<bool>,
-    /// `[B, prompt_len]`.
+    /// Token ids, `[B, prompt_len]`.
     pub prompt: Vec<i64>,
-    /// `[B, prompt_len]`.
+    /// Whether a token is valid, `[B, prompt_len]`.
     pub prompt_mask: Vec<bool>,
-    /// `[B, action_dim]`, read by pi0 only.
+    /// State, `[B, action_dim]`, read by pi0 only.
     pub state: Vec<f32>,
 }
 
-/// The way from noise to actions, for `B` rows and `K` denoise steps.
+/// The denoise path from noise to actions, for `B` rows and `K` denoise steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepPath {
     /// `x` at `t = 1`, `[B, action_horizon, action_dim]`.
     pub initial: Vec<f32>,
     /// The denoise steps in order, `K` of them.
     pub steps: Vec<PathStep>,
-    /// The chunk that each row continues from, `B` of them.
+    /// The chunk from which each row continues, `B` entries.
     pub guidance: Vec<Option<Guidance>>,
 }
 
@@ -138,26 +138,26 @@ pub struct StepPath {
 pub struct PathStep {
     /// Flow time.
     pub t: f64,
-    /// `[B]`.
+    /// Coefficient of `x_t`, `[B]`.
     pub c_x: Vec<f32>,
-    /// `[B]`.
+    /// Coefficient of the velocity, `[B]`.
     pub c_v: Vec<f32>,
-    /// `[B]`: standard deviation of the added noise; with a noise head the factor of its own.
+    /// Standard deviation of the added noise, `[B]`; with a noise head, a factor of the head's standard deviation.
     pub std: Vec<f32>,
-    /// `[B, action_horizon, action_dim]`.
+    /// Unit noise, `[B, action_horizon, action_dim]`.
     pub z: Vec<f32>,
 }
 
 /// The result of a denoise step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepOutput {
-    /// `[B, action_horizon, action_dim]`, corrected where a row has guidance.
+    /// `x` after the step, `[B, action_horizon, action_dim]`, corrected in rows with guidance.
     pub x_next: Vec<f32>,
-    /// `[B, action_horizon, action_dim]`.
+    /// Mean of `x_next`, `[B, action_horizon, action_dim]`.
     pub mean: Vec<f32>,
     /// Standard deviation of the added noise, `[B, action_horizon, action_dim]`; `None` without a noise head.
     pub step_std: Option<Vec<f32>>,
-    /// `[B]`; `None` without a value head.
+    /// Values, `[B]`; `None` without a value head.
     pub value: Option<Vec<f32>>,
 }
 
@@ -166,7 +166,7 @@ pub struct StepOutput {
 pub struct SelfTestRun {
     /// The observation.
     pub prefix: PrefixBatch,
-    /// The path.
+    /// The denoise path.
     pub path: StepPath,
 }
 
@@ -174,40 +174,40 @@ pub struct SelfTestRun {
 pub trait Device: Send + 'static {
     /// A version that a [`Loader`] has read.
     type Staged: Send + 'static;
-    /// What the prefix graph made of a batch; it stays on the device.
+    /// Outputs of the prefix graph for a batch; kept on the device.
     type Prefix;
 
-    /// Puts a version into a slot of its own and returns the slot with the self-test's denoise steps. Devices whose versions can
-    /// run on any thread have run the test in [`Loader::stage`], so that nothing waits here.
+    /// Installs a version in a new slot and returns the slot with the self-test's denoise steps. On devices whose versions run on
+    /// any thread, [`Loader::stage`] has already run the test, so that this call does not wait.
     ///
     /// # Errors
-    /// There is no room, or the self-test does not run.
+    /// The device has no room, or the self-test fails to run.
     fn install(&mut self, staged: Self::Staged, test: &SelfTestRun) -> Result<(Slot, Vec<StepOutput>), DeviceError>;
 
     /// Encodes a batch of observations.
     ///
     /// # Errors
-    /// The run fails or gives another size.
+    /// The run fails, or an output has a wrong size.
     fn prefix(&mut self, slot: Slot, batch: PrefixBatch) -> Result<Self::Prefix, DeviceError>;
 
     /// Runs all denoise steps on the batch of `prefix`.
     ///
     /// # Errors
-    /// A run fails or gives another size.
+    /// A run fails, or an output has a wrong size.
     fn denoise(&mut self, slot: Slot, prefix: &Self::Prefix, path: &StepPath) -> Result<Vec<StepOutput>, DeviceError>;
 
     /// Frees a slot.
     fn free(&mut self, slot: Slot);
 }
 
-/// Reads policy versions for a device, on any thread, without touching what serves.
+/// Reads policy versions for a device, on any thread, without disturbing the serving versions.
 pub trait Loader: Send + Sync + 'static {
-    /// The device.
+    /// The device that runs the versions.
     type Device: Device;
 
-    /// Reads the version in a verified bundle. `test` is run here where that disturbs nothing that serves.
+    /// Reads the version in a verified bundle, and runs `test` if the run disturbs no serving version.
     ///
     /// # Errors
-    /// A graph or its weights cannot be used.
+    /// A graph or its weights are not usable.
     fn stage(&self, bundle: &Bundle, test: &SelfTestRun) -> Result<<Self::Device as Device>::Staged, DeviceError>;
 }

@@ -1,4 +1,4 @@
-//! The chunk record: everything about a sampled chunk that training needs.
+//! The chunk record: the data of a sampled chunk that training needs.
 
 use policy::bundle::Manifest;
 use wire::{array::Array, messages::ChunkRecord};

@@ -1,4 +1,4 @@
-//! Sampling of action chunks: rows become a batch and its denoise path, the device's denoise steps become chunks.
+//! Sampling of action chunks: rows become a batch with its denoise path, the results of the denoise steps become chunks.
 
 use std::time::{Duration, Instant};
 
@@ -17,58 +17,59 @@ use wire::messages::Mode;
 
 use super::{Device, DeviceError, PathStep, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath};
 
-/// Sampling that failed.
+/// Error of sampling.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SampleError {
-    /// The device.
+    /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Noise for a step that the table does not have.
+    /// The noise has a step outside the step table.
     #[error("denoise step {step} is not in the step table of {steps} steps")]
     Step {
-        /// Which step.
+        /// Index of the step.
         step: usize,
-        /// Length of the table.
+        /// Steps of the table.
         steps: usize,
     },
-    /// A batch without rows.
+    /// The batch has no rows.
     #[error("a batch needs at least one row")]
     Empty,
-    /// The device returned fewer rows than the batch has.
+    /// The device returned fewer numbers than the batch has rows.
     #[error("the device returned fewer numbers than the batch has rows")]
     Short,
 }
 
-/// What one action chunk is sampled from.
+/// Inputs of one action chunk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChunkInput {
-    /// The observation.
+    /// The observation in model units.
     pub input: ModelInput,
-    /// Its noise.
+    /// Initial noise, and noise of the stochastic steps.
     pub noise: ChunkNoise,
     /// Key of the noise.
     pub key: NoiseKey,
-    /// The chunk that it continues from; only where no step is stochastic.
+    /// The chunk to continue from; only allowed without stochastic steps.
     pub guidance: Option<Guidance>,
 }
 
 /// One sampled action chunk in model units.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampledChunk {
-    /// The input, for the record.
+    /// The observation in model units, for the record.
     pub input: ModelInput,
-    /// The noise key.
+    /// Key of the noise.
     pub key: NoiseKey,
     /// `x` before each step and after the last, `[num_steps + 1, action_horizon, action_dim]`.
     pub chain: Vec<f32>,
-    /// Elements of one `x`.
+    /// Elements of one `x`: `action_horizon * action_dim`.
     elements: usize,
     /// The stochastic steps in order, `S` of them.
     pub denoise_steps: Vec<usize>,
     /// Log-probability per element of each stochastic step, `[S, action_chunk, env_action_dim]`.
     pub logprob: Vec<f32>,
-    /// Values: one per stochastic step with `V_expert` read there, one with `V_vlm` or over the path; none without a critic.
+    /// Values: one per stochastic step with `V_expert` at these steps, one with `V_vlm` or `V_expert` over the path; empty without
+    /// a critic.
     pub values: Vec<f32>,
 }
 
@@ -79,7 +80,7 @@ impl SampledChunk {
         actions
     }
 
-    /// Returns the value of the observation: the first step's for a two-layer MDP, otherwise the mean over steps.
+    /// Returns the value of the observation: the first step's value for a two-layer MDP, otherwise the mean over steps.
     pub fn value(&self, mdp: Mdp) -> Option<f32> {
         let first = self.values.first().copied()?;
         Some(match mdp {
@@ -93,28 +94,28 @@ fn mean(values: &[f32]) -> f32 {
     values.iter().sum::<f32>() / values.len().max(1) as f32
 }
 
-/// Chunks of a batch and how long they took.
+/// Chunks of a batch, with durations.
 #[derive(Debug, Default)]
 pub struct Sampled {
-    /// In the order of the rows.
+    /// Chunks in the order of the rows.
     pub chunks: Vec<SampledChunk>,
-    /// Time of the prefix graph, batch assembly included.
+    /// Duration of the prefix graph, including batch assembly.
     pub prefix: Duration,
-    /// Time of all denoise steps.
+    /// Duration of all denoise steps.
     pub denoise: Duration,
 }
 
-/// The denoise steps whose value is kept.
+/// The denoise steps whose values are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ValueAt {
     None,
     First,
     Stochastic,
-    /// Every step; the mean remains.
+    /// Every step; the mean is kept.
     Path,
 }
 
-/// Samples for one policy version.
+/// Sampler of one policy version.
 #[derive(Debug)]
 pub struct Sampler {
     manifest: Manifest,
@@ -143,12 +144,12 @@ impl Sampler {
         &self.manifest
     }
 
-    /// Elements of one `x`.
+    /// Returns the elements of one `x`.
     fn elements(&self) -> usize {
         self.manifest.dims.action_horizon * self.manifest.dims.action_dim
     }
 
-    /// Draws the numbers of the chunk named by `key`; evaluation takes the initial noise alone.
+    /// Draws the noise of the chunk identified by `key`; evaluation draws the initial noise only.
     pub fn draw(&self, key: NoiseKey, mode: Mode) -> ChunkNoise {
         let steps = match mode {
             Mode::Train => self.schedule.draw(),
@@ -184,11 +185,11 @@ impl Sampler {
         })
     }
 
-    /// Samples action chunks for these rows on the version in `slot`, in batches of exactly `fixed` rows where that is set (padded by
-    /// repeating the first row); graphs with a fixed batch size keep theirs.
+    /// Samples action chunks for `rows` on the version in `slot`. With `fixed`, every batch has exactly `fixed` rows, padded by
+    /// repeating the first row; graphs with a fixed batch size keep their size.
     ///
-    /// Matrix products of another number of rows may sum in another order. With one number of rows a row's result depends on
-    /// nothing but the row: neither on its neighbours nor on its place.
+    /// Matrix products over different numbers of rows may sum in a different order. With a fixed number of rows, a row's result
+    /// depends on the row only, neither on the other rows nor on its position.
     ///
     /// # Errors
     /// The device fails.
@@ -268,7 +269,7 @@ impl Sampler {
         }
     }
 
-    /// Lays out the denoise steps of a batch: each row is stochastic where it has noise.
+    /// Returns the denoise steps of a batch; a row is stochastic at the steps for which it has noise.
     fn path(&self, rows: &[&ChunkInput]) -> Result<StepPath, SampleError> {
         let (steps, elements) = (self.schedule.num_steps(), self.elements());
         let step = |k: usize| {
@@ -297,7 +298,7 @@ impl Sampler {
         })
     }
 
-    /// Cuts the device's denoise steps into chunks; padding is left out.
+    /// Cuts the device's denoise steps into chunks, without the padding rows.
     fn chunks(
         &self,
         rows: Vec<ChunkInput>,
@@ -314,7 +315,7 @@ impl Sampler {
                 let stochastic = noise_at(&row.noise, k).is_some();
                 if stochastic {
                     let mean = of_row(&output.mean, i).ok_or(SampleError::Short)?;
-                    // the noise head's standard deviation of each element, otherwise the table's
+                    // the noise head's standard deviation per element, otherwise the table's
                     let std = match &output.step_std {
                         Some(all) => of_row(all, i).ok_or(SampleError::Short)?,
                         None => vec![*step.std.get(i).ok_or(SampleError::Short)?; elements],
@@ -349,7 +350,8 @@ impl Sampler {
         Ok(chunks)
     }
 
-    /// Log-probability of a stochastic step, `[action_chunk, env_action_dim]`; all three are `[action_horizon, action_dim]`.
+    /// Returns the log-probability of a stochastic step, `[action_chunk, env_action_dim]`; all arguments are `[action_horizon,
+    /// action_dim]`.
     fn logprob(&self, x_next: &[f32], mean: &[f32], std: &[f32]) -> Vec<f32> {
         let (manifest, safe) = (&self.manifest, self.manifest.sampling.safe_logprob);
         logprob::executed(
@@ -362,7 +364,7 @@ impl Sampler {
                 if safe {
                     logprob::negative_square(x, mean)
                 } else {
-                    // `at` is a place in `x_next`, which has as many elements
+                    // `at` is an index into `x_next`, which has the same length
                     logprob::gaussian(x, mean, std[at])
                 }
             },
@@ -370,7 +372,7 @@ impl Sampler {
     }
 }
 
-/// The noise of step `k`, when it is stochastic.
+/// Returns the noise of step `k`; `None` if the step is not stochastic.
 fn noise_at(noise: &ChunkNoise, k: usize) -> Option<&StepNoise> {
     noise.steps.iter().find(|s| s.step == k)
 }

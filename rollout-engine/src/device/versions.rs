@@ -1,4 +1,4 @@
-//! Policy versions: loaded aside, proven by the self-test, swapped in between batches.
+//! Policy versions: loaded in the background, checked by the self-test, swapped between batches.
 
 use std::{
     collections::BTreeMap,
@@ -19,65 +19,65 @@ use super::{
     sampler::{SampleError, Sampler},
 };
 
-/// Why a bundle does not become the live policy.
+/// Reason for rejecting a bundle.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PolicyError {
-    /// The bundle is broken.
+    /// The bundle is invalid.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// The device rejects it.
+    /// The device rejects the bundle.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Its tokenizer cannot be read.
+    /// The tokenizer is not readable.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// The self-test cannot be laid out.
+    /// The inputs of the self-test cannot be assembled.
     #[error("self-test: {0}")]
     Sample(#[from] SampleError),
     /// The self-test's actions differ from the publisher's.
     #[error("self-test: action element {index} is {found}, the publisher has {expected}, tolerance {tolerance}")]
     SelfTest {
-        /// Which element of `[action_horizon, action_dim]`.
+        /// Index of the element in `[action_horizon, action_dim]`.
         index: usize,
-        /// The publisher's.
+        /// The publisher's action.
         expected: f32,
-        /// Ours.
+        /// The engine's action.
         found: f32,
-        /// Largest difference that passes.
+        /// Maximum allowed difference.
         tolerance: f32,
     },
     /// The self-test's actions are not finite.
     #[error("self-test: action element {index} is {found}")]
     NotFinite {
-        /// Which element.
+        /// Index of the element in `[action_horizon, action_dim]`.
         index: usize,
         /// NaN or infinity.
         found: f32,
     },
-    /// A reference of another size.
+    /// The reference has a wrong number of actions.
     #[error("self-test: the manifest has {found} reference actions, expected {expected}")]
     Reference {
         /// `action_horizon * action_dim`.
         expected: usize,
-        /// What the manifest has.
+        /// Reference actions in the manifest.
         found: usize,
     },
-    /// Another policy than the one that workers were welcomed to.
+    /// The bundle has another policy than the live version, to which workers are registered.
     #[error("`{field}` differs from the live version's: restart the engine for another policy")]
     Other {
-        /// Which part of the manifest.
+        /// The differing key of the manifest.
         field: &'static str,
     },
 }
 
-/// Frees a slot of the device.
+/// Function that frees a slot of the device.
 pub type Free = Arc<dyn Fn(Slot) + Send + Sync>;
 
-/// Loads the bundle in a folder onto the device; the second argument is the live version, which it will replace.
+/// Function that loads the bundle in a folder onto the device; the second argument is the live version, to be replaced.
 pub type LoadPolicy = Arc<dyn Fn(&Path, Option<&Policy>) -> Result<Policy, PolicyError> + Send + Sync>;
 
-/// A version's slot, freed when nobody holds the version any more.
+/// A version's slot, freed when the last reference to the version is dropped.
 struct Held {
     slot: Slot,
     free: Free,
@@ -89,16 +89,16 @@ impl Drop for Held {
     }
 }
 
-/// A policy version ready to serve.
+/// A policy version that is ready to serve.
 pub struct Policy {
     sampler: Sampler,
-    /// SHA-256 of every file, the manifest's among them.
+    /// SHA-256 of every file by name, including the manifest.
     pub digests: BTreeMap<String, String>,
-    /// Between the robot's units and the model's.
+    /// Conversion between the robot's units and the model's.
     pub transform: Arc<Transform>,
     /// Largest difference to the publisher's reference actions; `None` when the manifest has no reference.
     pub self_test_difference: Option<f32>,
-    /// Its files, which the next version need not verify again.
+    /// Verified files, which the next version need not verify again.
     verified: VerifiedFiles,
     held: Held,
 }
@@ -112,15 +112,15 @@ impl fmt::Debug for Policy {
     }
 }
 
-/// Seed of the self-test's inputs when the manifest has no reference: then only finiteness is checked.
+/// Seed of the self-test's inputs without a reference in the manifest; the self-test then checks only that actions are finite.
 const SELF_TEST_SEED: u64 = 0;
 
 impl Policy {
-    /// Opens, verifies, loads and tests the bundle in `dir`. `live` is the version that it will replace: it must be the same
-    /// policy. `install` calls [`Device::install`], on whichever thread owns the device.
+    /// Opens, verifies, loads and tests the bundle in `dir`. `live` is the version to be replaced, which must have the same policy.
+    /// `install` calls [`Device::install`] on the thread that owns the device.
     ///
     /// # Errors
-    /// The first check that fails.
+    /// The first failed check.
     pub fn load<L: Loader>(
         loader: &L,
         dir: &Path,
@@ -173,7 +173,7 @@ impl Policy {
         self.sampler.manifest()
     }
 
-    /// Returns the count of published updates.
+    /// Returns the policy version: the number of published updates.
     pub fn version(&self) -> u64 {
         self.manifest().policy_version
     }
@@ -184,7 +184,7 @@ impl Policy {
     }
 }
 
-/// Checks the actions of a self-test: finite, and within the tolerance of the publisher's. Returns the largest difference.
+/// Checks that the actions of a self-test are finite and within the tolerance of the publisher's. Returns the largest difference.
 fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f32>, PolicyError> {
     let elements = manifest.dims.action_horizon * manifest.dims.action_dim;
     let last = steps.last().map(|step| step.x_next.as_slice()).unwrap_or_default();
@@ -204,7 +204,7 @@ fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f
     let mut largest = 0.0f32;
     for (index, (found, expected)) in actions.iter().zip(&reference.actions).enumerate() {
         let difference = (found - expected).abs();
-        // written so that a NaN in the manifest fails too
+        // the comparison also rejects a NaN in the manifest
         if difference.is_nan() || difference > reference.tolerance {
             return Err(PolicyError::SelfTest {
                 index,
@@ -218,8 +218,8 @@ fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f
     Ok(Some(largest))
 }
 
-/// Checks that a new version means the same by an observation and an action as the live one: it may have other weights and another
-/// noise level, nothing else.
+/// Checks that a new version has the same observations and actions as the live version. Only the weights and the noise level may
+/// differ.
 fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
     let sampling = Sampling {
         noise_level: new.sampling.noise_level,
@@ -249,7 +249,7 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
     }
 }
 
-/// The versions in use; a swap is one pointer.
+/// The live version and its predecessor; a swap replaces one pointer.
 #[derive(Debug, Default)]
 pub struct Versions(RwLock<Recent>);
 
@@ -260,12 +260,12 @@ struct Recent {
 }
 
 impl Versions {
-    /// Returns the live policy; who holds the returned pointer keeps that version until the pointer is dropped.
+    /// Returns the live policy. The version is kept until the returned pointer is dropped.
     pub fn live(&self) -> Option<Arc<Policy>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).live.clone()
     }
 
-    /// Whether a policy is the live one or the one before: older ones are not kept in memory.
+    /// Returns whether a policy is the live one or its predecessor; older versions are not kept in memory.
     pub fn is_recent(&self, policy: &Arc<Policy>) -> bool {
         let recent = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let is = |other: &Arc<Policy>| Arc::ptr_eq(policy, other);
@@ -278,7 +278,7 @@ impl Versions {
         let before = recent.live.replace(policy);
         recent.before = before.as_ref().map(Arc::downgrade).unwrap_or_default();
         drop(recent);
-        // the slot is freed outside of the lock, when no batch uses it
+        // the slot is freed outside of the lock, when no batch uses the version
         drop(before);
     }
 }

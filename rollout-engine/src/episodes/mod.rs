@@ -1,6 +1,7 @@
-//! Which slot does what: orders become resets, reports become questions to the policy, finished episodes become trajectories.
+//! Assignment of episodes to slots: orders become resets, reports become questions to the policy, finished episodes become
+//! trajectories.
 //!
-//! No socket and no clock in here: events go in, [`Effects`] come out.
+//! The module has no socket and no clock: events go in, [`Effects`] come out.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,71 +16,71 @@ use wire::messages::{
 
 use crate::job::Ticket;
 
-/// Most slots of all workers together.
+/// Maximum number of slots over all workers.
 const MAX_ALL_SLOTS: u32 = 65_536;
 
-/// What the policy asks of workers and gives to episodes.
+/// Sizes and heads of the policy that the assignment reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Rows of an action chunk.
     pub action_chunk: usize,
     /// Width of the environment's action.
     pub env_action_dim: usize,
-    /// Whether values are estimated.
+    /// Whether the policy estimates values.
     pub critic: bool,
-    /// Whether a terminated episode's last observation is valued too.
+    /// Whether the last observation of a terminated episode is valued too.
     pub bootstrap_terminated: bool,
 }
 
-/// A message of a worker that breaks the protocol or does not fit the policy.
+/// A message of a worker that breaks the protocol or does not match the policy.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// Another width of actions.
+    /// The environment's actions have a wrong width.
     #[error(
         "environment `{env}` has actions of width {found}, the policy gives {expected} (`env_action_dim` of its bundle)"
     )]
     ActionDim {
-        /// Which environment.
+        /// Name of the environment.
         env: String,
-        /// The policy's.
+        /// Width in the policy's bundle.
         expected: usize,
-        /// The environment's.
+        /// Width of the environment's actions.
         found: u32,
     },
-    /// Too few or too many slots.
+    /// The worker has no slots or too many.
     #[error("worker `{client}` has {found} slots, expected 1 to {MAX_SLOTS}")]
     Slots {
-        /// Which worker.
+        /// Name of the worker.
         client: String,
-        /// Its slots.
+        /// Slots of the worker.
         found: u32,
     },
-    /// Too many slots of all workers.
+    /// All workers together have too many slots.
     #[error("worker `{client}` has {found} slots, expected at most {MAX_ALL_SLOTS} of all workers, {present} are here")]
     AllSlots {
-        /// Which worker.
+        /// Name of the worker.
         client: String,
-        /// Its slots.
+        /// Slots of the worker.
         found: u32,
-        /// Slots of the others.
+        /// Slots of the other workers.
         present: u32,
     },
-    /// A slot that the worker does not have.
+    /// The worker has no slot of this index.
     #[error("expected 0 to {}", .count.saturating_sub(1))]
     Slot {
         /// Slots of the worker.
         count: usize,
     },
-    /// A report that does not fit what the slot does.
+    /// The report does not match the state of the slot.
     #[error("reports {found}, but it {state}")]
     Report {
-        /// The report.
+        /// Kind of the report.
         found: &'static str,
-        /// What the slot does.
+        /// State of the slot.
         state: &'static str,
     },
-    /// Another number of rewards.
+    /// The report has a wrong number of rewards.
     #[error("{found} rewards, expected {expected}, or 1 to {expected} at the end of the episode")]
     Rewards {
         /// Rows of an action chunk.
@@ -87,24 +88,24 @@ pub enum WorkerError {
         /// Rewards of the report.
         found: usize,
     },
-    /// A reward that is not finite.
+    /// A reward is not finite.
     #[error("reward {0}, expected a finite number")]
     Reward(f32),
-    /// No observation though there is one.
+    /// The observation of a running or truncated episode is missing.
     #[error("no observation though the episode did not terminate")]
     NoObservation,
 }
 
-/// An observation of a slot, and what is asked about it.
+/// An observation of a slot, with the kind of answer.
 #[derive(Debug)]
 pub struct Question {
-    /// Its number.
+    /// Ticket of the answer.
     pub ticket: Ticket,
     /// The observation.
     pub row: ActRow,
 }
 
-/// What is to be sent after an event.
+/// Messages to send after an event.
 #[derive(Debug)]
 pub struct Effects<P> {
     /// Commands by worker.
@@ -113,7 +114,7 @@ pub struct Effects<P> {
     pub questions: Vec<Question>,
     /// Finished episodes.
     pub trajectories: Vec<Trajectory>,
-    /// Workers that are turned away.
+    /// Refusals of workers' messages.
     pub refusals: Vec<(P, Refusal)>,
 }
 
@@ -128,44 +129,44 @@ impl<P> Default for Effects<P> {
     }
 }
 
-/// An episode that the learner wants.
+/// An ordered episode that has not started.
 #[derive(Debug, Clone)]
 struct Wanted {
     reset: Reset,
     mode: Mode,
-    /// Versions that may make its chunks.
+    /// Versions that may sample the episode's chunks.
     versions: RangeInclusive<u64>,
 }
 
-/// An episode on its way.
+/// A running episode.
 #[derive(Debug)]
 struct Episode {
     order: u64,
     generation: u64,
     wanted: Wanted,
     prompt: String,
-    /// Oldest and newest version of its chunks, once the first is made.
+    /// Oldest and newest version of the episode's chunks; `None` before the first chunk.
     made_by: Option<(u64, u64)>,
-    /// Made by weights that were replaced under the same version number: it begins anew.
+    /// Whether the episode has chunks from weights that were replaced under the same version number; such an episode restarts.
     stale: bool,
     chunks: Vec<TrajectoryChunk>,
     /// The record of the chunk that is being executed.
     record: Option<Box<ChunkRecord>>,
-    /// It ended by itself; meaningful once it has ended.
+    /// Whether the episode terminated; meaningful after its end.
     terminated: bool,
     success: bool,
 }
 
 #[derive(Debug)]
 enum Slot {
-    /// The worker has not spoken of it yet.
+    /// The worker has not reported the slot yet.
     Unseen,
     Idle,
-    /// Told to reset.
+    /// The reset was sent.
     Resetting(Episode),
-    /// Its observation is with the policy.
+    /// The policy computes a chunk for the ticket.
     Thinking(Episode, u64),
-    /// Executes a chunk.
+    /// The worker executes a chunk.
     Acting(Episode),
 }
 
@@ -191,34 +192,35 @@ struct Client {
     slots: Vec<Slot>,
 }
 
-/// The assignment of episodes to slots. `P` names a connection.
+/// The assignment of episodes to slots. `P` identifies a connection.
 #[derive(Debug)]
 pub struct Assign<P> {
     engine: String,
     shape: Option<Shape>,
     live: Option<u64>,
     order: Option<Order>,
-    /// Counts the orders that replaced what was wanted; episodes of an earlier generation are not wanted any more.
+    /// Number of orders that replaced the pending resets; episodes of an earlier generation are not restarted.
     generation: u64,
     pending: VecDeque<Wanted>,
     clients: BTreeMap<P, Client>,
-    /// Who has a name, and how many slots there are in sum: workers come and go by the thousand.
+    /// Connection of each worker's name; with `slots`, the sum of all slots, kept because thousands of workers connect and
+    /// disconnect.
     names: BTreeMap<String, P>,
     slots: u32,
-    /// Whose chunk a ticket asks for.
+    /// The slot of each open ticket.
     tickets: BTreeMap<u64, (P, u32)>,
-    /// Finished but for the value of their last observation.
+    /// Finished episodes that wait for the value of their last observation.
     bootstraps: BTreeMap<u64, Episode>,
     next_ticket: u64,
     next_trajectory: u64,
-    /// The learner does not keep up: no new episode.
+    /// Whether the buffer of unacknowledged trajectories is full; no episode starts then.
     full: bool,
     restarted: u64,
     effects: Effects<P>,
 }
 
 impl<P: Ord + Clone> Assign<P> {
-    /// Nothing is known yet; `engine` names this session in trajectories.
+    /// Creates an empty assignment; `engine` is the name of this session in trajectories.
     pub fn new(engine: String) -> Self {
         Self {
             engine,
@@ -240,46 +242,46 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// Takes what is to be sent.
+    /// Returns and clears the messages to send.
     pub fn take_effects(&mut self) -> Effects<P> {
         std::mem::take(&mut self.effects)
     }
 
-    /// Slots of all workers.
+    /// Returns the number of slots over all workers.
     pub fn slots(&self) -> u32 {
         self.slots
     }
 
-    /// The newest order.
+    /// Returns the number of the newest order.
     pub fn order_number(&self) -> Option<u64> {
         self.order.as_ref().map(|o| o.order)
     }
 
-    /// Episodes that were begun anew, because their worker left or their version was replaced.
+    /// Returns the number of restarted episodes, because the worker disconnected or the version was replaced.
     pub fn restarted(&self) -> u64 {
         self.restarted
     }
 
-    /// Resets that wait for a slot.
+    /// Returns the number of resets that wait for a slot.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// Whether all pending resets wait for a version that is not live yet.
+    /// Returns whether every pending reset waits for a version that is not live yet.
     pub fn parked(&self) -> bool {
         let may_begin = |wanted: &Wanted| self.live.is_some_and(|live| wanted.versions.contains(&live));
         !self.pending.is_empty() && !self.pending.iter().any(may_begin)
     }
 
-    /// A version went live.
+    /// Records that a version is live.
     pub fn went_live(&mut self, version: u64, shape: Shape) {
         self.live = Some(version);
         self.shape = Some(shape);
         self.hand_out();
     }
 
-    /// Other weights with the number of the live version are on their way (the learner began anew): no episode begins before
-    /// they are live, and those that run begin anew.
+    /// Retires the live version: the learner restarted and announced other weights with the same number. No episode starts before
+    /// these are live, and running episodes restart.
     pub fn retire(&mut self) {
         self.live = None;
         for episode in self
@@ -295,15 +297,15 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// Whether the buffer of unacknowledged trajectories is full.
+    /// Sets whether the buffer of unacknowledged trajectories is full.
     pub fn set_full(&mut self, full: bool) {
         self.full = full;
         self.hand_out();
     }
 
-    /// An order of the learner: replaces the pending resets, or adds to them; the same order again changes nothing. An episode
-    /// that runs already and is wanted again (the learner spreads episodes anew when engines come and go) goes on for the new
-    /// order.
+    /// Accepts an order of the learner, which replaces the pending resets or adds to them; a repeated order changes nothing. A
+    /// running episode that is ordered again continues under the new order. (The learner redistributes episodes when engines
+    /// connect and disconnect.)
     pub fn take_order(&mut self, order: Order) {
         if self.order.as_ref() == Some(&order) {
             return;
@@ -352,10 +354,10 @@ impl<P: Ord + Clone> Assign<P> {
         self.hand_out();
     }
 
-    /// A worker says hello. Its unfinished episodes from an earlier connection begin anew.
+    /// Registers a worker. Unfinished episodes of its earlier connection restart.
     ///
     /// # Errors
-    /// It does not fit the policy; what was expected and found.
+    /// The worker does not match the policy or a limit; the error has the expected and the found value.
     pub fn hello(&mut self, peer: P, hello: &Hello) -> Result<(), WorkerError> {
         if let Some(shape) = self.shape
             && hello.action_dim as usize != shape.env_action_dim
@@ -397,7 +399,7 @@ impl<P: Ord + Clone> Assign<P> {
         Ok(())
     }
 
-    /// A worker is gone: its unfinished episodes wait for another slot.
+    /// Removes a disconnected worker; its unfinished episodes wait for another slot.
     pub fn gone(&mut self, peer: &P) {
         let Some(client) = self.clients.remove(peer) else {
             return;
@@ -413,7 +415,7 @@ impl<P: Ord + Clone> Assign<P> {
         self.hand_out();
     }
 
-    /// The episode begins anew in the next idle slot, unless its order was replaced.
+    /// Restarts the episode in the next idle slot, unless its order was replaced.
     fn requeue(&mut self, episode: Episode) {
         if self.generation == episode.generation {
             self.pending.push_front(episode.wanted);
@@ -421,16 +423,16 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// Reports of a worker. One that breaks the protocol is turned away and its episodes begin anew.
+    /// Handles reports of a worker. A report that breaks the protocol is refused, the worker is removed and its episodes restart.
     pub fn reports(&mut self, peer: &P, reports: Vec<SlotReport>) {
         if self.shape.is_none() || !self.clients.contains_key(peer) {
-            // of before this engine's time, or of a worker that was taken for gone
+            // sent before this engine started, or by a worker that was removed
             self.effects.refusals.push((
                 peer.clone(),
                 Refusal {
                     request: None,
                     retry: true,
-                    reason: "reports of a worker that is not known here: say hello first".to_owned(),
+                    reason: "reports of an unregistered worker: register first".to_owned(),
                 },
             ));
             return;
@@ -495,7 +497,7 @@ impl<P: Ord + Clone> Assign<P> {
                     Slot::Acting(_) => "executes a chunk",
                 };
                 if let Some(slot) = self.clients.get_mut(peer).and_then(|c| c.slots.get_mut(index as usize)) {
-                    // so that its episode is not lost when the worker is turned away
+                    // the episode is kept for the restart when the worker is removed
                     *slot = other;
                 }
                 Err(WorkerError::Report { found, state })
@@ -599,8 +601,8 @@ impl<P: Ord + Clone> Assign<P> {
         });
     }
 
-    /// The policy answered a slot's question with a chunk of `version`. When that is none of the versions that may make the
-    /// episode, because another one went live in between, it begins anew.
+    /// Accepts a chunk of `version` for a slot's question. The episode restarts when `version`, live only
+    /// since the question, may not sample this episode.
     pub fn acted(&mut self, ticket: u64, version: u64, row: ActedRow) {
         let Some((peer, index)) = self.tickets.remove(&ticket) else {
             return;
@@ -633,10 +635,10 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// The policy cannot answer a slot's question: its worker is turned away with the reason.
+    /// Handles a slot's question that the policy cannot answer: the worker is refused with the reason.
     pub fn failed(&mut self, ticket: u64, reason: &str) {
         if let Some(episode) = self.bootstraps.remove(&ticket) {
-            tracing::warn!("value of the last observation: {reason}; the episode begins anew");
+            tracing::warn!("value of the last observation: {reason}; the episode restarts");
             self.requeue(episode);
             self.hand_out();
         } else if let Some((peer, index)) = self.tickets.remove(&ticket) {
@@ -644,7 +646,7 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// The value of a finished episode's last observation.
+    /// Accepts the value of a finished episode's last observation.
     pub fn bootstrapped(&mut self, ticket: u64, value: Option<f32>) {
         match self.bootstraps.remove(&ticket) {
             Some(episode) if episode.stale => {
@@ -656,7 +658,7 @@ impl<P: Ord + Clone> Assign<P> {
         }
     }
 
-    /// Gives pending resets to idle slots, the first that the live version may make first.
+    /// Assigns pending resets to idle slots, in order, skipping resets that the live version may not sample.
     fn hand_out(&mut self) {
         let (Some(order), Some(live)) = (self.order_number(), self.live) else {
             return;

@@ -1,4 +1,4 @@
-//! The rules of the assignment on events made by hand.
+//! Rules of the assignment, on hand-made events.
 
 use wire::{array::Array, messages::Batch};
 
@@ -86,7 +86,7 @@ fn actions() -> ActedRow {
     }
 }
 
-/// A worker `1` with `slots` idle slots and version 0 live.
+/// Returns an assignment with version 0 live and a worker `1` that has `slots` idle slots.
 fn ready(slots: u32) -> Assign<u8> {
     let mut assign = Assign::new("e".to_owned());
     assign.went_live(0, SHAPE);
@@ -115,7 +115,7 @@ fn ticket(question: &Question) -> u64 {
     question.ticket.number()
 }
 
-/// Slot 0 reports.
+/// Sends a report of slot 0.
 fn report(assign: &mut Assign<u8>, outcome: Option<Outcome>, observation: Option<Observation>) {
     assign.reports(
         &1,
@@ -127,7 +127,7 @@ fn report(assign: &mut Assign<u8>, outcome: Option<Outcome>, observation: Option
     );
 }
 
-/// Brings slot 0 from its reset to the execution of its first chunk.
+/// Moves slot 0 from its reset to the execution of its first chunk.
 fn act_once(assign: &mut Assign<u8>) {
     report(assign, None, seen());
     let question = assign.take_effects().questions.pop().expect("a question");
@@ -231,7 +231,7 @@ fn episodes_of_a_lost_worker_begin_anew() {
     assign.take_order(order(1, 0, Mode::Train, &[4, 5, 6]));
     assign.take_effects();
     act_once(&mut assign);
-    // the same client on another connection, and the late answer of the first
+    // the same client on another connection, and the late answer to the first connection
     assign.hello(2, &hello(2)).expect("fits");
     assign.reports(&2, idle(2));
     assert_eq!(resets(&assign.take_effects(), 2), [4, 5]);
@@ -261,7 +261,7 @@ fn an_episode_is_made_by_one_version() {
 
 #[test]
 fn episodes_wait_for_exactly_their_version() {
-    // a learner that resumes from a checkpoint orders an older version than the one that its predecessor left live
+    // a learner that resumes from a checkpoint orders an older version than the live one of the earlier learner
     let mut assign = ready(1);
     assign.went_live(45, SHAPE);
     assign.take_order(order(1, 40, Mode::Train, &[4]));
@@ -270,7 +270,7 @@ fn episodes_wait_for_exactly_their_version() {
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
 }
 
-/// An order of two batches: environment 4 from versions 0 to 1, environments 5 and 6 from versions 1 to 2.
+/// Returns an order of two batches: environment 4 from versions 0 to 1, environments 5 and 6 from versions 1 to 2.
 fn window(number: u64) -> Order {
     Order {
         order: number,
@@ -284,7 +284,7 @@ fn next_observation(assign: &mut Assign<u8>) -> Question {
     assign.take_effects().questions.pop().expect("a question")
 }
 
-/// What the policy answers, with a record of `version`.
+/// Returns the policy's answer, with a record of `version`.
 fn recorded(version: u64) -> ActedRow {
     let empty = || Array::f32(&[0], &[]);
     let record = ChunkRecord {
@@ -319,10 +319,10 @@ fn an_episode_goes_on_across_versions_that_may_make_it_and_each_chunk_keeps_its_
     report(&mut assign, None, seen());
     let mut question = assign.take_effects().questions.pop().expect("a question");
     for version in [0, 1] {
-        // the version goes live while the question is with the policy
+        // the version goes live while the policy computes the answer
         assign.went_live(version, SHAPE);
         assign.acted(ticket(&question), version, recorded(version));
-        assert_eq!(assign.take_effects().commands[&1].len(), 1, "it goes on");
+        assert_eq!(assign.take_effects().commands[&1].len(), 1, "the episode continues");
         if version == 0 {
             question = next_observation(&mut assign);
         }
@@ -348,7 +348,7 @@ fn an_episode_that_meets_a_version_beyond_its_bound_begins_anew() {
     let question = next_observation(&mut assign);
     assign.went_live(2, SHAPE);
     assign.acted(ticket(&question), 2, recorded(2));
-    // environment 4 may not be made by version 2, the others may
+    // version 2 may not sample environment 4, but may sample 5 and 6
     assert_eq!(resets(&assign.take_effects(), 1), [5]);
     assert_eq!((assign.restarted(), assign.pending()), (1, 2));
 }
@@ -357,13 +357,13 @@ fn an_episode_that_meets_a_version_beyond_its_bound_begins_anew() {
 fn resets_are_handed_out_within_the_bound_and_parked_beyond_it() {
     let mut assign = ready(4);
     assign.take_order(window(1));
-    // version 0 may begin the first batch only; that does not hold up its slot's neighbours
+    // version 0 may start the first batch only; an idle second slot does not block the first
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
     assert!(assign.parked());
     assign.went_live(1, SHAPE);
     assert_eq!(resets(&assign.take_effects(), 1), [5, 6]);
     assert!(!assign.parked());
-    // an evaluation of a version that is not live holds up no training
+    // an evaluation of a version that is not live does not block training
     assign.take_order(Order {
         order: 2,
         replaces: true,
@@ -383,7 +383,7 @@ fn an_order_that_adds_keeps_what_is_pending_and_running() {
     more.replaces = false;
     assign.take_order(more);
     assert_eq!(assign.pending(), 4);
-    // the running episode is still wanted: broken off, it begins anew
+    // the running episode is ordered again, and restarts after an interruption
     assign.reports(&1, idle(1));
     assert_eq!(resets(&assign.take_effects(), 1), [4]);
     let mut begun = Vec::new();
@@ -435,7 +435,7 @@ fn a_running_episode_goes_on_for_a_new_order_that_wants_it() {
     assign.take_effects();
     act_once(&mut assign);
     assign.take_order(order(2, 0, Mode::Train, &[4, 6]));
-    assert_eq!(assign.pending(), 1, "environment 4 is not begun twice");
+    assert_eq!(assign.pending(), 1, "environment 4 is not started twice");
     report(&mut assign, outcome(true, false), None);
     let effects = assign.take_effects();
     assert_eq!(
@@ -454,7 +454,7 @@ fn a_new_order_replaces_what_is_pending_and_a_repeated_one_changes_nothing() {
     assert_eq!(assign.pending(), 1);
     assign.take_order(order(2, 0, Mode::Eval, &[8, 9]));
     assert_eq!(assign.pending(), 2);
-    // the running episode of the old order is not begun anew when its worker leaves
+    // the running episode of the old order does not restart when its worker disconnects
     assign.gone(&1);
     assert_eq!(assign.pending(), 2);
 }
@@ -503,7 +503,7 @@ fn a_report_that_breaks_the_protocol_turns_its_worker_away() {
         let effects = assign.take_effects();
         if reason.is_empty() {
             assert!(effects.refusals.is_empty());
-            assert_eq!(resets(&effects, 1), [4], "an idle report begins the episode anew");
+            assert_eq!(resets(&effects, 1), [4], "an idle report restarts the episode");
         } else {
             assert!(
                 effects.refusals[0].1.reason.contains(reason),
@@ -550,7 +550,7 @@ fn no_episode_begins_while_the_learner_does_not_keep_up() {
 #[test]
 fn a_worker_that_is_not_known_is_asked_to_say_hello_and_keeps_nothing_busy() {
     let mut assign = ready(1);
-    // a sign of life of a known worker changes nothing
+    // a heartbeat of a known worker changes nothing
     assign.reports(&1, Vec::new());
     assert!(assign.take_effects().refusals.is_empty());
     assign.gone(&1);
@@ -588,5 +588,5 @@ fn a_chunk_that_stops_short_inside_an_episode_turns_the_worker_away() {
             .any(|(_, refusal)| !refusal.retry && refusal.reason.contains("1 rewards, expected 2")),
         "{refusals:?}"
     );
-    assert_eq!(assign.pending(), 1, "its episode begins anew elsewhere");
+    assert_eq!(assign.pending(), 1, "its episode restarts elsewhere");
 }

@@ -1,4 +1,4 @@
-//! `/healthz` and `/metrics` over HTTP, on a thread and a runtime of their own, so that they answer when the engine's are stuck.
+//! `/healthz` and `/metrics` over HTTP, on a separate thread and runtime, which answer even when the engine's threads are stuck.
 
 use std::{
     convert::Infallible,
@@ -23,27 +23,27 @@ use wire::socket::{
 
 use crate::{device::versions::Versions, metrics::Metrics, pulse::Pulse};
 
-/// Connections at a time; beyond that the oldest makes room.
+/// Maximum number of connections; beyond the maximum the oldest is closed.
 const CONNECTIONS: usize = 64;
-/// Time for the head of a request.
+/// Time limit for the head of a request.
 const HEAD: Duration = Duration::from_secs(5);
-/// Time for a whole exchange.
+/// Time limit for a request and its answer.
 const EXCHANGE: Duration = Duration::from_secs(10);
 
-/// What the pages show.
+/// Sources of the pages.
 #[derive(Debug, Clone)]
 pub struct Pages {
-    /// The live policy.
+    /// The policy versions in use.
     pub versions: Arc<Versions>,
-    /// The numbers.
+    /// The metrics of the engine.
     pub metrics: Arc<Metrics>,
-    /// Whether the engine moves.
+    /// Detection of stalls.
     pub pulse: Arc<Pulse>,
-    /// Connections of clients and workers.
+    /// Counters of the connections of clients and workers.
     pub connections: RouterSender,
 }
 
-/// 200 while a policy is live and the engine moves.
+/// Returns 200 while a policy is live and no part of the engine is stalled.
 async fn healthz(State(pages): State<Pages>) -> (StatusCode, String) {
     match (pages.pulse.stalled(), pages.versions.live()) {
         (Some(stalled), _) => (StatusCode::SERVICE_UNAVAILABLE, format!("{stalled}\n")),
@@ -59,30 +59,30 @@ async fn metrics(State(pages): State<Pages>) -> (StatusCode, String) {
     }
 }
 
-/// An HTTP address that cannot be listened on.
+/// An HTTP address on which the server cannot listen.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HttpError {
-    /// Not a loopback address.
+    /// The address is not HOST:PORT on loopback.
     #[error(
         "`rollout.http = \"{0}\"`: expected HOST:PORT on loopback, like 127.0.0.1:9090 (for other machines use a tunnel)"
     )]
     Address(String),
-    /// In use, or no such address.
+    /// The address is in use or invalid.
     #[error("failed to listen on `{address}` for /healthz and /metrics (`rollout.http`; port 0 picks a free port)")]
     Bind {
-        /// Where.
+        /// The address, HOST:PORT.
         address: String,
-        /// Why.
+        /// Cause.
         source: std::io::Error,
     },
 }
 
-/// Listens on `address` (port 0 picks a free one), answers on a thread of its own until the process ends, and returns where it really
-/// listens.
+/// Listens on `address` (port 0 picks a free port) and answers on a separate thread until the process ends. Returns the bound
+/// address.
 ///
 /// # Errors
-/// The address is wrong, not on loopback or in use, or there is no thread for it.
+/// The address is wrong, not on loopback or in use, or the thread cannot be started.
 pub fn start(address: &str, pages: Pages) -> Result<SocketAddr, HttpError> {
     let failed = |source| HttpError::Bind {
         address: address.to_owned(),
@@ -125,7 +125,7 @@ async fn serve(listener: StdListener, pages: Pages) -> std::io::Result<Infallibl
     }
 }
 
-/// One request and its answer.
+/// Handles one request.
 async fn exchange(stream: TcpStream, admission: Admission, router: Router) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -1,4 +1,4 @@
-//! What the engine shows to the outside: ZeroMQ for env workers and clients, HTTP for operators.
+//! Outer interfaces of the engine: ZeroMQ for env workers and clients, HTTP for operators.
 
 pub mod zmq;
 mod rows;

@@ -1,4 +1,4 @@
-//! Rows of the wire become rows of a job: images get the names of their cameras, arrays are checked.
+//! Conversion of wire rows to job rows: images get the names of their cameras, arrays are checked.
 
 use std::collections::BTreeMap;
 
@@ -13,11 +13,11 @@ use wire::{
 
 use crate::job::Row;
 
-/// A row that is not an observation of the policy.
+/// A row that does not match the policy's observations.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RowError {
-    /// Another number of cameras.
+    /// The number of images differs from the number of cameras.
     #[error("observation has {found} images, the policy has {expected} cameras ({names})")]
     Cameras {
         /// Cameras of the policy.
@@ -27,34 +27,34 @@ pub enum RowError {
         /// Names of the cameras.
         names: String,
     },
-    /// An array of another type or length.
+    /// An array has a wrong type or length.
     #[error(transparent)]
     Array(#[from] ArrayError),
-    /// An image of another layout.
+    /// An image has a wrong shape.
     #[error("image of camera `{camera}` has shape {found:?}, expected [height, width, 3]")]
     Shape {
-        /// Which camera.
+        /// Name of the camera.
         camera: String,
-        /// Its shape.
+        /// Shape of the image.
         found: Vec<usize>,
     },
-    /// An image of an impossible size.
+    /// The size of an image is invalid.
     #[error("camera `{camera}`")]
     Image {
-        /// Which camera.
+        /// Name of the camera.
         camera: String,
-        /// Why.
+        /// Cause.
         source: ImageError,
     },
-    /// A chunk to continue from of another layout.
+    /// The previous chunk has a wrong shape.
     #[error("guidance.previous has shape {found:?}, expected [rows, env_action_dim]")]
     Previous {
-        /// Its shape.
+        /// Shape of the array.
         found: Vec<usize>,
     },
 }
 
-/// Returns the row of a job. The wire has images in the order of the policy's `cameras`.
+/// Returns the row of a job. Images on the wire are in the order of the policy's `cameras`.
 pub(crate) fn row(row: ActRow, cameras: &[String]) -> Result<Row, RowError> {
     Ok(Row {
         observation: observation(row.observation, cameras)?,

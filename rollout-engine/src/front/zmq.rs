@@ -1,4 +1,4 @@
-//! The ZeroMQ endpoint: requests of clients become jobs, answers go back to the connection that asked.
+//! The ZeroMQ endpoint: requests of clients become jobs, answers are sent on the connection of the request.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -19,12 +19,12 @@ use crate::{
     metrics::Metrics,
 };
 
-/// An answer of more rows is encoded on another thread.
+/// Number of rows beyond which an answer is encoded on another thread.
 const LARGE_ROWS: usize = 16;
-/// A client whose large request found no place is heard again after so long: reading what cannot be served costs the others.
+/// Pause in reading from a client whose large request was rejected by a full queue; reading rejected requests slows other clients.
 const OVERLOAD_REST: Duration = Duration::from_millis(250);
 
-/// Sends messages to peers and counts what is refused; cheap to clone.
+/// Sender of messages to peers, which counts refusals; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Replies {
     send: RouterSender,
@@ -32,15 +32,15 @@ pub struct Replies {
 }
 
 impl Replies {
-    /// Makes replies over a socket.
+    /// Creates a sender over a socket.
     pub fn new(send: RouterSender, metrics: Arc<Metrics>) -> Self {
         Self { send, metrics }
     }
 
-    /// Queues a message for a peer. One that does not take it is disconnected, which is an event of its own.
+    /// Queues a message for a peer. A peer whose buffer is full is disconnected, which is a separate event.
     pub fn send(&self, peer: Peer, message: &FromEngine) {
         let sent = self.send.send(peer, message);
-        // a request whose answer cannot be sent is not left without one
+        // if an answer cannot be encoded, the client receives a refusal
         let sent = match (sent, message) {
             (Err(SocketError::Codec(error)), FromEngine::Acted(reply)) => {
                 let refusal = Refusal {
@@ -57,7 +57,7 @@ impl Replies {
         }
     }
 
-    /// Refuses a message; `kind` is the metric's label.
+    /// Refuses a message; `kind` is the label of the metric.
     pub fn refuse(&self, peer: Peer, refusal: Refusal, kind: &str) {
         self.metrics.refused.with_label_values(&[kind]).inc();
         if !refusal.retry {
@@ -66,7 +66,7 @@ impl Replies {
         self.send(peer, &FromEngine::Refused(refusal));
     }
 
-    /// Refuses a message that is not one of the protocol.
+    /// Refuses a message that cannot be decoded.
     pub fn malformed(&self, peer: Peer, error: &CodecError) {
         let refusal = Refusal {
             request: None,
@@ -95,7 +95,7 @@ impl Replies {
     }
 }
 
-/// The executed part of a chunk, `[action_chunk, env_action_dim]`.
+/// Sizes of the executed part of a chunk, `[action_chunk, env_action_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
     /// Rows of an action chunk.
@@ -105,7 +105,7 @@ pub struct Executed {
 }
 
 impl Executed {
-    /// Returns the executed part of a policy's chunks.
+    /// Returns the sizes for a policy's chunks.
     pub fn of(manifest: &Manifest) -> Self {
         Self {
             action_chunk: manifest.action_chunk,
@@ -113,7 +113,7 @@ impl Executed {
         }
     }
 
-    /// Returns what a worker or client gets for a row: the actions to execute, and the record.
+    /// Returns the answer to a row: the actions to execute, and the chunk record.
     pub fn row(self, chunk: Chunk) -> ActedRow {
         let mut actions = chunk.actions;
         actions.truncate(self.action_chunk * self.env_action_dim);
@@ -124,24 +124,24 @@ impl Executed {
     }
 }
 
-/// Makes the job of a slot's question.
+/// Creates the job of a slot's question.
 ///
 /// # Errors
-/// The worker's observation is not one of the policy.
+/// The worker's observation does not match the policy.
 pub fn slot_job(policy: &Policy, ticket: Ticket, row: ActRow) -> Result<Job<Progress>, RowError> {
     Ok(Job::of_slot(ticket, rows::row(row, policy.transform.cameras())?))
 }
 
-/// Clients and their requests.
+/// Pending requests of clients.
 pub struct Clients {
     replies: Replies,
     queue: Arc<EngineQueue>,
-    /// Answers that are awaited.
+    /// Tasks that wait for an answer.
     awaited: JoinSet<()>,
 }
 
 impl Clients {
-    /// Makes the clients of a queue.
+    /// Creates an empty set of requests for a queue.
     pub fn new(replies: Replies, queue: Arc<EngineQueue>) -> Self {
         Self {
             replies,
@@ -150,7 +150,7 @@ impl Clients {
         }
     }
 
-    /// Queues a request of a client. Its answer goes to `peer` when it is there.
+    /// Queues a request of a client; the finished answer is sent to `peer`.
     pub fn act(&mut self, peer: Peer, request: ActRequest, live: Option<&Arc<Policy>>) {
         let (number, count) = (request.request, request.rows.len());
         let Some(policy) = live else {
@@ -217,7 +217,7 @@ impl Clients {
         let replies = self.replies.clone();
         let executed = Executed::of(policy.manifest());
         self.awaited.spawn(async move {
-            // a job whose queue has gone has no answer
+            // a job that the queue dropped has no answer
             let result = answer.await.unwrap_or(Err(JobError::Closed));
             match result {
                 Ok(answer) if answer.rows.len() > LARGE_ROWS => {
@@ -232,7 +232,7 @@ impl Clients {
         });
     }
 
-    /// Forgets a client that has left: what it waits for is not computed.
+    /// Drops the queued requests of a disconnected client.
     pub fn left(&self, peer: Peer) {
         let jobs = self.queue.remove_client(peer.into());
         if !jobs.is_empty() {
@@ -240,13 +240,13 @@ impl Clients {
         }
     }
 
-    /// Waits until all answers that are there are queued to their clients.
+    /// Waits until all ready answers are queued for sending.
     pub async fn flush(&mut self) {
         while self.awaited.join_next().await.is_some() {}
     }
 }
 
-/// Answers a job with an error, and frees it on another thread.
+/// Answers a job with an error, and frees the job on another thread.
 pub fn fail(job: Job<Progress>, error: JobError) {
     let Job {
         rows, reply, progress, ..
@@ -257,7 +257,7 @@ pub fn fail(job: Job<Progress>, error: JobError) {
     dispose((rows, progress));
 }
 
-/// Returns about how many bytes the answer to a row has.
+/// Returns the approximate bytes of the answer to a row.
 fn answer_bytes(manifest: &Manifest, record: bool) -> usize {
     let (dims, chunk) = (&manifest.dims, 4 * manifest.action_chunk * manifest.env_action_dim);
     if !record {
@@ -268,7 +268,7 @@ fn answer_bytes(manifest: &Manifest, record: bool) -> usize {
     chunk + dims.cameras * side * side * 3 + path
 }
 
-/// Frees rows on another thread: thousands of observations take milliseconds, in which the loop would stand still.
+/// Frees rows on another thread: to free thousands of observations takes milliseconds, which would block the loop.
 fn dispose<T: Send + 'static>(rows: T) {
     tokio::task::spawn_blocking(move || drop(rows));
 }

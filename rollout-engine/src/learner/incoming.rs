@@ -1,4 +1,4 @@
-//! Files of announced versions: what is here already is linked, the rest is fetched in parts into a folder beside.
+//! Files of announced versions: existing files are linked, other files are fetched in parts into a temporary folder.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -14,65 +14,65 @@ use wire::{
     text::shown,
 };
 
-/// Most files of a bundle.
+/// Maximum number of files in a bundle.
 const MAX_FILES: usize = 64;
-/// Largest file of a bundle.
+/// Maximum bytes of a file in a bundle.
 const MAX_FILE_BYTES: u64 = 64 << 30;
-/// Digits of a SHA-256.
+/// Hexadecimal digits of a SHA-256.
 const SHA256_DIGITS: usize = 64;
-/// Times that a part is asked for before the version is refused.
+/// Maximum number of requests for a part before the version is rejected.
 const MAX_ASKED: u32 = 6;
 
-/// Why an announced version does not arrive.
+/// Reason why an announced version is not fetched.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IncomingError {
-    /// Too few or too many files.
+    /// The announce has no files or too many.
     #[error("it has {found} files, expected 1 to {MAX_FILES}")]
     Files {
-        /// Announced files.
+        /// Number of announced files.
         found: usize,
     },
-    /// No manifest.
+    /// The manifest is missing.
     #[error("its files lack `{MANIFEST}`")]
     NoManifest,
-    /// A file is named twice.
+    /// A file name occurs twice.
     #[error("it names the file `{}` twice", shown(.0))]
     Twice(String),
-    /// Not a SHA-256.
+    /// A digest is not a SHA-256.
     #[error(
         "the digest of its file `{}` is `{}`, expected {SHA256_DIGITS} digits 0-9 and a-f", shown(.name), shown(.found)
     )]
     Digest {
-        /// Which file.
+        /// Name of the file.
         name: String,
         /// The announced digest.
         found: String,
     },
-    /// A name that is a path, or hidden.
+    /// A file name has a path or is hidden.
     #[error("it names the file `{}`, expected a plain file name", shown(.0))]
     Name(String),
-    /// A file that is too large.
+    /// A file is too large.
     #[error("its file `{name}` has {found} bytes, expected at most {MAX_FILE_BYTES}")]
     Bytes {
-        /// Which file.
+        /// Name of the file.
         name: String,
-        /// The announced size.
+        /// The announced bytes.
         found: u64,
     },
     /// The learner does not send a part.
     #[error("a part of `{0}` was asked for {MAX_ASKED} times")]
     Silent(String),
-    /// A part of another length.
+    /// A part has a wrong length.
     #[error("the learner sent {found} bytes of `{name}` at {offset}, expected 1 to {expected}")]
     Part {
-        /// Which file.
+        /// Name of the file.
         name: String,
-        /// Where the part begins.
+        /// Offset of the part in the file, in bytes.
         offset: u64,
-        /// Bytes that are missing from there.
+        /// Bytes of the file from the offset on.
         expected: u64,
-        /// Bytes that were sent.
+        /// Bytes in the part.
         found: usize,
     },
     /// A later version was announced.
@@ -81,50 +81,50 @@ pub enum IncomingError {
     /// A file operation failed.
     #[error("failed to {action} `{path}`")]
     Io {
-        /// What was attempted.
+        /// The attempted operation.
         action: &'static str,
-        /// On which file or folder.
+        /// The file or folder.
         path: PathBuf,
-        /// Why it failed.
+        /// Cause.
         source: std::io::Error,
     },
 }
 
-/// A version that did not arrive.
+/// A version that was not fetched.
 #[derive(Debug)]
 pub struct Failed {
-    /// Which one.
+    /// Number of the version.
     pub version: u64,
-    /// When it was announced.
+    /// Time of the announce.
     pub begun: Instant,
-    /// Why.
+    /// Reason.
     pub error: IncomingError,
 }
 
-/// What an announced version has come to.
+/// Progress of an announced version.
 #[derive(Debug)]
 pub enum Progress {
-    /// Nothing to do at the moment.
+    /// No version is ready.
     Nothing,
-    /// The live version is the announced one, file by file.
+    /// The live version has the same files as the announced one.
     Already {
-        /// Which version.
+        /// Number of the version.
         version: u64,
-        /// When it was announced.
+        /// Time of the announce.
         begun: Instant,
     },
-    /// All files are there.
+    /// All files are complete.
     Fetched {
-        /// Which version.
+        /// Number of the version.
         version: u64,
-        /// When it was announced.
+        /// Time of the announce.
         begun: Instant,
-        /// The bundle's folder, not verified yet.
+        /// Folder of the bundle, not verified yet.
         dir: PathBuf,
-        /// SHA-256 of every file, as announced.
+        /// SHA-256 of every file by name, as announced.
         digests: BTreeMap<String, String>,
     },
-    /// It cannot be had.
+    /// The version was rejected.
     Failed(Failed),
 }
 
@@ -140,7 +140,7 @@ struct Fetching {
     beside: PathBuf,
     waiting: VecDeque<BundleFile>,
     current: Option<Part>,
-    /// When the present part was asked for, and how often; `None`: it is to be asked for.
+    /// When the current part was requested; `None` before the request. `times` counts the requests for the part.
     asked: Option<Instant>,
     times: u32,
 }
@@ -148,15 +148,15 @@ struct Fetching {
 /// The folder of fetched bundles.
 pub struct Incoming {
     dir: PathBuf,
-    /// Files that are here, by SHA-256.
+    /// Complete files by SHA-256.
     known: BTreeMap<String, PathBuf>,
     announced: Option<(Announce, Instant)>,
     fetching: Option<Fetching>,
-    /// Bundles that stay: the live one and the one before.
+    /// Bundles that are kept: the live one and its predecessor.
     kept: VecDeque<PathBuf>,
 }
 
-/// SHA-256 of every announced file.
+/// Returns the SHA-256 of every announced file by name.
 pub fn digests(announce: &Announce) -> BTreeMap<String, String> {
     announce
         .files
@@ -179,11 +179,11 @@ fn remove(path: &Path) {
 }
 
 impl Incoming {
-    /// Uses `dir`, which belongs to this engine alone: attempts of an earlier session are removed, its whole bundles are
-    /// kept for their files.
+    /// Uses `dir`, which belongs to this engine alone. Incomplete bundles of an earlier session are removed, complete ones are kept
+    /// for their files.
     ///
     /// # Errors
-    /// The folder cannot be made or listed.
+    /// The folder cannot be created or listed.
     pub fn new(dir: &Path) -> std::io::Result<Self> {
         fs::create_dir_all(dir)?;
         let mut incoming = Self {
@@ -206,14 +206,14 @@ impl Incoming {
         Ok(incoming)
     }
 
-    /// Remembers the files of a bundle, so that they need not be fetched.
+    /// Records the files of a bundle, which are then linked and not fetched again.
     pub fn learn(&mut self, bundle: &Bundle) {
         for file in &bundle.manifest.files {
             self.known.insert(file.sha256.clone(), bundle.path(&file.name));
         }
     }
 
-    /// A version is announced; the latest counts. Returns one that it replaces before it was there.
+    /// Accepts an announced version; the latest announce counts. Returns the incomplete version that the announce replaces, if any.
     pub fn announce(&mut self, announce: Announce) -> Option<Failed> {
         let same = |a: &Announce| a == &announce;
         if self.fetching.as_ref().is_some_and(|f| same(&f.announce))
@@ -236,7 +236,7 @@ impl Incoming {
         })
     }
 
-    /// The connection is lost: what was being fetched is dropped, the learner announces it again.
+    /// Drops the current fetch after a lost connection; the learner announces the version again.
     pub fn abandon(&mut self) {
         self.announced = None;
         if let Some(fetching) = self.fetching.take() {
@@ -244,7 +244,7 @@ impl Incoming {
         }
     }
 
-    /// Begins an announced version, ends a fetched one. `live` are the digests of the live version's files.
+    /// Starts an announced version, or completes a fetched one. `live` has the digests of the live version's files.
     pub fn advance(&mut self, live: Option<&BTreeMap<String, String>>) -> Progress {
         if let Some((announce, begun)) = self.announced.take() {
             if live == Some(&digests(&announce)) {
@@ -276,7 +276,7 @@ impl Incoming {
         let mut waiting = VecDeque::new();
         for entry in &announce.files {
             let here = self.known.get(&entry.sha256).filter(|path| path.is_file());
-            // another file system cannot be linked to: then the file is fetched like a new one
+            // hard links do not cross file systems: the file is then fetched like a new one
             if here.is_none_or(|path| fs::hard_link(path, beside.join(&entry.name)).is_err()) {
                 waiting.push_back(entry.clone());
             }
@@ -321,7 +321,7 @@ impl Incoming {
         }
     }
 
-    /// The part to ask for now, once per part.
+    /// Returns the part to request now; a part is returned once per request.
     pub fn wanted(&mut self) -> Option<Fetch> {
         let fetching = self.fetching.as_mut()?;
         if fetching.asked.is_some() {
@@ -341,7 +341,7 @@ impl Incoming {
         })
     }
 
-    /// A part that did not come for so long is asked for again.
+    /// Makes a part that did not arrive within `patience` due for another request.
     pub fn ask_again_after(&mut self, patience: Duration) {
         if let Some(fetching) = &mut self.fetching
             && fetching.asked.is_some_and(|asked| asked.elapsed() > patience)
@@ -350,10 +350,10 @@ impl Incoming {
         }
     }
 
-    /// A part came. One that was not asked for is passed over.
+    /// Accepts a part. A part that was not requested is ignored.
     ///
     /// # Errors
-    /// The version cannot be had: the learner does not have the file, or it cannot be written.
+    /// The part has a wrong length, was requested too often, or cannot be written; the version is dropped.
     pub fn part(&mut self, part: &FilePart) -> Result<(), Failed> {
         let Some(fetching) = &mut self.fetching else {
             return Ok(());
@@ -371,7 +371,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// A bundle is live: it and the one before stay, others go.
+    /// Keeps a live bundle and its predecessor; removes older bundles.
     pub fn keep(&mut self, dir: &Path) {
         if let Ok(bundle) = Bundle::open(dir) {
             self.learn(&bundle);
@@ -386,7 +386,7 @@ impl Incoming {
         self.known.retain(|_, path| path.is_file());
     }
 
-    /// A bundle was refused. One of its files may be damaged here, so nothing is linked again before the next success.
+    /// Removes a rejected bundle. A local file may be damaged, so no file is linked until a version succeeds again.
     pub fn discard(&mut self, dir: &Path) {
         self.known.clear();
         remove(dir);
@@ -394,7 +394,7 @@ impl Incoming {
 }
 
 impl Fetching {
-    /// Writes a part. One that was not asked for is passed over.
+    /// Writes a part. A part that was not requested is ignored.
     fn write(&mut self, part: &FilePart) -> Result<(), IncomingError> {
         if self.times > MAX_ASKED {
             return Err(IncomingError::Silent(part.file.clone()));
@@ -467,7 +467,7 @@ fn check(announce: &Announce) -> Result<(), IncomingError> {
         if !names.insert(&file.name) {
             return Err(IncomingError::Twice(file.name.clone()));
         }
-        // it becomes part of a path, and is what the content is compared with
+        // the name becomes part of a path, and the digest is compared with the content
         let hexadecimal = |c: char| matches!(c, '0'..='9' | 'a'..='f');
         if file.sha256.len() != SHA256_DIGITS || !file.sha256.chars().all(hexadecimal) {
             return Err(IncomingError::Digest {
@@ -503,7 +503,7 @@ mod tests {
         Announce { version, files }
     }
 
-    /// Serves what is wanted in parts of three bytes until nothing is.
+    /// Serves requested parts of three bytes until no part is requested.
     fn serve(incoming: &mut Incoming, files: &[(&str, &[u8])]) -> Vec<String> {
         let mut asked = Vec::new();
         while let Some(fetch) = incoming.wanted() {
@@ -521,7 +521,7 @@ mod tests {
                 data,
             };
             incoming.part(&part).expect("taken");
-            incoming.part(&part).expect("a repeated part is passed over");
+            incoming.part(&part).expect("a repeated part is ignored");
         }
         asked
     }
@@ -544,7 +544,7 @@ mod tests {
         for (name, data) in files {
             assert_eq!(fs::read(dir.join(name)).expect("there"), data);
         }
-        // what a kept bundle has is not asked for again
+        // files of a kept bundle are not requested again
         incoming.known.insert(entry("vlm", b"seven b").sha256, dir.join("vlm"));
         incoming.announce(announce(
             2,

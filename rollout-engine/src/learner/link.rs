@@ -1,4 +1,4 @@
-//! The road to the learner: orders and versions in, trajectories out, kept until they are acknowledged.
+//! The link to the learner: receives orders and versions, sends trajectories and keeps each trajectory until the acknowledgment.
 
 use std::{
     collections::BTreeMap,
@@ -25,45 +25,45 @@ use crate::{
     pulse::Pulse,
 };
 
-/// From the assignment to the link. Not bounded by the channel but by [`MAX_UNACKED_BYTES`]: beyond it no episode begins.
+/// Message from the assignment to the link. The channel is unbounded; beyond [`MAX_UNACKED_BYTES`] no episode starts.
 #[derive(Debug)]
 pub enum ToLink {
     /// A finished episode.
     Trajectory(Box<Trajectory>),
-    /// What the heartbeat says.
+    /// Content of the heartbeat.
     State {
         /// The newest order.
         order: Option<u64>,
         /// Slots of all workers.
         slots: u32,
     },
-    /// The engine leaves: flush and end.
+    /// The engine is shutting down: send the remaining trajectories, then end.
     Finish,
 }
 
-/// From the link to the assignment.
+/// Message from the link to the assignment.
 #[derive(Debug)]
 pub enum FromLink {
-    /// Episodes wanted.
+    /// An order of episodes.
     Order(Order),
-    /// Other weights with the number of the live version are announced: the learner began anew.
+    /// Other weights with the live version's number are announced, because the learner restarted.
     Retire,
-    /// Another version was swapped in.
+    /// Another version is live.
     Live(Arc<Policy>),
     /// Whether the buffer of unacknowledged trajectories is full.
     Full(bool),
 }
 
-/// Bytes of unacknowledged trajectories beyond which no episode begins.
+/// Bytes of unacknowledged trajectories beyond which no episode starts.
 pub const MAX_UNACKED_BYTES: usize = 1 << 30;
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A trajectory that is not acknowledged for so long is sent again on a connection that still stands.
+/// Time after which an unacknowledged trajectory is sent again on the same connection.
 const RESEND: Duration = Duration::from_mins(1);
-/// A part of a file that does not come is asked for again.
+/// Time after which a missing part of a file is requested again.
 const PART_PATIENCE: Duration = Duration::from_secs(10);
-/// Trajectories that are sent before the learner is heard again.
+/// Maximum number of trajectories between two receives from the learner.
 const AT_ONCE: usize = 8;
-/// Time to deliver trajectories when the engine leaves.
+/// Time to send trajectories when the engine is shutting down.
 const FLUSH: Duration = Duration::from_secs(2);
 
 struct Unacked {
@@ -72,29 +72,29 @@ struct Unacked {
     sent: Option<Instant>,
 }
 
-/// The link and all that it remembers over reconnects.
+/// The link, with the state that is kept over reconnects.
 pub struct LearnerLink {
-    /// Where the learner listens.
+    /// Endpoint of the learner, `tcp://HOST:PORT`.
     pub endpoint: String,
     /// Name of this session.
     pub engine: String,
     /// Loads versions onto the device.
     pub load: LoadPolicy,
-    /// Where new versions go.
+    /// Versions in use; a loaded version becomes the live one.
     pub versions: Arc<Versions>,
-    /// Counters.
+    /// Metrics of the engine.
     pub metrics: Arc<Metrics>,
-    /// Told at every round.
+    /// Record of the link's rounds.
     pub pulse: Arc<Pulse>,
     /// Files of announced versions.
     pub incoming: Incoming,
-    /// Work for the link.
+    /// Messages for the link.
     pub inbox: mpsc::UnboundedReceiver<ToLink>,
-    /// News for the assignment.
+    /// Messages for the assignment.
     pub outbox: mpsc::Sender<FromLink>,
 }
 
-/// What a link keeps while connections come and go.
+/// State of the link over reconnects.
 #[derive(Default)]
 struct Memory {
     unacked: BTreeMap<u64, Unacked>,
@@ -114,7 +114,7 @@ struct Loading {
     work: JoinHandle<Result<Arc<Policy>, LoadError>>,
 }
 
-/// Why a fetched version does not go live.
+/// Reason for rejecting a fetched version.
 #[derive(Debug, thiserror::Error)]
 enum LoadError {
     #[error(transparent)]
@@ -139,7 +139,7 @@ fn check_announced(policy: &Policy, version: u64, digests: &BTreeMap<String, Str
             found: policy.version(),
         });
     }
-    // the manifest's own digests have been compared with the content
+    // the manifest's own digests have already been compared with the content
     match digests
         .iter()
         .find(|(name, digest)| policy.digests.get(*name) != Some(digest))
@@ -161,7 +161,7 @@ enum Event {
     Message(Result<FromLearner, SocketError>),
     Inbox(Option<ToLink>),
     Beat,
-    /// More trajectories are to be sent.
+    /// Trajectories remain to be sent.
     More,
     Loaded(Result<Arc<Policy>, LoadError>),
 }
@@ -176,10 +176,10 @@ async fn loaded(loading: &mut Option<Loading>) -> Result<Arc<Policy>, LoadError>
 }
 
 impl LearnerLink {
-    /// Runs until [`ToLink::Finish`], or until the assignment is gone.
+    /// Runs until [`ToLink::Finish`], or until the assignment has ended.
     ///
     /// # Errors
-    /// The endpoint is wrong. A learner that is not there is waited for.
+    /// The endpoint is wrong. An unreachable learner is not an error: the link retries.
     pub async fn run(mut self) -> Result<(), SocketError> {
         let mut memory = Memory::default();
         loop {
@@ -211,7 +211,7 @@ impl LearnerLink {
             block_in_place(|| self.incoming.abandon());
             match ended {
                 Ok(()) => return Ok(()),
-                Err(error) => tracing::warn!("learner: {error}; the live version goes on serving, reconnecting"),
+                Err(error) => tracing::warn!("learner: {error}; the live version remains live, reconnecting"),
             }
         }
     }
@@ -280,8 +280,8 @@ impl LearnerLink {
         })
     }
 
-    /// Sends reports and some of the trajectories that have not been sent on this connection; returns whether more are left, so that
-    /// the learner is heard in between.
+    /// Sends reports and up to [`AT_ONCE`] unsent trajectories; returns whether more are left. The limit lets the link receive in
+    /// between.
     async fn deliver(&self, memory: &mut Memory, send: &mut DealerSender) -> Result<bool, SocketError> {
         while let Some(report) = memory.reports.first() {
             send.send(&ToLearner::Reload(report.clone())).await?;
@@ -299,7 +299,7 @@ impl LearnerLink {
             let Some(waiting) = memory.unacked.remove(&id) else {
                 continue;
             };
-            // lent to the message and kept: it is sent again until it is acknowledged
+            // moved into the message and back: the trajectory is kept until the acknowledgment
             let message = ToLearner::Trajectory(waiting.trajectory);
             let sent = send.send(&message).await;
             let ToLearner::Trajectory(trajectory) = message else {
@@ -412,7 +412,7 @@ impl LearnerLink {
         }
     }
 
-    /// Begins what can begin: fetching an announced version, loading a fetched one.
+    /// Starts the next step: fetching an announced version, or loading a fetched one.
     async fn advance(&mut self, memory: &mut Memory) {
         if memory.loading.is_some() {
             return;
@@ -452,7 +452,7 @@ impl LearnerLink {
         }
     }
 
-    /// A load has ended: live or refused.
+    /// Handles the end of a load: the version is live or rejected.
     async fn settle(&mut self, memory: &mut Memory, result: Result<Arc<Policy>, LoadError>) {
         let Some(loading) = memory.loading.take() else { return };
         match result {
@@ -487,7 +487,7 @@ impl LearnerLink {
     }
 }
 
-/// About how many bytes a trajectory takes.
+/// Returns the approximate bytes of a trajectory.
 fn size(trajectory: &Trajectory) -> usize {
     let chunk = |c: &wire::messages::TrajectoryChunk| {
         let record = c

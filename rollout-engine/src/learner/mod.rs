@@ -1,4 +1,4 @@
-//! The link to the learner: orders and versions in, trajectories out.
+//! The link to the learner: receives orders and versions, sends trajectories.
 
 pub mod link;
 pub mod incoming;

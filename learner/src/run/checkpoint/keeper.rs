@@ -1,4 +1,4 @@
-//! Which checkpoints of a run stay: the newest and the best.
+//! Selection of the checkpoints that stay: the newest and the best.
 
 use std::{
     fs,
@@ -13,10 +13,10 @@ use crate::{
     update::Updater,
 };
 
-/// Success rates that differ by less are equal: they may come from a file, and one episode more counts far more.
+/// Success rates that differ by less are equal: a rate may come from a file, and one more episode changes a rate far more.
 const SAME_SUCCESS: f64 = 1e-9;
 
-/// Which of the checkpoints do not stay: all but the newest `keep_last` and the best; none without `keep_last`.
+/// Returns the checkpoints to remove: all except the newest `keep_last` and the best; none without `keep_last`.
 fn superfluous(existing: &[u32], keep_last: Option<u32>, best: Option<u32>) -> Vec<u32> {
     let Some(keep_last) = keep_last else {
         return Vec::new();
@@ -26,22 +26,23 @@ fn superfluous(existing: &[u32], keep_last: Option<u32>, best: Option<u32>) -> V
     old.filter(|iteration| Some(*iteration) != best).collect()
 }
 
-/// Writes the checkpoints of a run and removes those that do not stay.
+/// Writer of a run's checkpoints that also removes superfluous checkpoints.
 #[derive(Debug)]
 pub struct Keeper {
     dir: PathBuf,
     config: RunConfig,
     config_digest: String,
     best: Option<Best>,
-    /// The last one that this process has written or resumed from.
+    /// Last checkpoint that this process wrote or resumed from.
     saved: Option<u32>,
 }
 
 impl Keeper {
-    /// The checkpoints in `dir` of a run that begins, or goes on after `from`. Attempts that a killed run left are removed.
+    /// Returns a keeper of the checkpoints in `dir`, for a fresh run or a run resumed after `from`. Removes the incomplete checkpoints
+    /// of a killed run.
     ///
     /// # Errors
-    /// The folder cannot be listed, or an attempt not be removed.
+    /// The folder cannot be listed, or an incomplete checkpoint cannot be removed.
     pub fn new(dir: &Path, plan: &RunPlan, from: Option<&Counters>) -> Result<Self> {
         if dir.exists() {
             for entry in fs::read_dir(dir).map_err(io("listing", dir))? {
@@ -60,7 +61,7 @@ impl Keeper {
         })
     }
 
-    /// Writes the checkpoint after `iteration` iterations and removes those that do not stay.
+    /// Writes the checkpoint after `iteration` iterations and removes superfluous checkpoints.
     ///
     /// # Errors
     /// A file operation fails.
@@ -76,8 +77,8 @@ impl Keeper {
         self.prune()
     }
 
-    /// Takes note of an evaluation of the policy after `iteration` iterations. With `runner.keep_best` the best one's checkpoint is
-    /// written, when it is not there yet, and named in `best.json`; of equal ones the first is the best.
+    /// Records an evaluation of the policy after `iteration` iterations. With `runner.keep_best` and a new best success rate, writes the
+    /// checkpoint unless present, and names the checkpoint in `best.json`. Of equal rates, the first is the best.
     ///
     /// # Errors
     /// A file operation fails.

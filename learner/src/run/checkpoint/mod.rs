@@ -1,7 +1,7 @@
-//! Checkpoints of RL: weights, optimizer state, counters and configuration in a folder that appears whole or not at all.
+//! Checkpoints of RL: weights, optimizer state, counters and configuration, in a folder that appears complete or not at all.
 //!
-//! An iteration is the unit: random numbers are keyed by the run's seed and the iteration, and environments are reset in every
-//! iteration, so that nothing else has to be kept.
+//! A checkpoint is between two iterations. Random numbers are keyed by the run's seed and the iteration, and environments are reset in
+//! every iteration, so that no other state is needed.
 
 mod keeper;
 
@@ -37,17 +37,17 @@ pub const OPTIMIZER: &str = "optimizer.safetensors";
 pub const CONFIG: &str = "config.toml";
 /// Counters, and size and digest of the other files; written last.
 pub const STATE: &str = "state.json";
-/// Beside the checkpoints: which is the best.
+/// Name of the file in the folder of the checkpoints that names the best checkpoint.
 pub const BEST: &str = "best.json";
 
 const MAX_STATE_BYTES: u64 = 1 << 20;
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// The best evaluation during training.
+/// Best evaluation during training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
-    /// Iterations done by the evaluated policy; also its version.
+    /// Number of iterations done by the evaluated policy; also its version.
     pub iteration: u32,
     /// Share of successful episodes.
     pub success: f64,
@@ -57,36 +57,36 @@ pub struct Best {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
-    /// Iterations done; also the policy version.
+    /// Number of iterations done; also the policy version.
     pub iteration: u32,
-    /// Training episodes so far.
+    /// Number of training episodes so far.
     pub episodes: u64,
-    /// The best evaluation so far, when `runner.keep_best` asks for it.
+    /// Best evaluation so far; `None` without `runner.keep_best`.
     pub best: Option<Best>,
-    /// Digest of the configuration.
+    /// Digest of the run's configuration.
     pub config_digest: String,
 }
 
-/// `state.json`
+/// Content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
     /// [`FORMAT_VERSION`] of the writer.
     pub format_version: u32,
-    /// Counters.
+    /// Counters at the checkpoint.
     pub counters: Counters,
-    /// The other files.
+    /// Size and digest of the other files.
     pub files: Vec<BundleFile>,
 }
 
-/// A checkpoint that has been read and found whole.
+/// Checkpoint that was read and verified.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// Its folder.
+    /// Folder of the checkpoint.
     pub dir: PathBuf,
-    /// Counters.
+    /// Counters at the checkpoint.
     pub counters: Counters,
-    /// The configuration that it was trained with.
+    /// Configuration of the run that wrote the checkpoint.
     pub config: RunConfig,
     model: WeightFile,
     optimizer: BTreeMap<String, Tensor>,
@@ -110,7 +110,7 @@ fn remove(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Reads a small text file of a checkpoint.
+/// Reads at most `limit` bytes of a text file of a checkpoint.
 fn text(dir: &Path, name: &str, limit: u64) -> Result<String> {
     let path = dir.join(name);
     let file = File::open(&path).map_err(|e| damaged(dir, format!("file `{name}` cannot be opened: {e}")))?;
@@ -122,10 +122,10 @@ fn text(dir: &Path, name: &str, limit: u64) -> Result<String> {
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint and checks all of it: every file's size and SHA-256, every weight of `specs`.
+    /// Reads a checkpoint and verifies the size and SHA-256 of every file, and every weight of `specs`.
     ///
     /// # Errors
-    /// Names the file or tensor that is missing, cut or damaged, with what was expected and found.
+    /// A file or tensor is missing, cut or damaged; the error contains the expected and found values.
     pub fn read(dir: &Path, specs: &[ParamSpec]) -> Result<Self> {
         let bad = |detail: String| damaged(dir, detail);
         let raw: serde_json::Value = serde_json::from_str(&text(dir, STATE, MAX_STATE_BYTES)?)
@@ -175,10 +175,10 @@ impl Checkpoint {
         })
     }
 
-    /// Puts weights and optimizer state back, bit for bit.
+    /// Restores weights and optimizer state, bit for bit.
     ///
     /// # Errors
-    /// The optimizer's tensors are not those of the policy; names the first.
+    /// A tensor of the optimizer does not fit the policy; the error names the first.
     pub fn restore(&self, updater: &mut Updater<'_>) -> Result<()> {
         let (mut actor, mut critic, mut reference) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in &self.optimizer {
@@ -226,12 +226,12 @@ impl Checkpoint {
     }
 }
 
-/// Folder of the checkpoint after `iteration` iterations.
+/// Returns the folder of the checkpoint after `iteration` iterations.
 pub fn path(dir: &Path, iteration: u32) -> PathBuf {
     dir.join(format!("iteration_{iteration:06}"))
 }
 
-/// The checkpoints in `dir` by iteration, oldest first; none when there is no such folder. They are not opened.
+/// Lists the checkpoints in `dir` by iteration, oldest first, without opening any; an absent folder has none.
 ///
 /// # Errors
 /// The folder cannot be listed.
@@ -252,10 +252,11 @@ pub fn list(dir: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// Writes the policy and the optimizers of `updater` to `DIR/iteration_N`: beside it, synced, renamed; one that is there is replaced.
+/// Writes the policy and the optimizers of `updater` to `DIR/iteration_N`, replacing an existing checkpoint. The files are written to a
+/// temporary folder next to the target, synced and renamed.
 ///
 /// # Errors
-/// A file cannot be written; then nothing is left under the final name.
+/// A file cannot be written; an incomplete checkpoint never has the final name.
 pub fn write(dir: &Path, updater: &mut Updater<'_>, counters: &Counters, config: &RunConfig) -> Result<PathBuf> {
     let target = path(dir, counters.iteration);
     let beside = dir.join(format!(".iteration_{:06}.writing", counters.iteration));
@@ -301,7 +302,7 @@ fn json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(value).map_err(LearnerError::State)
 }
 
-/// Removes a checkpoint: out of sight first, so that no half-removed one is ever found.
+/// Removes a checkpoint. Renames the folder first, so that no half-removed checkpoint is ever found.
 fn discard(dir: &Path, iteration: u32) -> Result<()> {
     let (target, aside) = (
         path(dir, iteration),

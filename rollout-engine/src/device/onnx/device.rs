@@ -13,23 +13,23 @@ use super::{
 };
 use crate::device::{Device, DeviceError, Loader, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath};
 
-/// A version that is loaded and has run its self-test.
+/// A loaded version whose self-test has run.
 #[derive(Debug)]
 pub struct Staged {
     sessions: PolicySessions,
     test: Vec<StepOutput>,
 }
 
-/// Loads sessions. Versions with the same vision-language weights and prefix graph share one prefix session.
+/// Loader of sessions. Versions with the same vision-language weights and the same prefix graph share one prefix session.
 #[derive(Debug)]
 pub struct OnnxLoader {
     runtime: OnnxRuntime,
-    /// The prefix session of the version that was loaded last, while a version uses it.
+    /// The prefix session of the latest loaded version, while a version uses the session.
     shared: Mutex<Weak<PrefixSession>>,
 }
 
 impl OnnxLoader {
-    /// Makes a loader.
+    /// Creates a loader.
     pub fn new(runtime: OnnxRuntime) -> Self {
         Self {
             runtime,
@@ -42,7 +42,7 @@ impl Loader for OnnxLoader {
     type Device = OnnxDevice;
 
     fn stage(&self, bundle: &Bundle, test: &SelfTestRun) -> Result<Staged, DeviceError> {
-        // one load at a time; the device's thread never takes this lock
+        // one load at a time; the device's thread never acquires this lock
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = shared.upgrade().filter(|prefix| prefix.is_of(bundle));
         let prefix = match earlier {
@@ -57,7 +57,7 @@ impl Loader for OnnxLoader {
     }
 }
 
-/// The sessions of the versions that are in use.
+/// Sessions of the versions in use, by slot.
 #[derive(Debug, Default)]
 pub struct OnnxDevice {
     slots: BTreeMap<Slot, PolicySessions>,

@@ -1,4 +1,4 @@
-//! The library of ONNX Runtime, and how sessions are made with it.
+//! The shared library of ONNX Runtime, and the settings of its sessions.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use policy::{config::Provider, message::one_line};
 
 use crate::device::DeviceError;
 
-/// Returns the name of a provider in a configuration.
+/// Returns the configuration's name of a provider.
 pub fn provider_name(provider: Provider) -> &'static str {
     match provider {
         Provider::Cpu => "cpu",
@@ -20,7 +20,7 @@ pub fn provider_name(provider: Provider) -> &'static str {
     }
 }
 
-/// The loaded library and how sessions are made with it; cheap to clone.
+/// The loaded library with the settings of its sessions; cheap to clone.
 #[derive(Clone)]
 pub struct OnnxRuntime {
     environment: Environment,
@@ -37,7 +37,7 @@ impl std::fmt::Debug for OnnxRuntime {
     }
 }
 
-/// Finds the library: `ORT_DYLIB_PATH`, else `.deps/onnxruntime/libonnxruntime.so` in a folder above the program.
+/// Finds the library: `ORT_DYLIB_PATH`, otherwise `.deps/onnxruntime/libonnxruntime.so` in a folder above the program.
 fn library() -> Result<PathBuf, DeviceError> {
     if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()) {
         return Ok(PathBuf::from(path));
@@ -51,10 +51,10 @@ fn library() -> Result<PathBuf, DeviceError> {
 }
 
 impl OnnxRuntime {
-    /// Loads the library and checks that `provider` is available; `threads` per session (at least 1).
+    /// Loads the library and checks that `provider` is available. Each session has `threads` threads (at least 1).
     ///
     /// # Errors
-    /// The library is missing or broken, or the provider is unavailable: there is no silent fall-back.
+    /// The library is missing or broken, or the provider is unavailable; there is no silent fallback.
     pub fn new(provider: Provider, threads: usize) -> Result<Self, DeviceError> {
         let path = library()?;
         let bad = |detail: String| DeviceError::Library {
@@ -92,7 +92,7 @@ impl OnnxRuntime {
         let builder = Session::builder(&self.environment)
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Level3)?))
             .and_then(|b| Ok(b.with_intra_threads(self.threads.max(1))?))
-            // learner and env workers share these cores: a thread that waits must not spin
+            // learner and env workers share these cores: a waiting thread must not spin
             .and_then(|b| Ok(b.with_intra_op_spinning(false)?))
             .map_err(refused)?;
         let provider = match self.provider {

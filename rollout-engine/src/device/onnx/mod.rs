@@ -1,5 +1,5 @@
-//! ONNX Runtime with tensors in the host's memory: the CPU device. The other providers run through it too, with a copy to the
-//! device and back at each step.
+//! ONNX Runtime with tensors in the host's memory: the CPU device. Other providers use the same sessions, with a copy to the device
+//! and back at each step.
 
 mod device;
 mod sessions;

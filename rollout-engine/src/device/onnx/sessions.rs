@@ -1,4 +1,4 @@
-//! The sessions of a policy's two graphs; of the policy they know no more than its tensors.
+//! The ONNX Runtime sessions of a policy's two graphs, which depend on the tensors of the policy only.
 
 use std::{
     path::Path,
@@ -28,15 +28,15 @@ use crate::device::{DeviceError, PathStep, PrefixBatch, StepOutput, StepPath};
 const PREFIX: &str = "prefix";
 const DENOISE: &str = "denoise";
 
-/// What the prefix graph made of a batch; every denoise step reads it.
+/// Outputs of the prefix graph for a batch; every denoise step reads these.
 #[derive(Debug)]
 pub struct PrefixCache {
     rows: usize,
-    /// Values that the denoise graph takes as they are, by input name.
+    /// Values that the denoise graph reads unchanged, by input name.
     values: Vec<(String, DynValue)>,
 }
 
-/// The digests of the files of a prefix session: two bundles with the same can share one.
+/// Digests of the files of a prefix session; bundles with equal digests can share a session.
 type PrefixIdentity = Option<(String, String)>;
 
 fn prefix_identity(bundle: &Bundle) -> PrefixIdentity {
@@ -50,12 +50,12 @@ fn denoise_contract(manifest: &Manifest) -> GraphContract {
 
 /// The prefix session, shared by all versions with the same vision-language weights.
 pub(super) struct PrefixSession {
-    /// Only the device's thread runs a session that serves, so this lock is not contended.
+    /// Session of the prefix graph. Only the device's thread runs a serving session, so the lock is not contended.
     session: Mutex<Session>,
     identity: PrefixIdentity,
     contract: GraphContract,
     denoise: GraphContract,
-    /// The inputs of a self-test and what this session made of them, so that the next version's test need not run it.
+    /// Inputs and outputs of the session's self-test; the next version's test with the same inputs reuses the outputs.
     tested: OnceLock<(PrefixBatch, Arc<PrefixCache>)>,
 }
 
@@ -84,15 +84,15 @@ impl PrefixSession {
         })
     }
 
-    /// Whether this session is the one of a bundle.
+    /// Returns whether the session belongs to a bundle.
     pub(super) fn is_of(&self, bundle: &Bundle) -> bool {
         self.identity.is_some()
             && self.identity == prefix_identity(bundle)
             && self.denoise == denoise_contract(&bundle.manifest)
     }
 
-    /// Returns what the prefix graph makes of a self-test's inputs, without using a session that serves: the inputs of an earlier
-    /// test are remembered, for others a session is loaded for this one run.
+    /// Returns the outputs of the prefix graph for a self-test's inputs, without running a serving session. The outputs of an
+    /// earlier test are reused; for other inputs a session is loaded for a single run.
     pub(super) fn self_test(
         &self,
         runtime: &OnnxRuntime,
@@ -102,7 +102,7 @@ impl PrefixSession {
         match self.tested.get() {
             Some((inputs, cache)) if inputs == batch => Ok(Arc::clone(cache)),
             Some(_) => Self::load(runtime, bundle)?.run(batch.clone()),
-            // no version uses this session before its first test
+            // no version serves with this session before the first test
             None => {
                 let cache = self.run(batch.clone())?;
                 let (_, cache) = self.tested.get_or_init(|| (batch.clone(), cache));
@@ -127,7 +127,7 @@ impl PrefixSession {
         ];
         let mut values = Vec::new();
         {
-            // a poisoned lock means a panic in another run; the session itself holds no state of that run
+            // a poisoned lock means a panic in another run; the session keeps no state of that run
             let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
             let mut outputs = session.run(inputs).map_err(run)?;
             for output in &self.contract.outputs {
@@ -168,7 +168,7 @@ impl PrefixSession {
 pub(super) struct PolicySessions {
     prefix: Arc<PrefixSession>,
     denoise: Session,
-    /// Weights as graph inputs, in the inputs mode.
+    /// Weights as graph inputs, in mode `inputs`; otherwise empty.
     weights: Vec<(String, DynValue)>,
     contract: GraphContract,
     dims: PolicyDims,
@@ -271,7 +271,7 @@ impl PolicySessions {
     }
 }
 
-/// Finds a tensor of a contract.
+/// Returns the spec of a tensor of a contract.
 fn spec<'a>(graph: &'static str, specs: &'a [TensorSpec], name: &str) -> Result<&'a TensorSpec, DeviceError> {
     specs
         .iter()
