@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Bring the programs that scripts/check runs into a folder: typos 1.52.0 (a pinned PyPI wheel) and cargo-machete 0.9.2 (built, a minute).
+"""Installs the programs of scripts/check in a folder: typos 1.52.0 (a pinned PyPI wheel) and cargo-machete 0.9.2 (built, a minute).
 
 usage: check_tools.py TOOLS_DIR
 
-Idempotent: a program that is there in this version is left alone.
+Idempotent: a program of the right version is kept.
 """
 
 import os

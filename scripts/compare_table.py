@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print a Markdown table of success before and after training, a row for each name with all its seeds.
+"""Prints a Markdown table of success before and after training, one row per name over all seeds.
 
 usage: compare_table.py OUT/NAME-seedN...
 """

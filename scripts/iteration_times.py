@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print where the time of an RL iteration goes, and add the numbers to a file of JSON lines.
+"""Prints the time of an RL iteration by part, and appends the numbers to a file of JSON lines.
 
 usage: iteration_times.py METRICS_JSONL OUT_JSONL
 """

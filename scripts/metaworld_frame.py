@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw one frame of MetaWorld without a display; fails with the reason when that does not work. Needs crates/envs/python on PYTHONPATH."""
+"""Draws one frame of MetaWorld without a display; fails with the reason. Needs crates/envs/python on PYTHONPATH."""
 
 from pirl_env_worker.envs import make
 

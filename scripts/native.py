@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Bring the two native libraries into a folder: libtorch 2.11.0 (CPU tree) and libonnxruntime 1.31.1.
+"""Installs the two native libraries in a folder: libtorch 2.11.0 (CPU tree) and libonnxruntime 1.31.1.
 
 usage: native.py DEPS_DIR
 
-Both come out of pinned PyPI wheels (version and sha256 below), so that every machine has the same bits. Idempotent and
-resumable: a finished tree is left alone, a wheel that is already there and whole is not fetched again, a tree is
-made beside its place and renamed when complete.
+Both libraries come from pinned PyPI wheels (version and sha256 below), so every machine has the same bits. Idempotent and
+resumable: a finished tree is kept, a complete wheel is not fetched again, and a new tree is made under a temporary name
+and renamed when complete.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def sha256(path):
 
 
 def wheel(requirement, folder, pinned=WHEELS):
-    """The path of a pinned wheel, fetched through pip unless a whole copy is there."""
+    """Returns the path of a pinned wheel; fetches the wheel through pip unless a complete copy exists."""
     name, want = pinned[requirement]
     path = folder / name
     if not (path.exists() and sha256(path) == want):
@@ -76,7 +76,7 @@ def torch_tree(deps, wheels):
     extract(archive, lambda n: n in TORCH_LIBS or n.startswith("torch/include/"), fresh)
     extract(wheel("nvidia-cuda-runtime==13.0.96", wheels), lambda n: n.endswith("libcudart.so.13"), fresh)
     extract(wheel("nvidia-cuda-cupti==13.0.85", wheels), lambda n: n.endswith("libcupti.so.13"), fresh)
-    # torch-sys compares this file with the version that it was generated for
+    # torch-sys compares this file with the version of its bindings
     (fresh / "torch" / "build-version").write_text("2.11.0\n")
     (fresh / "complete").write_text("")
     shutil.rmtree(target, ignore_errors=True)

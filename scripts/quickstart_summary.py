@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print success before and after the quickstart.
+"""Prints success before and after the quickstart.
 
 usage: quickstart_summary.py EVAL_JSON SECONDS
 """

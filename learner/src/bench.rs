@@ -1,4 +1,4 @@
-//! Speed of the update for each place of the prefix cache, on records that the policy makes itself from drawn observations.
+//! Speed of the update for each place of the prefix cache, on records that the policy draws from random observations.
 
 use std::fmt;
 
@@ -23,27 +23,27 @@ use crate::{
     },
 };
 
-/// The places that are compared; the first is what the others are measured by.
+/// Compared places; the first is the baseline of the speed ratios.
 const PLACES: [PrefixCachePlace; 3] = [PrefixCachePlace::Off, PrefixCachePlace::Memory, PrefixCachePlace::Disk];
 
-/// One place's measurement.
+/// Measurement of one place.
 #[derive(Debug, Clone)]
 pub struct Measured {
-    /// Which place.
+    /// The measured place.
     pub place: PrefixCachePlace,
     /// Seconds of an update, prefixes included: the median over the repeats.
     pub seconds: f64,
-    /// Records times epochs over these seconds.
+    /// Records times epochs, over `seconds`.
     pub samples_per_second: f64,
-    /// That over the speed of `off`: the median of the repeats' ratios.
+    /// Speed relative to `off`: the median of the repeats' ratios.
     pub over_off: f64,
-    /// Bytes of prefixes that were kept.
+    /// Bytes of stored prefixes, the largest over the repeats.
     pub kept_bytes: u64,
-    /// Largest difference of a weight after the update from the weight after the update of `off`.
+    /// Largest absolute difference of a weight from the same weight after the update with `off`.
     pub weight_gap: f32,
 }
 
-/// What [`update`] measured.
+/// Result of [`update`].
 #[derive(Debug, Clone)]
 pub struct Table {
     dims: PolicyDims,
@@ -52,15 +52,15 @@ pub struct Table {
     micro_batch: usize,
     threads: usize,
     repeats: usize,
-    /// By place.
+    /// Measurements in the order off, memory, disk.
     pub places: Vec<Measured>,
 }
 
-/// Updates a fresh policy on the same records with each place of the prefix cache, `repeats` times in turn, and checks that all give
-/// the same weights.
+/// Updates a fresh policy on the same records with each place of the prefix cache, `repeats` times in turn. The table compares
+/// the speeds and the final weights with `off`.
 ///
 /// # Errors
-/// No records or repeats, or the configuration's algorithm cannot be built.
+/// `records` or `repeats` is 0, the configuration's algorithm cannot be built, or no update was made.
 pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     for (what, count) in [("--records", records), ("--repeats", repeats)] {
         if count == 0 {
@@ -71,10 +71,10 @@ pub fn update(plan: &RunPlan, records: usize, repeats: usize) -> Result<Table> {
     tch::set_num_threads(actor.threads as i32);
     let acting = network(plan)?;
     let trajectories = episodes(plan, &acting, records)?;
-    // past the warm-up the critic and the actor train
+    // after the critic's warm-up, critic and actor are both updated
     let iteration = actor.optim.critic_warmup_epochs;
     let batch = RolloutBatch::new(plan, trajectories, 0, &OneRank)?.to_device(acting.device());
-    // the folder of the disk's file, not the run's
+    // folder for the file of `disk`, separate from the run's folder
     let scratch = std::env::temp_dir().join(format!("pirl-bench-{}", std::process::id()));
     let mut runs: Vec<Vec<(f64, u64)>> = vec![Vec::new(); PLACES.len()];
     let mut weights: Vec<Vec<f32>> = Vec::new();
@@ -178,11 +178,11 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Episodes of one chunk each; every other one succeeds.
+/// Makes episodes of one chunk each; every second episode succeeds.
 fn episodes(plan: &RunPlan, policy: &Pi0, records: usize) -> Result<Vec<Trajectory>> {
     let seed = plan.config.runner.seed;
     let numbers: Vec<usize> = (0..records).collect();
-    // what is left over joins the last whole group
+    // the remaining episodes join the last whole group
     let group = plan.config.algorithm.group_size.max(1);
     let last_group = (records / group).saturating_sub(1);
     let mut all = Vec::with_capacity(records);
@@ -213,7 +213,7 @@ fn episodes(plan: &RunPlan, policy: &Pi0, records: usize) -> Result<Vec<Trajecto
     Ok(all)
 }
 
-/// Drawn pixels and states, and prompts of which every other one fills half of its slots.
+/// Draws pixels, states and prompts; every second prompt fills half of its slots.
 fn observations(dims: &PolicyDims, seed: u64, numbers: &[usize]) -> ObservationBatch {
     let (side, cameras) = (dims.vision.image_size, dims.cameras);
     let count = numbers.len() as i64;

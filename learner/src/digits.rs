@@ -1,6 +1,6 @@
-//! Numbers for people: thousands set apart.
+//! Numbers with a thousands separator.
 
-/// Decimal digits in groups of three, `1234567` as `1,234,567`.
+/// Returns decimal digits in groups of three, `1234567` as `1,234,567`.
 pub(crate) fn grouped(digits: &str) -> String {
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (index, digit) in digits.chars().enumerate() {

@@ -1,4 +1,4 @@
-//! The class of what ends the program `learner`, for its exit code.
+//! Exit-code classes of the errors that end the program `learner`.
 
 use std::error::Error;
 
@@ -6,7 +6,7 @@ use process::exit::Class;
 
 use crate::error::LearnerError;
 
-/// Returns the class of one error; `None` where its type says nothing.
+/// Returns the class of an error, or `None` where the error's type determines no class.
 pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
     match error.downcast_ref()? {
         LearnerError::Config(_) | LearnerError::Zero { .. } | LearnerError::Params(_) => Some(Class::Usage),

@@ -1,12 +1,12 @@
-//! The learner: supervised stages, then online RL on what the rollout engine records, a new policy bundle per iteration.
+//! The learner: supervised stages, then online RL on the rollout engine's records, with a new policy bundle per iteration.
 //!
-//! Modules stand in the data's order: what is used stands above what uses it.
+//! Modules are listed in the order of the data path: a module comes before the modules that use it.
 
 mod digits;
 mod progress;
-// Which policy versions may have made a chunk.
+// Policy versions that may have made a chunk.
 mod versions;
-// What the learners of one run exchange.
+// Exchange between the learners of one run.
 pub mod ranks;
 // The network: pi0 and pi0.5 with their heads, and its weights.
 pub mod model;
@@ -24,9 +24,9 @@ pub mod method;
 pub mod metrics;
 // Engines and env workers around the learner.
 pub mod ring;
-// Episodes: which are ordered, and their arrival.
+// Orders and arrival of episodes.
 pub mod collect;
-// Episodes become tensors.
+// Conversion of episodes into tensors.
 pub mod batch;
 // The updates of an iteration.
 pub mod update;
@@ -34,8 +34,8 @@ pub mod update;
 pub mod supervised;
 // The HTML page about finished runs.
 pub mod report;
-// Online RL and evaluation, and what they write down.
+// Online RL, evaluation and their output files.
 pub mod run;
-// What a configuration amounts to.
+// Description of a configuration.
 pub mod inspect;
 pub mod bench;

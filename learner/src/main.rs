@@ -36,8 +36,8 @@ struct Config {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print what a configuration amounts to: sizes, batch arithmetic, what each key does and which file sets it, what differs from the
-    /// reference. Starts nothing and needs no checkpoint.
+    /// Describe a configuration: sizes, batch arithmetic, each key's effect and source file, differences from the reference. Starts nothing
+    /// and needs no checkpoint.
     Inspect {
         /// The configuration.
         config: PathBuf,
@@ -51,8 +51,8 @@ enum Command {
     Train {
         #[command(flatten)]
         config: Config,
-        /// Go on from a checkpoint: a folder `OUTPUT_DIR/checkpoints/iteration_N`, or `auto` for the newest whole one of the run
-        /// (a fresh start when there is none).
+        /// Resume from a checkpoint: a folder `OUTPUT_DIR/checkpoints/iteration_N`, or `auto` for the run's newest complete checkpoint
+        /// (a fresh start if the run has none).
         #[arg(long, value_name = "auto|PATH")]
         resume: Option<Resume>,
     },
@@ -60,27 +60,27 @@ enum Command {
     Eval {
         #[command(flatten)]
         config: Config,
-        /// A bundle; give several to compare them on the same episodes.
+        /// Bundle to evaluate; several bundles are compared on the same episodes.
         #[arg(long, required = true)]
         bundle: Vec<PathBuf>,
-        /// Episodes; the configuration's `env.eval.episodes` when absent.
+        /// Number of episodes; `env.eval.episodes` of the configuration when absent.
         #[arg(long)]
         episodes: Option<usize>,
-        /// Write a GIF of one episode under each bundle.
+        /// Write a GIF of one episode with every bundle.
         #[arg(long)]
         gif: Option<PathBuf>,
         /// Write the results as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
     },
-    /// Measure the update with the prefix cache in memory, on disk and off, on drawn observations of the configured sizes.
+    /// Measure the update with the prefix cache off, in memory and on disk, on drawn observations of the configured sizes.
     Bench {
         #[command(flatten)]
         config: Config,
-        /// Chunk records of the iteration.
+        /// Number of chunk records of the iteration.
         #[arg(long, default_value_t = 512)]
         records: usize,
-        /// Updates of each kind.
+        /// Number of updates for each place of the prefix cache.
         #[arg(long, default_value_t = 3)]
         repeats: usize,
     },
@@ -89,10 +89,10 @@ enum Command {
         /// Folder of a run (`runner.output_dir`); runs that differ only in `runner.seed` become one curve with its range.
         #[arg(required = true)]
         run: Vec<PathBuf>,
-        /// The page; `report.html` beside the first run when absent.
+        /// Output page; when absent, `report.html` in the folder that contains the first run.
         #[arg(long)]
         out: Option<PathBuf>,
-        /// Also write the success curves as a PNG; runs in folders called FACTOR.VALUE are drawn in a panel for each factor, the others in
+        /// Also write the success curves as a PNG. Runs in folders named FACTOR.VALUE are drawn in a panel for each factor, other runs in
         /// every panel.
         #[arg(long)]
         picture: Option<PathBuf>,
@@ -174,7 +174,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = failed("learner", error.as_ref(), exit::class);
             for line in error.chain().find_map(exit::log_tail).unwrap_or_default().lines() {
-                // when standard error is closed too, the exit code is all that is left
+                // when standard error is closed too, only the exit code reports the failure
                 drop(writeln!(std::io::stderr(), "    {line}"));
             }
             code

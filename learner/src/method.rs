@@ -1,5 +1,5 @@
-//! The loss and the advantage estimator that a plan names, and what they ask of the rest of it. What an entry of a registry needs stands
-//! in the entry, so that a new one is refused where it does not fit without a word here.
+//! The loss and the advantage estimator that a plan names, and their requirements on the rest of the plan. An entry of a registry
+//! declares its own requirements, so that a new entry needs no new check here.
 
 use policy::{
     config::{BootstrapType, ConfigError, ReferenceConfig},
@@ -13,12 +13,12 @@ use crate::{
     velocity::{VELOCITY_LOSSES, VelocityLoss, velocity_loss},
 };
 
-/// What an update descends.
+/// Loss that an update minimizes.
 #[derive(Debug)]
 pub enum Method {
     /// A loss on probability ratios.
     Likelihood(PolicyLossSpec),
-    /// A loss on the velocity, and what it is compared with.
+    /// A loss on the velocity, and its reference policy.
     Velocity(Box<dyn VelocityLoss>, ReferenceConfig),
 }
 
@@ -30,10 +30,10 @@ fn names<'a>(all: impl Iterator<Item = &'a str>) -> String {
     all.collect::<Vec<_>>().join(", ")
 }
 
-/// The loss of a plan.
+/// Returns the loss of a plan.
 ///
 /// # Errors
-/// Lists the registered names, names a section without its loss or the reverse, or says which parameter is wrong.
+/// The loss is not registered, its section is missing or superfluous, or a parameter is invalid.
 pub fn method(plan: &RunPlan) -> Result<Method> {
     let algorithm = &plan.config.algorithm;
     let name = algorithm.loss_type.as_str();
@@ -66,10 +66,10 @@ pub fn method(plan: &RunPlan) -> Result<Method> {
     Ok(Method::Likelihood(*loss))
 }
 
-/// The estimator of a plan.
+/// Returns the estimator of a plan.
 ///
 /// # Errors
-/// Lists the registered names.
+/// The estimator is not registered; the error lists the registered names.
 pub fn estimator(plan: &RunPlan) -> Result<&'static EstimatorSpec> {
     let name = plan.config.algorithm.adv_type.as_str();
     match ESTIMATORS.iter().find(|spec| spec.adv_type == name) {
@@ -84,10 +84,10 @@ pub fn estimator(plan: &RunPlan) -> Result<&'static EstimatorSpec> {
     }
 }
 
-/// Refuses what loss and estimator cannot do, before anything starts.
+/// Rejects keys that do not fit the loss or the estimator, before anything starts.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// A key does not fit; the error names the key and a valid setting.
 pub fn check(plan: &RunPlan) -> Result<()> {
     let estimator = estimator(plan)?;
     check_estimator(plan, estimator)?;
@@ -136,7 +136,7 @@ fn proximal_losses() -> String {
     )
 }
 
-/// Records of older versions need a loss that corrects for them.
+/// Rejects `max_staleness` unless the loss corrects for records of older versions.
 fn check_staleness(plan: &RunPlan, corrects: bool) -> Result<()> {
     if plan.config.rollout.max_staleness.is_none() || corrects {
         return Ok(());

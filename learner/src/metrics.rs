@@ -1,4 +1,4 @@
-//! What a run writes down: `metrics.jsonl` and TensorBoard event files.
+//! Metrics of a run: `metrics.jsonl` and TensorBoard event files.
 
 use std::{
     fs::{File, OpenOptions},
@@ -34,7 +34,7 @@ struct Summary {
     value: Vec<SummaryValue>,
 }
 
-/// `tensorflow.Event`, the fields that scalars need.
+/// Fields of `tensorflow.Event` that scalars need.
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(double, optional, tag = "1")]
@@ -53,7 +53,7 @@ fn now() -> f64 {
         .map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// One `TFRecord`: length, its checksum, payload, its checksum (masked CRC-32C).
+/// Returns one `TFRecord`: length, checksum of the length, payload, checksum of the payload (masked CRC-32C).
 fn record(payload: &[u8]) -> Vec<u8> {
     let masked = |bytes: &[u8]| {
         crc32c::crc32c(bytes)
@@ -65,10 +65,10 @@ fn record(payload: &[u8]) -> Vec<u8> {
     [&length[..], &masked(&length), payload, &masked(payload)].concat()
 }
 
-/// Whether a line of `metrics.jsonl` belongs to the run as it was at a checkpoint of `iteration`.
+/// Returns whether a line of `metrics.jsonl` belongs to the run as it was at a checkpoint of `iteration`.
 ///
-/// Lines of `train` up to it; of `eval` before it, because the evaluation of the checkpoint's version is made again; all lines of
-/// the supervised stages. A line that was cut while it was written belongs to nothing.
+/// Lines of `train` belong up to `iteration`. Lines of `eval` belong before `iteration`, because the checkpoint's version is evaluated
+/// again. All lines of the supervised stages belong. A line that was cut while it was written does not belong.
 fn belongs(line: &str, iteration: u64) -> bool {
     let Ok(line) = serde_json::from_str::<serde_json::Value>(line) else {
         return false;
@@ -84,8 +84,8 @@ fn belongs(line: &str, iteration: u64) -> bool {
 }
 
 impl MetricsLog {
-    /// Opens the log of a run that goes on after `iteration` (0: from its start): lines of `DIR/metrics.jsonl` that will be made
-    /// again are dropped first. Event files of `TensorBoard` stay; what is made again stands in the new one too.
+    /// Opens the log of a run that resumes after `iteration` (0: from its start). Drops the lines of `DIR/metrics.jsonl` that will be
+    /// written again. Event files of `TensorBoard` stay, so that repeated steps also stand in the new event file.
     ///
     /// # Errors
     /// See [`MetricsLog::open`].

@@ -1,21 +1,21 @@
 //! Learners that train one policy together, each on episodes of its own (data parallelism).
 //!
-//! What a learner must know of the others goes through [`Ranks`]: gradients, and every statistic over a minibatch or an iteration. Groups
-//! of episodes are whole on a rank, so that group-relative advantages need no exchange.
+//! [`Ranks`] exchanges gradients and every statistic over a minibatch or an iteration. Groups of episodes are whole on a rank, so that
+//! group-relative advantages need no exchange.
 
 use std::{error::Error, fmt::Debug};
 
 use tch::Tensor;
 
-/// An exchange between ranks that failed.
+/// Failed exchange between ranks.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {operation} over {size} ranks")]
 pub struct RanksError {
-    /// What was attempted.
+    /// The attempted operation.
     pub operation: &'static str,
     /// Number of ranks.
     pub size: usize,
-    /// Why it failed.
+    /// Cause.
     pub source: Box<dyn Error + Send + Sync>,
 }
 
@@ -24,10 +24,10 @@ pub type Result<T, E = RanksError> = std::result::Result<T, E>;
 
 /// The learners of one run. All ranks make the same calls in the same order, with tensors of equal number, shapes and kinds.
 pub trait Ranks: Debug {
-    /// Number of this rank, below [`Ranks::size`].
+    /// Returns the number of this rank, below [`Ranks::size`].
     fn rank(&self) -> usize;
 
-    /// Number of ranks, at least 1.
+    /// Returns the number of ranks, at least 1.
     fn size(&self) -> usize;
 
     /// Replaces the numbers in each tensor by their sums over all ranks; every rank gets the same bits.
@@ -36,7 +36,7 @@ pub trait Ranks: Debug {
     /// The exchange failed.
     fn sum(&self, tensors: &mut [Tensor]) -> Result<()>;
 
-    /// Replaces the numbers in each tensor by those of rank `root`.
+    /// Replaces the numbers in each tensor by the numbers of rank `root`.
     ///
     /// # Errors
     /// The exchange failed.
@@ -53,7 +53,7 @@ impl dyn Ranks + '_ {
         Ok(numbers)
     }
 
-    /// Returns the number that each rank gave, by rank.
+    /// Returns the numbers of all ranks, indexed by rank.
     ///
     /// # Errors
     /// The exchange failed.
@@ -79,7 +79,7 @@ impl dyn Ranks + '_ {
         })
     }
 
-    /// Returns the largest of the ranks' numbers, which are not negative.
+    /// Returns the largest of the ranks' numbers, all at least 0.
     ///
     /// # Errors
     /// The exchange failed.

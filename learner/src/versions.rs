@@ -1,8 +1,8 @@
-//! Which policy versions may have made the chunks of an episode.
+//! Policy versions that may have made the chunks of an episode.
 
 use std::ops::RangeInclusive;
 
-/// A chunk of a version that its episode may not have.
+/// Chunk of a policy version that its episode does not allow.
 #[derive(Debug, thiserror::Error)]
 #[error("chunk {chunk} is of version {found}, expected {}", shown(.expected))]
 pub struct VersionError {
@@ -23,7 +23,7 @@ fn shown(versions: &RangeInclusive<u64>) -> String {
     }
 }
 
-/// Rejects chunk `chunk` of version `found` unless its version is among `expected`.
+/// Rejects chunk `chunk` unless its version `found` is in `expected`.
 pub(crate) fn check_version(chunk: u32, found: u64, expected: RangeInclusive<u64>) -> Result<(), VersionError> {
     if expected.contains(&found) {
         Ok(())

@@ -1,6 +1,6 @@
-//! Round trip and throughput of the wire's sockets beside those of the `zeromq` crate, over loopback and in turn: `scripts/bench-wire`.
+//! Round trip and throughput of the wire's sockets and of the `zeromq` crate, over loopback and in turn: `scripts/bench-wire`.
 //!
-//! Both carry the same messages through the same codec. The server runs on two threads of its own, as an engine does.
+//! Both libraries carry the same messages through the same codec. The server runs on two separate threads, like an engine.
 #![expect(
     clippy::expect_used,
     clippy::infinite_loop,
@@ -26,7 +26,7 @@ const TRIPS: usize = 5000;
 const TRIP_BYTES: usize = 1 << 10;
 const PARTS: usize = 1000;
 const PART_BYTES: usize = 1 << 20;
-/// Bytes that the server lets wait for a client.
+/// Largest number of bytes that wait in the server for a client.
 const WINDOW: usize = 32 << 20;
 
 fn part(bytes: usize, offset: u64) -> FilePart {
@@ -38,7 +38,8 @@ fn part(bytes: usize, offset: u64) -> FilePart {
     }
 }
 
-/// What the server does with a message: `offset` says how many parts of `PART_BYTES` it sends back, 0 none; a part named `echo` comes back.
+/// Returns the number and size of the parts that answer a message. A part named `echo` is returned; for `send`, `offset` is the number of
+/// parts of `PART_BYTES`.
 fn answers(asked: &FilePart) -> (usize, usize) {
     match asked.file.as_str() {
         "echo" => (1, asked.data.len()),
@@ -108,7 +109,7 @@ async fn serve_zeromq(endpoint: mpsc::Sender<String>) {
     }
 }
 
-/// Microseconds of a round trip (median and p99) and MB/s each way.
+/// Microseconds of a round trip (median and p99), and MB/s each way.
 #[derive(Debug, Default, Clone, Copy)]
 struct Figures {
     p50: f64,
@@ -117,7 +118,7 @@ struct Figures {
     down: f64,
 }
 
-/// What a row of the table shows.
+/// Number of a table's row.
 type Figure = fn(&Figures) -> f64;
 
 trait Peer {

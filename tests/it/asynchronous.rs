@@ -1,4 +1,4 @@
-//! Asynchronous training: which versions reach an update, what is left out, and that nothing is lost on the way.
+//! Asynchronous training: the versions that reach an update, dropped episodes, and no lost episodes.
 
 use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
@@ -40,8 +40,8 @@ use crate::common::network;
 
 const DECOUPLED: &str = "algorithm.loss_type=\"decoupled_actor_critic\"";
 
-/// Every record is of a version within the bound, an episode's versions only rise, no episode is lost though the engine is killed in
-/// the middle, and records of an older version than the one in training do come.
+/// Every record's version is within the bound, and an episode's versions only rise. Records of older versions than the version in training
+/// arrive. No episode is lost although the engine is killed in the middle.
 #[test]
 fn records_are_within_the_bound_and_some_are_of_older_versions() {
     const BOUND: u64 = 2;
@@ -65,7 +65,7 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
     let mut met = BTreeSet::new();
     for iteration in 0..plan.config.runner.max_epochs {
         let version = u64::from(iteration);
-        // the engine is not waited for: it goes on with the version that it has
+        // the learner does not wait for the engine, which continues with its version
         let bundle = publisher.publish(&policy, version).expect("bundle");
         hub.announce(&bundle).expect("announce");
         ahead.order(&hub, &plan, version).expect("orders");
@@ -109,7 +109,7 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
             batch.whole.staleness_mean
         );
         assert_eq!(batch.trained_version, version + 1);
-        // what is refused beyond the bound
+        // rejected beyond the bound
         if iteration == 5 {
             let late = RolloutBatch::new(&plan, got.trajectories, version + BOUND + 1, &OneRank);
             let error = told(&late.expect_err("refused"));
@@ -120,7 +120,7 @@ fn records_are_within_the_bound_and_some_are_of_older_versions() {
     assert!(met.iter().any(|lag| *lag > 0), "{met:?}");
 }
 
-/// An engine that is played by the test.
+/// An engine that the test emulates.
 struct Played {
     send: DealerSender,
     receive: DealerReceiver,
@@ -144,7 +144,7 @@ impl Played {
         self.send.send(&message).await.expect("sending");
     }
 
-    /// The next order; announces and acknowledgements are passed over.
+    /// Returns the next order; skips announces and acknowledgments.
     async fn order(&mut self) -> Order {
         loop {
             let next = tokio::time::timeout(Duration::from_secs(30), self.receive.receive::<FromLearner>());
@@ -167,7 +167,7 @@ fn reset(env: u32) -> Reset {
     }
 }
 
-/// An episode of one chunk by `version`.
+/// Returns an episode of one chunk by `version`.
 fn episode(id: u64, env: u32, version: u64) -> ToLearner {
     let empty = || Array::f32(&[0], &[]);
     let record = ChunkRecord {
@@ -206,8 +206,8 @@ fn episode(id: u64, env: u32, version: u64) -> ToLearner {
     }))
 }
 
-/// An engine is told only what is wanted beside what it knows, and everything when it comes back. An episode whose version is too
-/// old, or was never announced by this learner, is counted and ordered again.
+/// An engine receives only new batches in addition to its orders, and all batches after a reconnect. An episode is counted and ordered
+/// again whose version is too old or was never announced by this learner.
 #[test]
 fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
     let dir = tempfile::tempdir().expect("folder");
@@ -225,7 +225,7 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
     let (soon, later) = (batch(0, 1, Mode::Train, 4), batch(1, 2, Mode::Train, 5));
     let evaluation = batch(0, 0, Mode::Eval, 6);
     let event = || hub.next(Duration::from_secs(30)).expect("hub").expect("an event");
-    // the sockets go on while this thread waits for an event
+    // the sockets keep running while this thread waits for an event
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -239,7 +239,7 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
             let order = engine.order().await;
             assert_eq!((order.replaces, order.batches), (first, vec![wanted.clone()]));
         }
-        // this learner has announced nothing after version 0
+        // this learner has announced no version after 0
         for (id, env, version, wanted) in [(1, 4, 1, &soon), (2, 5, 0, &later)] {
             engine.send(episode(id, env, version)).await;
             assert!(
@@ -253,11 +253,11 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
         drop(engine);
         let mut order = next.order().await;
         while order.batches.len() < 3 {
-            // it was there before the first one was found to be gone
+            // the second engine connected before the first was found disconnected
             order = next.order().await;
         }
         assert_eq!(order.batches, [&evaluation, &soon, &later].map(Clone::clone));
-        // what came already is not taken for an answer, the next one is
+        // an episode that already arrived is not accepted again, the next one is
         for id in [1, 3] {
             next.send(episode(id, 4, 0)).await;
         }
@@ -272,7 +272,7 @@ fn an_episode_out_of_bounds_is_left_out_counted_and_ordered_again() {
     });
 }
 
-/// `learner train` with start weights where SFT leaves them, in a folder of its own.
+/// Runs `learner train` with start weights in SFT's place, in a separate folder.
 fn run(overrides: &[&str]) -> (tempfile::TempDir, RunPlan) {
     let tiny = [
         DECOUPLED,
@@ -296,7 +296,7 @@ fn run(overrides: &[&str]) -> (tempfile::TempDir, RunPlan) {
     (dir, plan)
 }
 
-/// The lines of a stage of `metrics.jsonl`.
+/// Returns the lines of a stage of `metrics.jsonl`.
 fn metrics(dir: &Path, stage: &str) -> Vec<serde_json::Value> {
     let text = fs::read_to_string(dir.join("metrics.jsonl")).expect("metrics");
     let lines = text
@@ -310,7 +310,7 @@ fn numbers(lines: &[serde_json::Value], key: &str) -> Vec<f64> {
     lines.iter().map(number).collect()
 }
 
-/// Without learning rates all versions have the same weights: then the ratio is 1 however old a record is.
+/// With a learning rate of 0 all versions have the same weights, so the ratio is 1 for a record of any age.
 #[test]
 fn the_ratio_is_one_at_equal_weights_whatever_the_staleness() {
     let (dir, plan) = run(&["actor.optim.lr=0.0", "actor.optim.value_lr=0.0"]);
@@ -322,15 +322,14 @@ fn the_ratio_is_one_at_equal_weights_whatever_the_staleness() {
         oldest.iter().any(|lag| *lag > 0.0) && oldest.iter().all(|lag| *lag <= 2.0),
         "{oldest:?}"
     );
-    // what `parity_ratio_is_one_at_zero_learning_rate` allows two runtimes in f32
+    // the tolerance of `parity_ratio_is_one_at_zero_learning_rate` for two runtimes in f32
     assert!(numbers(&lines, "ratio").iter().all(|ratio| (ratio - 1.0).abs() < 1e-3));
     for key in ["clip_fraction", "behaviour_clip_fraction", "stale_dropped"] {
         assert!(numbers(&lines, key).iter().all(|share| *share == 0.0), "{key}");
     }
 }
 
-/// An asynchronous run ends with every episode used, every evaluation made and weights that moved and are finite; it goes on from a
-/// checkpoint.
+/// An asynchronous run uses every episode, makes every evaluation and ends with changed, finite weights. The run resumes from a checkpoint.
 #[test]
 fn an_asynchronous_run_loses_nothing_and_goes_on_from_a_checkpoint() {
     let (dir, mut plan) = run(&[]);
@@ -349,7 +348,7 @@ fn an_asynchronous_run_loses_nothing_and_goes_on_from_a_checkpoint() {
         assert!((0.0..=whole).contains(&waited), "{line}");
     }
     let evaluations = metrics(dir.path(), "eval");
-    // version 3 was the first run's last; the second begins with an evaluation only where the interval says so
+    // version 3 was the first run's last; the second run starts with an evaluation only if the interval requires one
     assert_eq!(numbers(&evaluations, "step"), [0.0, 2.0, 4.0, 5.0]);
     assert_eq!(numbers(&evaluations, "eval_episodes"), [8.0; 4]);
 

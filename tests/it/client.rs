@@ -1,4 +1,4 @@
-//! What a client beside the ring gets of the engine: chunks that go on from the one before, and pi0.5's prompt with the state.
+//! A client outside the ring: chunks that continue the previous chunk, and pi0.5's prompt with the state.
 
 use integration_tests::ring::{Client, Worker, row};
 use learner::{
@@ -12,7 +12,7 @@ use wire::{
 
 use crate::ring::{Ring, block_on, record};
 
-/// A robot that executes one chunk while it waits for the next one moves on without a jump.
+/// A robot that executes one chunk while it waits for the next chunk moves without a jump.
 #[test]
 fn a_guided_chunk_goes_on_from_the_one_before() {
     let Ring {
@@ -50,7 +50,7 @@ fn a_guided_chunk_goes_on_from_the_one_before() {
                 .zip(&chunk[range.start + width..range.end + width]);
             pairs.map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max)
         };
-        // the weight is 1 until half of the flow time is left; what the last two of four steps add is pulled back by 1/3 of it at least
+        // the weight is 1 until half of the flow time remains; at least 1/3 of the last two steps' change is corrected
         let (without, with) = (gap(&free, 0..2), gap(&held, 0..2));
         println!("largest gap to the chunk before: {without:.3} without, {with:.3} with guidance");
         assert!(with < 0.7 * without, "{with} against {without}");
@@ -105,7 +105,7 @@ fn a_guided_chunk_goes_on_from_the_one_before() {
     });
 }
 
-/// pi0.5's words: those of the tabletop and of its prompt, and the bins of the state.
+/// Returns pi0.5's words as TOML: words of the tabletop and of its prompt, and the bins of the state.
 fn words_with_state() -> String {
     let bins = (-1..256).map(|bin| bin.to_string());
     let words = ["pick", "red", "green", "blue", "Task", ":", ",", "State", ";", "Action"].map(str::to_owned);
@@ -113,7 +113,7 @@ fn words_with_state() -> String {
     format!("actor.model.tokenizer={{kind=\"words\",words=[{}]}}", all.join(","))
 }
 
-/// What the engine records of pi0.5 is its prompt with the state in words, and the learner reads the same: the ratio is 1.
+/// For pi0.5 the engine records the prompt with the state in words, and the learner reads the same prompt: the ratio is 1.
 #[test]
 fn the_prompt_of_pi05_holds_the_state() {
     let words = words_with_state();

@@ -1,4 +1,4 @@
-//! Small policies, observations and records that several tests share.
+//! Small policies, observations and records for several tests.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use policy::{
 use tch::{Device, Tensor};
 use wire::messages::Trajectory;
 
-/// A network of milliseconds, for tests that pass through it many times.
+/// Overrides of a network that runs in milliseconds, for tests with many passes.
 pub(crate) const SMALL_NETWORK: [&str; 6] = [
     "actor.model.vlm={width=16,mlp=32}",
     "actor.model.expert={width=32,mlp=64}",
@@ -29,7 +29,7 @@ pub(crate) const SMALL_NETWORK: [&str; 6] = [
     "actor.model.vision={width=16,mlp=32,depth=1,heads=2,image_size=16,patch=8}",
 ];
 
-/// A recipe with these overrides, or why it is refused.
+/// Loads a recipe with these overrides, or returns the reason for its rejection.
 pub(crate) fn try_recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> Result<RunPlan, String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
     let overrides: Vec<String> = overrides.iter().map(|s| s.as_ref().to_owned()).collect();
@@ -38,25 +38,25 @@ pub(crate) fn try_recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> Result<R
         .map_err(|error| error.to_string())
 }
 
-/// A recipe with these overrides.
+/// Loads a recipe with these overrides.
 pub(crate) fn recipe<S: AsRef<str>>(name: &str, overrides: &[S]) -> RunPlan {
     try_recipe(name, overrides).expect("plan")
 }
 
-/// The plan's policy with random weights.
+/// Returns the plan's policy with random weights.
 pub(crate) fn network(plan: &RunPlan, seed: u64) -> Pi0 {
     tch::set_num_threads(1);
     let store = ParamStore::random(&plan.dims, &plan.heads, seed, Device::Cpu).expect("weights");
     Pi0::new(plan.dims.clone(), &plan.heads, store).expect("network")
 }
 
-/// All weights that RL trains.
+/// Returns all weights that RL trains.
 pub(crate) fn weights(policy: &Pi0) -> Vec<f32> {
     let parts = [Part::Expert, Part::NoiseHead, Part::ValueHead].map(|part| policy.store().export(part));
     parts.into_iter().flatten().flat_map(|(_, _, data)| data).collect()
 }
 
-/// The part of a chunk that the plan's environment executes.
+/// Returns the part of a chunk that the plan's environment executes.
 pub(crate) fn executed(plan: &RunPlan) -> Executed {
     let model = &plan.config.actor.model;
     Executed {
@@ -65,7 +65,7 @@ pub(crate) fn executed(plan: &RunPlan) -> Executed {
     }
 }
 
-/// Drawn observations; the prompts have from one token to all, and every fifth camera is absent.
+/// Returns random observations; prompts have from one to all tokens, and every fifth camera is absent.
 pub(crate) fn observations(plan: &RunPlan, records: usize) -> ObservationBatch {
     let (dims, count) = (&plan.dims, records as i64);
     let (side, cameras) = (dims.vision.image_size, dims.cameras);
@@ -91,10 +91,10 @@ pub(crate) fn observations(plan: &RunPlan, records: usize) -> ObservationBatch {
     }
 }
 
-/// What episodes of one chunk pay, by environment: the rewards of the executed actions, and whether it succeeds.
+/// Outcome of an episode of one chunk, by environment: the rewards of the executed actions, and success.
 pub(crate) type Pay<'a> = &'a dyn Fn(u32) -> (Vec<f32>, bool);
 
-/// Episodes of one chunk each, acted by `policy` as `version`, two from each start (the last start has three when the number is odd).
+/// Returns episodes of one chunk each, made by `policy` as `version`, two from each start (three from the last start for an odd number).
 pub(crate) fn acted(plan: &RunPlan, policy: &Pi0, records: usize, version: u64, pay: Pay<'_>) -> Vec<Trajectory> {
     let keys: Vec<NoiseKey> = (0..records as u32)
         .map(|env| NoiseKey {

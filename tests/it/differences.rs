@@ -1,5 +1,4 @@
-//! `docs/differences.md` and the tests say the same: every difference that a golden test finds has its row with the numbers that were
-//! found, and every row has its test.
+//! `docs/differences.md` and the tests agree: every difference of a golden test has a row with the same numbers, and every row has a test.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -16,7 +15,7 @@ struct Row {
     shown: String,
 }
 
-/// The cells of the rows below `heading`, the head of the table left out.
+/// Returns the cells of the rows below `heading`, without the table's header.
 fn table(heading: &str) -> Vec<Vec<String>> {
     let text = std::fs::read_to_string(Path::new(ROOT).join("docs/differences.md")).expect("docs/differences.md");
     let (_, below) = text
@@ -43,8 +42,8 @@ fn rows() -> Vec<Row> {
     rows.collect()
 }
 
-/// Whether the golden set is the committed one: the numbers and cases of the document are of that set alone. Another one is compared with
-/// the reference by the same tests, but not with the document.
+/// Returns whether the golden set is the committed set, to which the document's numbers and cases belong. The tests compare another set
+/// with the reference, but not with the document.
 pub(crate) fn of_the_committed_set(what: &str) -> bool {
     let sums = |dir: &Path| std::fs::read(dir.join("SHA256SUMS"));
     let committed = sums(Path::new(COMMITTED_GOLDEN)).expect("SHA256SUMS of the committed golden set");
@@ -56,14 +55,14 @@ pub(crate) fn of_the_committed_set(what: &str) -> bool {
     same
 }
 
-/// Whether `number` is one of the whole numbers of the text: 0 is not in 0.5, nor 1 in c001.
+/// Returns whether `number` is a complete number in the text: 0 is not in 0.5, nor 1 in c001.
 fn says(text: &str, number: f64) -> bool {
     text.split(|c: char| !(c.is_ascii_alphanumeric() || ['.', '-', '+'].contains(&c)))
         .filter_map(|word| word.trim_end_matches('.').parse::<f64>().ok())
         .any(|found| found.to_bits() == number.to_bits())
 }
 
-/// The cases of a golden file that differ, with what was found, are those of the rows that name the file.
+/// Asserts that the differing cases of a golden file, with their numbers, are those of the rows that name the file.
 pub(crate) fn check_cases(stem: &str, differs: &[(String, String)]) {
     if !of_the_committed_set(stem) {
         return;
@@ -98,21 +97,21 @@ pub(crate) fn check_cases(stem: &str, differs: &[(String, String)]) {
     );
 }
 
-/// The row that is shown by the golden case `shown` has these numbers, where the golden set is the committed one.
+/// Asserts that the row of the golden case `shown` has these numbers, if the golden set is the committed set.
 pub(crate) fn check_numbers(shown: &str, reference: f64, ours: f64) {
     if of_the_committed_set(shown) {
         check_row(shown, reference, ours);
     }
 }
 
-/// The row that is shown by `shown` has these numbers.
+/// Asserts that the row of `shown` has these numbers.
 fn check_row(shown: &str, reference: f64, ours: f64) {
     let row = rows().into_iter().find(|row| row.shown == format!("`{shown}`"));
     let row = row.unwrap_or_else(|| panic!("docs/differences.md has no row shown by `{shown}`"));
     for (cell, number) in [(&row.reference, reference), (&row.ours, ours)] {
         let written: f64 = cell
             .parse()
-            .unwrap_or_else(|_| panic!("{shown}: `{cell}` is no number"));
+            .unwrap_or_else(|_| panic!("{shown}: `{cell}` is not a number"));
         // the document has four decimals
         assert!(
             (written - number).abs() < 1e-4,
@@ -132,7 +131,7 @@ fn a_number_of_the_document_is_a_whole_one_of_the_text() {
     }
 }
 
-/// An entropy per row `[N]` under a mask `[N, 1]`: the product is `[N, N]` in the reference.
+/// With an entropy per row `[N]` and a mask `[N, 1]`, the reference's product is `[N, N]`.
 #[test]
 fn the_document_has_both_numbers_of_the_entropy_bonus() {
     let entropy = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]);
@@ -170,7 +169,7 @@ fn what_shows_a_difference_is_there() {
             assert!(all.contains(&format!("fn {name}(")), "no test `{name}`: {row:?}");
         }
     }
-    // tests and golden cases that have numbers are named by their tests, functions by this one
+    // numbers of golden cases are checked by their tests, names of test functions here
     for row in rows() {
         let name = row.shown.trim_matches('`');
         let by_golden = row.shown.starts_with("`rlinf_") || row.shown.starts_with("`pi0");

@@ -1,4 +1,4 @@
-//! What is learnt from environments does not depend on their order, and what was not executed has no part in a loss on the velocity.
+//! Learning does not depend on the order of environments, and actions that were not executed are not in a loss on the velocity.
 
 use learner::{
     batch::RolloutBatch,
@@ -27,7 +27,7 @@ const SMALL: [&str; 6] = [
     "actor.global_batch_size=4096",
 ];
 
-/// Episodes of [`LENGTHS`], in three groups of two of which one succeeds.
+/// Returns episodes of [`LENGTHS`], in three groups of two with one success each.
 fn episodes(plan: &RunPlan, policy: &Pi0) -> Vec<Trajectory> {
     let full = plan.config.actor.model.num_action_chunks;
     let mut last = vec![false; LENGTHS.iter().sum()];
@@ -62,7 +62,7 @@ fn episodes(plan: &RunPlan, policy: &Pi0) -> Vec<Trajectory> {
     episodes
 }
 
-/// The samples of each episode of a batch.
+/// Returns the samples of each episode of a batch.
 fn samples(batch: &RolloutBatch) -> Vec<Vec<i64>> {
     let mut by_episode = vec![Vec::new(); LENGTHS.len()];
     for (sample, episode) in batch.episode.iter().enumerate() {
@@ -116,7 +116,7 @@ fn assert_permuted(what: &str, plain: &RolloutBatch, moved: &RolloutBatch, order
     assert!((moved.whole.action_magnitude - plain.whole.action_magnitude).abs() < 1e-9);
 }
 
-/// From episodes to a batch, and from the batch to weights: the order of the environments changes neither.
+/// The order of the environments changes neither the batch of the episodes nor the weights after an update.
 #[test]
 fn permuting_environments_permutes_the_batch_and_changes_no_update() {
     let orders: [[usize; 6]; 3] = [[5, 4, 3, 2, 1, 0], [2, 0, 1, 5, 3, 4], [1, 0, 3, 2, 5, 4]];
@@ -161,7 +161,7 @@ fn permuting_environments_permutes_the_batch_and_changes_no_update() {
     }
 }
 
-/// Where a sample has several denoise steps, or is one of them, the cut of a minibatch changes no update either.
+/// The split of a minibatch changes no update, also if a sample has several denoise steps or is one of several.
 #[test]
 fn the_cut_of_a_minibatch_changes_no_update_of_any_formulation() {
     let bonus = "algorithm.entropy_bonus=0.5";
@@ -243,7 +243,7 @@ fn methods() -> [(&'static str, Box<dyn VelocityLoss>); 4] {
     ]
 }
 
-/// Samples of `H x A` = 3 x 2 elements.
+/// Elements of a sample: `H x A` = 3 x 2.
 const ELEMENTS: usize = 6;
 const SAMPLES: usize = 4;
 

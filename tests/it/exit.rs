@@ -23,7 +23,7 @@ const RING: i32 = 4;
 
 const QUICKSTART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
 
-/// Runs a program and checks its exit code and that it says why.
+/// Runs a program and asserts its exit code and its error line.
 #[track_caller]
 fn ends(name: &str, args: &[&str], code: i32) {
     ends_with(Command::new(program(name)).args(args), code);

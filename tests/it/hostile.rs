@@ -1,5 +1,5 @@
-//! Hostile and short-lived peers against a real engine and a real learner, in the small form of `scripts/soak`: after every attack the
-//! process lives, a steady client got every answer, a new one is served, and memory and log stayed within their bounds.
+//! Hostile and short-lived peers against an engine and a learner, as a small `scripts/soak`. After every attack the process runs, a steady
+//! client has every answer, and a new client is served. Memory and log are within their bounds.
 
 use std::{
     path::Path,
@@ -15,7 +15,7 @@ use integration_tests::{
     standalone::{Limits, Programs, Server, signal, stop},
 };
 
-/// Descriptors of the engine in the attacks on them.
+/// Descriptors of the engine in the attacks on descriptors.
 const SCARCE: u64 = 1024;
 
 fn engine(dir: &Path, descriptors: Option<u64>) -> Server {
@@ -26,12 +26,12 @@ fn engine(dir: &Path, descriptors: Option<u64>) -> Server {
     Server::engine(&Programs::default(), &plan(dir, &[]), dir, limits)
 }
 
-/// Carries out all attacks on a target, a second each.
+/// Runs all attacks on a target for a second each and asserts the bounds.
 #[track_caller]
 fn withstands(server: &mut Server, target: Target, question: &Question) {
     let bounds = Bounds {
         seconds: Duration::from_secs(1),
-        // latency is measured by the soak, on a machine that does nothing else
+        // latency is measured by the soak, on an otherwise idle host
         idle: Duration::ZERO,
         nice: 10,
     };
@@ -70,7 +70,7 @@ fn a_learner_withstands_every_attack() {
     withstands(&mut learner, Target::Learner, &Question::part("steady"));
 }
 
-/// Clients that come and go with nobody else there: the case that hung an engine for ever.
+/// Short-lived clients without any other client once hung an engine forever.
 #[test]
 fn clients_that_come_and_go_are_all_served() {
     let dir = tempfile::tempdir().expect("folder");
@@ -93,7 +93,7 @@ fn clients_that_come_and_go_are_all_served() {
     assert!(server.terminate(GRACE).is_some(), "SIGTERM ends it within {GRACE:?}");
 }
 
-/// Workers that vanish leave no slots behind; a crowd of them does not keep others out.
+/// Vanished workers leave no slots, and many vanished workers do not block others.
 #[test]
 fn workers_that_vanish_leave_no_slots() {
     let dir = tempfile::tempdir().expect("folder");
@@ -116,7 +116,7 @@ fn workers_that_vanish_leave_no_slots() {
     }
 }
 
-/// An engine that was stopped for a while serves on.
+/// An engine that was stopped for a while continues to serve.
 #[test]
 fn an_engine_that_stood_still_serves_on() {
     let dir = tempfile::tempdir().expect("folder");

@@ -1,5 +1,5 @@
-//! Recipes where none of the files exists that they name: `learner inspect` describes each, `learner train` says what is missing, and
-//! neither leaves anything behind. A run's own configuration needs no recipe.
+//! Recipes whose files do not exist: `learner inspect` describes each recipe, `learner train` names the missing files, and neither writes a
+//! file. A run's own configuration needs no recipe.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! The load of `scripts/bench-engine` in its small form: every request of every client is answered, whatever it takes.
+//! A small `scripts/bench-engine`: every request of every client is answered, in any time.
 
 use std::time::Duration;
 

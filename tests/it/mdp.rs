@@ -1,4 +1,4 @@
-//! The three formulations of a chunk's decision (hybrid, joint, two-layer) on bandits whose optimal policy is known.
+//! The three formulations of a chunk's decision (hybrid, joint, two-layer) on bandits with a known optimal policy.
 
 use learner::{
     batch::{RolloutBatch, observation::ObservationBatch},
@@ -22,17 +22,17 @@ use wire::messages::Trajectory;
 use crate::common::{network, recipe};
 
 const FORMULATIONS: [&str; 3] = ["hybrid", "joint", "two_layer"];
-/// Denoise steps.
+/// Denoise steps of a chunk.
 const STEPS: usize = 4;
 /// Executed elements of an action.
 const WIDTH: usize = 2;
-/// Episodes of a GRPO group: one context.
+/// Episodes of a GRPO group, all of one context.
 const GROUP: usize = 8;
 
-/// Group-relative advantages without a critic, and GAE, over both layers where there are two, on `V_expert`.
+/// Recipes for group-relative advantages without a critic, and for GAE on `V_expert` (over both layers of a two-layer MDP).
 const CREDIT: [(&str, &str); 2] = [("tabletop_grpo", "GRPO"), ("tabletop_two_layer", "GAE")];
 
-/// A tiny pi0 that acts once, with the algorithm of a recipe.
+/// Returns the plan of a tiny pi0 that acts once per episode, with the algorithm of a recipe.
 fn plan(base: &str, mdp: &str, overrides: &[String]) -> RunPlan {
     let mut all: Vec<String> = [
         "actor.model.vlm={width=16,mlp=32}",
@@ -62,7 +62,7 @@ fn plan(base: &str, mdp: &str, overrides: &[String]) -> RunPlan {
     recipe(base, &all)
 }
 
-/// A blank image, and the context as the state: `[contexts, action_dim]`.
+/// Returns observations with blank images and the context as the state, `[contexts, action_dim]`.
 fn seen(plan: &RunPlan, contexts: &[Vec<f32>]) -> ObservationBatch {
     let (count, side) = (contexts.len() as i64, plan.dims.vision.image_size as i64);
     ObservationBatch {
@@ -80,7 +80,7 @@ fn context(plan: &RunPlan, number: u64) -> Vec<f32> {
     state
 }
 
-/// Acts once in each context and is paid `-|a - optimum|^2`. Consecutive contexts are of a group.
+/// Acts once in each context with the reward `-|a - optimum|^2`. Consecutive contexts form a group.
 fn episodes(
     plan: &RunPlan,
     policy: &Pi0,
@@ -113,8 +113,8 @@ fn episodes(
         .collect()
 }
 
-/// A chain of `x_next = c_x x + c_v v + std z` with a velocity that does not read `x`: the mean of the final action from `x = 0`,
-/// and how far one unit of velocity at each step moves it.
+/// Returns the mean of the final action from `x = 0` and its derivative by the velocity of each step, for a chain `x_next = c_x x + c_v v +
+/// std z` whose velocity does not read `x`.
 fn final_mean(rows: &[DenoiseStep], velocity: &[f64]) -> (f64, Vec<f64>) {
     let mut mean = 0.0;
     let mut reach: Vec<f64> = Vec::new();
@@ -129,9 +129,9 @@ fn final_mean(rows: &[DenoiseStep], velocity: &[f64]) -> (f64, Vec<f64>) {
     (mean, reach)
 }
 
-/// With a velocity that does not read `x` the chain is linear and Gaussian, and the expected reward is a parabola of the output
-/// bias. The first step of each formulation follows its exact gradient: of the joint chain; of that over K, as the mean over K
-/// transitions; or of the mean over the drawn step, whose reach alone counts.
+/// With a velocity that does not read `x`, the chain is linear and Gaussian, and the expected reward is a parabola of the output bias. The
+/// first step of each formulation follows its exact gradient. Joint: the gradient of the chain. Two-layer: the same over K, as the mean
+/// over K transitions. Hybrid: the mean over the drawn step, with the effect of this step only.
 #[test]
 fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
     const SAMPLES: usize = 16_384;
@@ -265,7 +265,7 @@ fn the_first_update_of_each_mdp_follows_the_exact_gradient() {
     }
 }
 
-/// What a mis-calibrated demonstrator does, and what would be best.
+/// Returns the action of a miscalibrated demonstrator in a context.
 fn demonstrated(context: &[f32]) -> [f32; WIDTH] {
     [0.5 * context[0], 0.5 * context[1]]
 }
@@ -275,7 +275,7 @@ fn best(context: &[f32]) -> [f32; WIDTH] {
     [a + 0.4, b - 0.4]
 }
 
-/// Flow matching on what the demonstrator does.
+/// Trains the policy by flow matching on the demonstrator's actions.
 fn imitate(plan: &RunPlan, policy: &Pi0) {
     const BATCH: usize = 128;
     const UPDATES: u64 = 600;
@@ -336,7 +336,7 @@ fn imitate(plan: &RunPlan, policy: &Pi0) {
     policy.store().set_trainable(&[]);
 }
 
-/// Root mean square distance of the ODE's actions from the best ones, in contexts that were never trained on.
+/// Returns the root mean square distance of the ODE's actions from the optimal actions, in contexts that were never trained on.
 fn distance(plan: &RunPlan, policy: &Pi0) -> f64 {
     const CONTEXTS: usize = 256;
     let contexts: Vec<Vec<f32>> = (0..CONTEXTS as u64).map(|n| context(plan, 2_000_000 + n)).collect();
@@ -355,8 +355,8 @@ fn distance(plan: &RunPlan, policy: &Pi0) -> f64 {
     (gap.square().sum(Kind::Double).double_value(&[]) / CONTEXTS as f64).sqrt()
 }
 
-/// A contextual bandit with the optimal return 0, begun from a demonstrator that is 0.57 off in every context: with the same numbers of
-/// episodes and optimizer steps each formulation repairs more than three quarters of the distance.
+/// A contextual bandit with the optimal return 0, started from a demonstrator with an error of 0.57 in every context. With equal numbers of
+/// episodes and optimizer steps, each formulation removes more than three quarters of the distance.
 #[test]
 fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
     const EPISODES: usize = 256;
@@ -380,7 +380,7 @@ fn each_mdp_approaches_the_known_optimum_of_a_contextual_bandit() {
         .flat_map(|credit| FORMULATIONS.map(|mdp| (credit, mdp)))
     {
         let passes = if mdp == "hybrid" { 1 } else { STEPS };
-        // as many optimizer steps per iteration, whatever a sample is
+        // equal optimizer steps per iteration, whatever a sample is
         let samples = EPISODES * if mdp == "two_layer" { STEPS } else { 1 };
         let sizes = [format!("actor.global_batch_size={samples}")];
         let plan = plan(base, mdp, &[&keys[..], &sizes].concat());

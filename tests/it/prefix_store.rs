@@ -1,4 +1,4 @@
-//! Where the frozen prefixes are kept changes no bit of an update, and never takes more than its bound.
+//! The place of the frozen prefixes changes no bit of an update, and the cache never exceeds its bound.
 
 use learner::{
     batch::{RolloutBatch, prefix_store::PrefixStore},
@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::common::{acted, network, observations, recipe, try_recipe, weights};
 
-/// Odd, so that passes of one row remain.
+/// Number of records; odd, so that passes of one row remain.
 const RECORDS: usize = 101;
 
 const COMMON: [&str; 3] = [
@@ -24,7 +24,7 @@ fn plan(config: &str, overrides: &[&str]) -> RunPlan {
     recipe(config, &[&COMMON, overrides].concat())
 }
 
-/// Episodes of one chunk, in groups of two (the last of three) of which one succeeds.
+/// Returns a batch of episodes of one chunk, in groups of two (the last of three) with one success each.
 fn batch(plan: &RunPlan, policy: &Pi0) -> RolloutBatch {
     let pay = |env: u32| {
         let actions = 0..plan.config.actor.model.num_action_chunks;
@@ -45,8 +45,8 @@ fn update(plan: &RunPlan, batch: &RolloutBatch) -> (Vec<f32>, UpdateReport) {
     (weights(&policy), report)
 }
 
-/// Every critic, both kinds of loss, one and several denoise steps per sample; a bound of 1 MB keeps about two thirds of the
-/// records of these sizes.
+/// Covers every critic, both kinds of loss, one and several denoise steps per sample. A bound of 1 MB keeps about two thirds of these
+/// records.
 #[test]
 fn the_place_of_the_prefix_cache_changes_no_bit_of_an_update() {
     let dir = tempfile::tempdir().expect("folder");
@@ -82,7 +82,7 @@ fn the_place_of_the_prefix_cache_changes_no_bit_of_an_update() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// The prefix of a record does not depend on the records beside it, nor on whether it was kept.
+/// The prefix of a record depends neither on other records of the pass nor on the cache.
 #[test]
 fn a_record_has_the_same_prefix_in_any_company() {
     let dir = tempfile::tempdir().expect("folder");
@@ -150,7 +150,7 @@ fn the_cache_never_exceeds_its_bound_and_uses_it() {
                 store.held() == RECORDS || bytes + row > mb * 1_000_000,
                 "{place} {mb}: {bytes}"
             );
-            // the file has no name while it is used, so nothing stays of it
+            // the file has no name during use, so no file remains
             assert!(!stale.exists(), "{place} {mb}");
         }
     }

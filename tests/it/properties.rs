@@ -1,4 +1,4 @@
-//! Properties of advantages and losses on random input: what must hold whatever the numbers are.
+//! Properties of advantages and losses that hold for any input, on random input.
 
 use learner::{
     advantage::{
@@ -34,7 +34,7 @@ fn close(got: f64, want: f64) -> bool {
 
 // ---- advantages
 
-/// Rewards, values and final value of an episode of chunks of this length; the last chunk may be shorter.
+/// Returns a strategy for rewards, values and final value of an episode of chunks of this length; the last chunk may be shorter.
 fn episode(chunk_len: usize) -> impl Strategy<Value = (Vec<f32>, Vec<f32>, f32)> {
     vec(-2.0f32..2.0, 1..25).prop_flat_map(move |rewards| {
         let chunks = rewards.len().div_ceil(chunk_len);
@@ -44,7 +44,7 @@ fn episode(chunk_len: usize) -> impl Strategy<Value = (Vec<f32>, Vec<f32>, f32)>
 
 type Drawn = (Vec<f32>, Vec<f32>, f32);
 
-/// GAE over chunks of `steps` denoise steps.
+/// Estimates GAE over chunks of `steps` denoise steps.
 fn layered_gae(
     rewards: &[f32],
     values: &[f32],
@@ -109,7 +109,7 @@ proptest! {
         let got = layered_gae(&rewards, values, steps, last, settings);
         prop_assert_eq!((got.advantages.len(), got.returns.len()), (values.len(), values.len()));
         for (at, value) in values.iter().enumerate() {
-            // all denoise steps of a chunk see what its execution and the later ones pay
+            // every denoise step of a chunk has the rewards of its execution and of later chunks
             let chunk = at / steps;
             let later = rewards[chunk..].iter().enumerate();
             let paid: f64 = later.map(|(n, reward)| f64::from(*reward) * gamma.powi(n as i32)).sum();
@@ -136,7 +136,7 @@ proptest! {
         for (to, from) in order.iter().enumerate() {
             prop_assert!(close(f64::from(moved[to]), f64::from(plain[*from])), "{} against {}", moved[to], plain[*from]);
         }
-        // what does not count has no part in the others' values
+        // masked elements do not change the values of the others
         let spoilt: Vec<(f32, bool)> = entries.iter().map(|(v, valid)| (if *valid { *v } else { junk }, *valid)).collect();
         let spoilt = normalised(&spoilt);
         for (at, (_, valid)) in entries.iter().enumerate() {
@@ -146,7 +146,7 @@ proptest! {
 
     #[test]
     fn a_constant_group_has_no_advantage(score in -1e3f32..1e3, members in 2usize..17, parts in 1usize..4) {
-        // the same score in other numbers of chunks: the first gives all of it
+        // the same score in another number of chunks: the first chunk has the whole score
         let rewards: Vec<Vec<f32>> = (0..members)
             .map(|member| [vec![score], vec![0.0; member % parts]].concat())
             .collect();
@@ -194,12 +194,12 @@ proptest! {
 
 // ---- losses
 
-/// Rows of chunks of 3 actions with 2 dimensions.
+/// Number of rows, each a chunk of 3 actions with 2 dimensions.
 const ROWS: usize = 6;
 const ACTIONS: usize = 3;
 const DIMS: usize = 2;
 
-/// Numbers of one loss.
+/// Inputs of one loss.
 #[derive(Debug, Clone)]
 struct Numbers {
     logprob: Vec<f32>,
@@ -211,7 +211,7 @@ struct Numbers {
     returns: Vec<f32>,
     mask: Vec<bool>,
     entropy: Vec<f32>,
-    /// By row.
+    /// Length of each row's episode.
     episode_len: Vec<f32>,
 }
 
@@ -245,7 +245,7 @@ fn numbers() -> impl Strategy<Value = Numbers> {
         )
 }
 
-/// What one loss of these numbers gave.
+/// Loss and gradients of one set of inputs.
 #[derive(Debug, Clone, PartialEq)]
 struct Outcome {
     loss: f64,
@@ -275,7 +275,7 @@ fn settings() -> PolicySettings {
     }
 }
 
-/// Everything that changes which elements count, or how much.
+/// Returns the settings that change which elements count, or their weights.
 fn variants() -> [(&'static str, PolicySettings); 5] {
     let with = |change: fn(&mut PolicySettings)| {
         let mut settings = settings();
@@ -301,8 +301,8 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.detach().reshape([-1])).expect("floats")
 }
 
-/// The loss of these rows. The mask is per action, or per row for one ratio per chunk; the critic counts rows with any valid
-/// action.
+/// Returns loss and gradients of these rows. The mask is per action, or per row for one ratio per chunk; the critic counts rows with any
+/// valid action.
 fn evaluate(
     numbers: &Numbers,
     loss: PolicyLossFn,

@@ -1,4 +1,4 @@
-//! Two ranks, each with a part of the episodes, do the update that one rank does with all of them.
+//! Two ranks, each with a part of the episodes, make the same update as one rank with all episodes.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -18,7 +18,7 @@ use wire::messages::Trajectory;
 
 use crate::common::{SMALL_NETWORK, acted, largest_gap, network, recipe, weights};
 
-/// One of two ranks in one process. A rank that is gone ends the other with an error.
+/// One of two ranks in one process. If one rank ends, the other ends with an error.
 #[derive(Debug)]
 struct TwoRanks {
     rank: usize,
@@ -37,7 +37,7 @@ fn two_ranks() -> [TwoRanks; 2] {
 }
 
 impl TwoRanks {
-    /// Gives the other rank these tensors and returns its own.
+    /// Sends these tensors to the other rank and returns the other rank's tensors.
     fn exchange(&self, operation: &'static str, tensors: &[Tensor]) -> Result<Vec<Tensor>, RanksError> {
         let gone = |source: Box<dyn std::error::Error + Send + Sync>| RanksError {
             operation,
@@ -88,7 +88,8 @@ impl Ranks for TwoRanks {
     }
 }
 
-/// One minibatch per epoch, whatever the rank; an Adam whose step is smooth in the gradient, so that rounding stays rounding.
+/// Overrides for one minibatch per epoch on every rank, and for an Adam with steps smooth in the gradient, so that rounding is not
+/// amplified.
 const COMMON: [&str; 9] = [
     "actor.global_batch_size=64",
     "actor.micro_batch_size=2",
@@ -105,10 +106,10 @@ fn plan(config: &str, overrides: &[&str]) -> RunPlan {
     recipe(config, &[&SMALL_NETWORK[..], &COMMON, overrides].concat())
 }
 
-/// The chunks of four episodes in two groups of two: of the second group, one episode succeeds.
+/// Chunks of four episodes in two groups of two; one episode of the second group succeeds.
 const EPISODES: [&[u32]; 4] = [&[0, 1], &[2, 3, 4], &[5], &[6, 7]];
 
-/// The episodes of `policy`, three of which end inside a chunk: 5 records in the first group, 3 in the second.
+/// Returns the policy's episodes, three of which end inside a chunk: 5 records in the first group, 3 in the second.
 fn episodes(plan: &RunPlan, policy: &Pi0) -> Vec<Trajectory> {
     let full = plan.config.actor.model.num_action_chunks;
     let pay = |chunk: u32| {
@@ -134,10 +135,10 @@ fn episodes(plan: &RunPlan, policy: &Pi0) -> Vec<Trajectory> {
     EPISODES.iter().enumerate().map(episode).collect()
 }
 
-/// What a rank changes in its batch before the update.
+/// Change of a rank's batch before the update.
 type Change = fn(&mut RolloutBatch, usize);
 
-/// Moves the recorded log-probabilities, so that ratios are clipped, by numbers that belong to the sample whatever its rank.
+/// Perturbs the recorded log-probabilities, so that ratios are clipped; a sample's perturbation is the same on any rank.
 fn moved(batch: &mut RolloutBatch, _rank: usize) {
     let elements = batch.old_logprob.numel() / batch.len().max(1);
     let mut noise = vec![0.0f32; batch.old_logprob.numel()];
@@ -148,7 +149,7 @@ fn moved(batch: &mut RolloutBatch, _rank: usize) {
     batch.old_logprob = &batch.old_logprob + Tensor::from_slice(&noise).view_as(&batch.old_logprob) * 0.03;
 }
 
-/// What two iterations on the same episodes came to.
+/// Result of two iterations on the same episodes.
 struct Outcome {
     before: Vec<f32>,
     after: Vec<f32>,
@@ -159,7 +160,7 @@ fn train(plan: &RunPlan, ranks: &dyn Ranks, episodes: Vec<Trajectory>, change: C
     let policy = network(plan, 5);
     let before = weights(&policy);
     if ranks.rank() > 0 {
-        // the first rank's weights must come to the others
+        // the other ranks must receive the first rank's weights
         for (_, tensor) in [Part::Expert, Part::NoiseHead, Part::ValueHead]
             .into_iter()
             .flat_map(|part| policy.store().part(part))
@@ -175,7 +176,7 @@ fn train(plan: &RunPlan, ranks: &dyn Ranks, episodes: Vec<Trajectory>, change: C
     Outcome { before, after, reports }
 }
 
-/// The same on two ranks, of which the first has the first `first` episodes.
+/// Trains on two ranks, of which the first has the first `first` episodes.
 fn train_on_two(plan: &RunPlan, mut episodes: Vec<Trajectory>, first: usize, change: Change) -> [Outcome; 2] {
     let later = episodes.split_off(first);
     let [zero, one] = two_ranks();
@@ -186,7 +187,7 @@ fn train_on_two(plan: &RunPlan, mut episodes: Vec<Trajectory>, first: usize, cha
     })
 }
 
-/// The numbers of a report that are over all ranks.
+/// Returns the numbers of a report that are over all ranks.
 fn numbers(report: &UpdateReport) -> Vec<(&'static str, f64)> {
     let actor = &report.actor;
     let mut numbers = vec![
@@ -221,8 +222,8 @@ fn numbers(report: &UpdateReport) -> Vec<(&'static str, f64)> {
     numbers
 }
 
-/// Means over the elements that decoupled PPO does not drop. A part of a minibatch is weighed by its valid elements, dropped ones too, so
-/// that these means depend on how a minibatch is cut, into micro-batches as into ranks.
+/// Metrics whose means are over the elements that decoupled PPO does not drop. A part of a minibatch is weighted by its valid elements,
+/// including dropped ones. So these means depend on the split of a minibatch into micro-batches and ranks.
 const OF_KEPT: [&str; 4] = ["ratio", "ratio_deviation", "clip_fraction", "dual_clip_fraction"];
 
 #[test]
@@ -253,7 +254,7 @@ fn two_ranks_do_the_update_of_one_with_all_episodes() {
     let clip = ["algorithm.clip_ratio_low=0.02", "algorithm.clip_ratio_high=0.02"];
     let later: Change = |batch, rank| {
         moved(batch, rank);
-        // proximal policies two thirds of the way from the ones that acted
+        // proximal policies two thirds of the way from the acting policies
         batch.trained_version += 2;
     };
     let sde = ["actor.model.openpi.noise_method=\"flow_sde\""];
@@ -299,7 +300,7 @@ fn two_ranks_do_the_update_of_one_with_all_episodes() {
     }
 }
 
-/// Each rank's part of the divergence is below the bound: only their sum is above.
+/// Each rank's part of the divergence is below the bound; only the sum is above.
 #[test]
 fn ranks_stop_together_at_target_kl() {
     let of = |keys: &[&str]| plan("quickstart", &[&["algorithm.update_epoch=6"], keys].concat());
@@ -326,7 +327,7 @@ fn ranks_stop_together_at_target_kl() {
     }
 }
 
-/// Ranks have other numbers of records, and one may have none of a minibatch, or of the iteration.
+/// Ranks differ in the number of records, and a rank may have no record of a minibatch or of the iteration.
 #[test]
 fn a_rank_without_rows_steps_with_the_others() {
     let plan_of = |keys: &[&str]| plan("quickstart", keys);
@@ -353,7 +354,7 @@ fn a_rank_without_rows_steps_with_the_others() {
     );
 }
 
-/// One rank's gradient that is not finite is the gradient of all.
+/// A non-finite gradient of one rank makes the gradient of all ranks non-finite.
 #[test]
 fn ranks_skip_a_step_together() {
     let plan = plan("tabletop_grpo", &["actor.optim.weight_decay=0.1"]);
@@ -370,7 +371,7 @@ fn ranks_skip_a_step_together() {
     }
 }
 
-/// The first group's episodes are equal, the second's are not: what one rank alone would skip is trained.
+/// Only the first group's episodes are equal, so the first rank trains on records that a rank alone would skip.
 #[test]
 fn a_rank_whose_own_records_teach_nothing_trains_with_the_others() {
     let plan = plan("tabletop_grpo", &[]);

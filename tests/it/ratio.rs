@@ -1,5 +1,5 @@
-//! At equal weights the ratio is 1 and the critic says what was recorded, for every noise method, formulation, level of the likelihood and
-//! choice of the last step. The records are made by the learner's own sampler: no engine has a part in it.
+//! At equal weights the ratio is 1 and the critic's value is the recorded one, for every noise method, formulation, level of the likelihood
+//! and choice of the last step. The learner's own sampler makes the records, without an engine.
 
 use learner::{
     batch::RolloutBatch,
@@ -11,13 +11,13 @@ use policy::plan::RunPlan;
 
 use crate::common::{SMALL_NETWORK, acted, network, recipe};
 
-/// Episodes, and records of an update: their order and neighbours are other ones than at rollout.
+/// Number of episodes and of an update's records; order and neighbors differ from the rollout.
 const EPISODES: usize = 24;
 
-/// The same f32 network on the same rows, in batches of other sizes: a velocity differs by some 1e-7. It counts `|z| / std` times in a
-/// log-probability (up to 4 / 0.1), and a ratio is of up to 4 steps of 12 elements.
+/// Tolerance of a ratio. The same f32 network on the same rows in batches of other sizes gives velocities that differ by some 1e-7. The
+/// difference counts `|z| / std` times in a log-probability (up to 4 / 0.1), and a ratio is over up to 4 steps of 12 elements.
 const RATIO: f64 = 1e-4;
-/// Of the value head's f32 sums.
+/// Tolerance of a value: the value head's f32 sums.
 const VALUE: f64 = 1e-5;
 
 const COMMON: [&str; 6] = [
@@ -103,8 +103,8 @@ fn the_ratio_is_one_at_equal_weights_for_every_way_of_acting() {
     );
 }
 
-/// An annealed level belongs to the version that acts: the learner takes that of the version in training, and another version's gives
-/// another ratio.
+/// An annealed noise level belongs to the acting version. The learner uses the level of the version in training; another version's level
+/// gives another ratio.
 #[test]
 fn an_annealed_level_is_that_of_the_version() {
     for method in ["flow_sde", "flow_cps"] {

@@ -28,7 +28,7 @@ fn run(name: &str, args: &[&str]) -> Output {
         .expect("running the program")
 }
 
-/// The program fails with one line of its own that holds all of `wanted`.
+/// Asserts that the program fails with one line that holds all of `wanted`.
 #[track_caller]
 fn assert_refusal(output: &Output, wanted: &[&str]) {
     let text = String::from_utf8_lossy(&output.stderr);
@@ -79,7 +79,7 @@ fn training_without_sft_says_what_to_run() {
     assert!(!dir.path().join("policy").exists(), "nothing half-written");
 }
 
-/// Numbers that are not finite are found before the first step, in data sets of both stages, and a file that was cut.
+/// Non-finite numbers in the data sets of both stages, and a cut file, are found before the first step.
 #[test]
 fn a_damaged_data_set_is_named_with_row_and_column() {
     let dir = tempfile::tempdir().expect("folder");
@@ -159,7 +159,7 @@ fn an_endpoint_on_a_network_is_rejected() {
 
 #[test]
 fn missing_accelerator_is_no_silent_fallback() {
-    // where the driver's control device is, the providers may work
+    // with the driver's control device present, the providers may work
     if let Some(device) = ["/dev/nvidiactl", "/dev/dxg"]
         .iter()
         .find(|path| Path::new(path).exists())
@@ -244,7 +244,7 @@ fn truncated_weights_are_refused() {
 
 type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 
-/// `export onnx` of a checkpoint whose tensors were changed.
+/// Asserts that `export onnx` rejects a checkpoint with changed tensors.
 #[track_caller]
 fn assert_export_refuses(change: impl FnOnce(&mut Tensors), wanted: &[&str]) {
     let dir = tempfile::tempdir().expect("folder");

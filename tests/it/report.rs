@@ -1,4 +1,4 @@
-//! `learner report`: one page, whatever the runs hold.
+//! `learner report`: one page for runs with any content.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ fn report(args: &[&Path]) -> Output {
         .expect("running the program")
 }
 
-/// A run of two iterations: success `first` before, `last` after, each iteration 60 s and 100 episodes.
+/// Writes a run of two iterations: success `first` before, `last` after, each iteration 60 s and 100 episodes.
 fn run(dir: &Path, seed: u32, extra: &str, first: f64, last: f64) -> PathBuf {
     fs::create_dir_all(dir.join("tensorboard")).expect("folder");
     fs::write(dir.join("tensorboard/events.out.tfevents.1000.1"), "").expect("event file");
@@ -39,12 +39,12 @@ fn run(dir: &Path, seed: u32, extra: &str, first: f64, last: f64) -> PathBuf {
         line("train", 2, 120, last),
         line("eval", 2, 120, last),
     ];
-    // the process was killed while it wrote
+    // the process was killed during the write
     fs::write(dir.join("metrics.jsonl"), lines.join("\n") + "\n{\"stage\":\"tr").expect("metrics");
     dir.to_owned()
 }
 
-/// Names of the elements and all attributes of a page; fails where an element is not closed.
+/// Returns the names of the elements and all attributes of a page; fails if an element is not closed.
 fn elements(page: &str) -> (Vec<String>, Vec<String>) {
     let (mut names, mut attributes, mut open) = (Vec::new(), Vec::new(), Vec::new());
     // the style sheet has no markup, but `>` may stand in it
@@ -161,7 +161,7 @@ fn hostile_names_and_values_stay_text() {
     );
 }
 
-/// `text` as a TOML string.
+/// Returns `text` as a TOML string.
 fn toml_string(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }

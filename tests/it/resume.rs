@@ -1,4 +1,4 @@
-//! A run that is killed and goes on gives the same weights as one that was not; what cannot be resumed from is refused by name.
+//! A killed and resumed run gives the same weights as an undisturbed run; unusable checkpoints are rejected by name.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ use wire::messages::{ActRow, ChunkRecord, Mode};
 
 use crate::common::network;
 
-/// A run of seconds that passes through the critic's warm-up, evaluations, a best checkpoint and retention.
+/// Overrides for a run of seconds with the critic's warm-up, evaluations, a best checkpoint and retention.
 const TINY: [&str; 12] = [
     "env.train.total_num_envs=8",
     "env.eval.train_episodes=8",
@@ -46,7 +46,7 @@ const TINY: [&str; 12] = [
     "rollout.fixed_batch=8",
 ];
 
-/// A run's folder with start weights where SFT leaves them.
+/// A run's folder with start weights in SFT's place.
 struct Run {
     dir: tempfile::TempDir,
     config: &'static str,
@@ -57,7 +57,7 @@ impl Run {
         Self::of("quickstart.toml")
     }
 
-    /// A run of this recipe; its network is the quickstart's.
+    /// Makes a run of this recipe with the quickstart's network.
     fn of(config: &'static str) -> Self {
         let dir = tempfile::tempdir().expect("folder");
         let plan = plan(dir.path(), &TINY);
@@ -111,7 +111,7 @@ impl Run {
         })
     }
 
-    /// The metrics line by line, without times.
+    /// Returns the metrics line by line, without times.
     fn metrics(&self) -> Vec<serde_json::Value> {
         let text = fs::read_to_string(self.path("metrics.jsonl")).expect("metrics");
         text.lines()
@@ -124,7 +124,7 @@ impl Run {
             .collect()
     }
 
-    /// What a refusal must leave as it is.
+    /// Returns the files that a rejection must leave unchanged, with their bytes.
     fn snapshot(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         fn walk(dir: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
             for entry in fs::read_dir(dir).expect("listing") {
@@ -159,7 +159,7 @@ struct Learner {
 }
 
 impl Learner {
-    /// Passes the lines of the log on as they come, so that a test may also wait for a moment.
+    /// Forwards the lines of the log as they arrive, so that a test can wait for a moment of the run.
     fn new(mut child: Child) -> Self {
         let log = BufReader::new(child.stderr.take().expect("log"));
         let (send, lines) = channel();
@@ -178,7 +178,7 @@ impl Learner {
         }
     }
 
-    /// Kills it at this moment of its life, unless it ended before: SIGKILL, no farewell. Returns the last line of its log.
+    /// Kills the learner by SIGKILL after this time, unless the learner ended before. Returns the last line of the log.
     fn kill_after(mut self, life: Duration) -> String {
         let moment = Instant::now() + life;
         while let Ok(line) = self
@@ -203,7 +203,7 @@ impl Learner {
         panic!("`{text}` did not come: {}", self.log);
     }
 
-    /// Kills it as soon as its log holds `text`: SIGKILL, no farewell.
+    /// Kills the learner by SIGKILL as soon as its log holds `text`.
     fn kill_at(mut self, text: &str) {
         self.until(text);
         self.child.kill().expect("killing the learner");
@@ -222,8 +222,8 @@ impl Learner {
     }
 }
 
-/// Killed while a checkpoint is being written (twice) and in the middle of a rollout, the run ends with the same bytes of weights
-/// and optimizer state, the same checkpoints and the same metrics as the one that was never killed.
+/// A run is killed twice during the write of a checkpoint and once in the middle of a rollout. The run ends with the same bytes of weights
+/// and optimizer state, the same checkpoints and the same metrics as an undisturbed run.
 #[test]
 fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
     let whole = Run::new();
@@ -249,7 +249,7 @@ fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
         "the first version is there to compare with"
     );
 
-    // the oracle is worth something only if there was something to learn
+    // the oracle is meaningful only if the weights changed
     let weights = |path: &Path| {
         let plan = plan(killed.dir.path(), &TINY);
         let store = ParamStore::zeros(&plan.dims, &Heads::default(), Device::Cpu).expect("store");
@@ -262,21 +262,21 @@ fn a_killed_run_that_goes_on_gives_the_same_weights_bit_for_bit() {
     assert_ne!(start, end, "the policy was trained");
 }
 
-/// A run of this recipe, and one that is killed this often at moments drawn from its whole life (while the ring starts, in a rollout, an
-/// update, a publication, a checkpoint or an evaluation), end with the same bytes.
+/// Asserts that an undisturbed run and a run that is killed `kills` times end with the same bytes. The moments are drawn from the whole
+/// run: start of the ring, rollout, update, publication, checkpoint, evaluation.
 fn assert_killed_at_any_moment_is_the_same(recipe: &'static str, overrides: &[&str], kills: u32) {
     let (whole, killed) = (Run::of(recipe), Run::of(recipe));
     let begin = Instant::now();
     whole.train(None, overrides).end(true);
     let life = begin.elapsed();
-    // other moments in every run of the test; the seed repeats them as far as the machine does
+    // other moments in every run of the test; the seed repeats the moments up to the host's timing
     let seed = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .expect("a clock");
     let seed = seed.as_micros() as u64;
     let mut rng = stream(Purpose::SelfTest, seed, 0, 0, 0);
     for _ in 0..kills {
-        // of the life that is left: a run goes on from its newest checkpoint
+        // of the remaining time: a run resumes from its newest checkpoint
         let left = 1.0 - f64::from(killed.checkpoints().last().copied().unwrap_or(0)) / 4.0;
         if left == 0.0 {
             break;
@@ -309,21 +309,21 @@ fn other_formulations_killed_at_any_moment_give_the_same_weights() {
     assert_killed_at_any_moment_is_the_same("tabletop_two_layer.toml", &[], 2);
 }
 
-/// Groups are ordered again until enough of them are mixed: how often is part of what is repeated.
+/// Groups are ordered again until enough are mixed; a resumed run repeats the number of orders.
 #[test]
 fn a_run_that_samples_groups_again_gives_the_same_weights_when_killed() {
     let overrides = [
-        // there is none
+        // no critic
         "actor.optim.critic_warmup_epochs=0",
         "algorithm.group_size=4",
         "algorithm.filter_rewards={lower=0.1,upper=0.9,mode=\"resample\",max_rounds=3}",
-        // a policy that knows nothing succeeds now and then where all is near enough
+        // an untrained policy sometimes succeeds with wide tolerances
         "env.params={image_size=32,grasp_tol=0.6,place_tol=0.6,max_episode_steps=40}",
     ];
     assert_killed_at_any_moment_is_the_same("tabletop_grpo.toml", &overrides, 2);
 }
 
-/// A reference policy that is a mean over the iterations is part of what a run goes on from.
+/// A reference policy that is a mean over the iterations is part of a checkpoint.
 #[test]
 fn a_reference_policy_goes_on_bit_for_bit() {
     let recipe = "tabletop_flow_ipo.toml";
@@ -350,7 +350,7 @@ fn a_reference_policy_goes_on_bit_for_bit() {
     );
 }
 
-/// Replaces a file of a checkpoint by one that lacks a tensor, with a fitting digest: only its content is wrong.
+/// Replaces a file of a checkpoint by a file that lacks a tensor, with a valid digest, so that only the content is wrong.
 fn drop_tensor(dir: &Path, file: &str, tensor: &str) {
     let path = dir.join(file);
     let mut tensors = Tensor::read_safetensors(&path).expect("tensors");
@@ -440,8 +440,8 @@ fn what_cannot_be_resumed_from_is_refused_by_name_and_auto_takes_the_one_before(
     );
 }
 
-/// With `rollout.fixed_batch` a row's chunk does not depend, in any bit, on how many rows were asked for with it, nor on its place.
-/// Weights as graph inputs and the expert critic are the cases that differ without it (a single row is multiplied as a vector).
+/// With `rollout.fixed_batch` no bit of a row's chunk depends on the number of requested rows or on the row's place. Weights as graph
+/// inputs and the expert critic are the cases that differ otherwise (a single row is multiplied as a vector).
 #[test]
 fn a_fixed_batch_makes_a_row_independent_of_its_neighbours() {
     for special in [

@@ -1,4 +1,4 @@
-//! Parity, replay and hot reload with a real engine process.
+//! Parity, replay and hot reload with an engine process.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ use wire::messages::{ActRow, ChunkRecord, FromEngine, Mode, Reset, ToEngine};
 
 use crate::common::network;
 
-/// Moves the trained weights, so that versions differ visibly.
+/// Perturbs the trained weights, so that versions differ visibly.
 fn perturb(policy: &Pi0, version: u64) {
     for part in [Part::Expert, Part::ValueHead] {
         for (index, (name, shape, mut data)) in policy.store().export(part).into_iter().enumerate() {
@@ -45,7 +45,7 @@ fn perturb(policy: &Pi0, version: u64) {
     }
 }
 
-/// A hub, an engine that serves version 0 of random weights, and a publisher for more.
+/// A hub, an engine that serves version 0 of random weights, and a publisher of further versions.
 pub(crate) struct Ring {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) plan: RunPlan,
@@ -75,7 +75,7 @@ impl Ring {
         ring
     }
 
-    /// Publishes the weights as they are and waits until the engine serves them.
+    /// Publishes the current weights as this version and waits until the engine serves the version.
     fn publish(&mut self, version: u64) {
         let bundle = self.publisher.publish(&self.policy, version).expect("bundle");
         self.hub.announce(&bundle).expect("announce");
@@ -148,7 +148,7 @@ const LAST: &[&str] = &[
     "actor.model.openpi.safe_get_logprob=true",
 ];
 
-/// At equal weights the learner's ratio is 1 and its values are the recorded ones: for every critic, noise method and MDP.
+/// At equal weights the learner's ratio is 1 and its values are the recorded ones, for every critic, noise method and MDP.
 #[test]
 fn parity_ratio_is_one_at_zero_learning_rate() {
     let cases: [(&str, &[&[&str]]); 10] = [
@@ -204,7 +204,7 @@ fn parity_ratio_is_one_at_zero_learning_rate() {
     }
 }
 
-/// Groups share start and task and nothing else; one that is out of bounds is ordered anew, at most as often as allowed.
+/// Episodes of a group share only start and task. A group out of bounds is ordered again, at most the allowed number of times.
 #[test]
 fn groups_out_of_bounds_are_sampled_again() {
     let overrides = [
@@ -257,8 +257,8 @@ pub(crate) fn record(reply: &wire::messages::ActReply, row: usize) -> &ChunkReco
     reply.rows[row].record.as_ref().expect("record")
 }
 
-/// The same key gives the same noise bit for bit in any batch, the same actions bit for bit in a batch of the same size and within
-/// 1e-5 in another (matrix products sum in another order).
+/// The same key gives the same noise bit for bit in any batch. Actions are equal bit for bit in a batch of the same size, and within 1e-5
+/// in another (matrix products sum in another order).
 #[test]
 fn replay_reproduces_a_recorded_chunk() {
     let Ring {
@@ -340,8 +340,8 @@ const REQUESTS_PER_CLIENT: u64 = 250;
 const CLIENTS: u64 = 4;
 const VERSIONS: u64 = 20;
 
-/// 1,000 requests from 4 clients while 20 versions are published: none fails, no reply mixes versions, and a damaged bundle is
-/// refused while the old version goes on serving.
+/// 1,000 requests from 4 clients while 20 versions are published: no request fails, no reply mixes versions, and a damaged bundle is
+/// rejected while the old version continues to serve.
 #[test]
 fn reload_under_load_loses_and_mixes_nothing() {
     let Ring {
@@ -392,7 +392,7 @@ fn reload_under_load_loses_and_mixes_nothing() {
         for (name, _, data) in tensors {
             policy.store().assign(name, data).expect("same shape");
         }
-        // a few replies of each version: every row must be this version's work from the first denoise step to the last
+        // a few replies of each version: this version must have made every row from the first denoise step to the last
         for reply in replies.iter().filter(|r| r.version == *version).take(6) {
             for acted in &reply.rows {
                 let record = acted.record.as_ref().expect("record");
@@ -436,7 +436,7 @@ fn reload_under_load_loses_and_mixes_nothing() {
     });
 }
 
-/// The reason for which a version is rejected.
+/// Returns the reason for which a version is rejected.
 fn rejected(hub: &Hub, version: u64) -> String {
     loop {
         match hub.next(Duration::from_secs(30)).expect("hub") {
@@ -453,7 +453,7 @@ fn rejected(hub: &Hub, version: u64) -> String {
 /// A change of a manifest.
 type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
 
-/// A version may change weights and the noise level, never what an observation or an action means.
+/// A version may change weights and the noise level, never the meaning of an observation or an action.
 #[test]
 fn a_version_that_means_something_else_is_rejected() {
     let ring = Ring::start(&[], 12);
@@ -508,7 +508,7 @@ fn a_version_that_means_something_else_is_rejected() {
     wait_live(&ring.hub, 7);
 }
 
-/// What the engine refuses it refuses in one clear line, and it serves on.
+/// The engine rejects invalid requests with one clear line, and continues to serve.
 #[test]
 fn refuses_what_it_cannot_serve() {
     let Ring {
@@ -550,7 +550,7 @@ fn refuses_what_it_cannot_serve() {
             "and it serves on"
         );
     });
-    // bytes that are no message
+    // bytes that are not a message
     block_on(async {
         use zeromq::{Socket, SocketRecv, SocketSend};
         let mut raw = zeromq::DealerSocket::new();
@@ -568,8 +568,8 @@ fn refuses_what_it_cannot_serve() {
     });
 }
 
-/// The env worker waits for an engine that is gone and goes on with the next one under the same address; the learner gets every
-/// episode of its order, each once.
+/// The env worker waits for a vanished engine and continues with the next engine under the same address. The learner receives every episode
+/// of its order once.
 #[test]
 fn episodes_outlive_the_engine() {
     let listen = format!("rollout.listen={:?}", fixed_endpoint());
@@ -594,7 +594,7 @@ fn episodes_outlive_the_engine() {
             "an episode came twice"
         );
         if !killed {
-            // SIGKILL: no farewell; the next engine starts without a policy and gets it from the learner
+            // SIGKILL sends no message; the next engine starts without a policy and fetches one from the learner
             ring.engine.kill();
             ring.engine = Engine::start(&ring.plan, ring.dir.path(), &ring.hub.endpoint);
             killed = true;
@@ -603,7 +603,7 @@ fn episodes_outlive_the_engine() {
     assert!(got.values().all(|steps| *steps > 0));
 }
 
-/// Without a learner the engine serves on; a learner that comes back under the same address is found, and its version goes live.
+/// Without a learner the engine continues to serve. A learner that restarts under the same address is found, and its version goes live.
 #[test]
 fn serving_outlives_the_learner() {
     let endpoint = fixed_endpoint();
@@ -638,7 +638,7 @@ fn serving_outlives_the_learner() {
     assert_eq!(version(), 1);
 }
 
-/// SIGTERM: what was asked is answered, finished episodes reach the learner, the engine ends with success.
+/// On SIGTERM pending requests are answered, finished episodes reach the learner, and the engine ends with success.
 #[test]
 fn sigterm_answers_and_flushes() {
     let mut ring = Ring::start(&[], 9);
@@ -659,7 +659,7 @@ fn sigterm_answers_and_flushes() {
                 .send(&ToEngine::Act(wire::messages::ActRequest { request, rows }))
                 .await;
         }
-        // the first answer proves that the engine has read the socket
+        // after the first answer the engine has read the socket
         let first = client.receive().await;
         assert!(matches!(first, FromEngine::Acted(_)), "{first:?}");
         learner::ring::native::terminate(ring.engine.pid());

@@ -1,4 +1,4 @@
-//! Updates on records made by hand: accumulated gradients, steps that must not be taken, and the parts of a chunk that count.
+//! Updates on hand-made records: accumulated gradients, steps that must be skipped, and the valid parts of a chunk.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,7 @@ use wire::{
 
 use crate::common::{executed, largest_gap, network, recipe, weights};
 
-/// Small batches, and an Adam whose step is smooth in the gradient: rounding stays rounding.
+/// Overrides for small batches, and for an Adam with steps smooth in the gradient, so that rounding is not amplified.
 const COMMON: [&str; 6] = [
     "actor.global_batch_size=64",
     "actor.micro_batch_size=64",
@@ -45,7 +45,7 @@ fn normal(number: u64, count: usize) -> Vec<f32> {
     values
 }
 
-/// Episodes of two groups with these rewards per chunk.
+/// Returns episodes of two groups with these rewards per chunk.
 fn trajectories(plan: &RunPlan, rewards: &[&[&[f32]]]) -> Vec<Trajectory> {
     let (dims, model) = (&plan.dims, &plan.config.actor.model);
     let side = dims.vision.image_size;
@@ -117,17 +117,17 @@ const FULL: &[f32] = &[0.0, 0.0, 0.0, 0.0];
 const LATE: &[f32] = &[0.0, 1.0];
 const CUT: &[f32] = &[0.0];
 
-/// Four episodes of 1 to 3 chunks, three of which end inside a chunk.
+/// Returns four episodes of 1 to 3 chunks, three of which end inside a chunk.
 fn records(plan: &RunPlan) -> Vec<Trajectory> {
     trajectories(plan, &[&[FULL, LATE], &[FULL, FULL, CUT], &[LATE], &[FULL, FULL]])
 }
 
-/// The batch with the log-probabilities that the policy itself gives, moved a little.
+/// Returns the batch with the policy's own log-probabilities, slightly perturbed.
 fn batch(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory]) -> RolloutBatch {
     batch_moved(plan, policy, trajectories, 0.03)
 }
 
-/// The batch with the log-probabilities that the policy itself gives, moved as far as `by` says.
+/// Returns the batch with the policy's own log-probabilities, perturbed by `by`.
 fn batch_moved(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory], by: f64) -> RolloutBatch {
     let mut batch = RolloutBatch::new(plan, trajectories.to_vec(), 0, &OneRank).expect("records");
     let _guard = tch::no_grad_guard();
@@ -150,7 +150,7 @@ fn batch_moved(plan: &RunPlan, policy: &Pi0, trajectories: &[Trajectory], by: f6
     batch
 }
 
-/// Weights before and after one update of these records, and its report.
+/// Returns the weights before and after one update, and the update's report.
 fn update(plan: &RunPlan, change: impl FnOnce(&mut RolloutBatch)) -> (Vec<f32>, Vec<f32>, UpdateReport) {
     let policy = network(plan, 5);
     let mut batch = batch(plan, &policy, &records(plan));
@@ -198,8 +198,8 @@ fn the_size_of_a_micro_batch_changes_nothing() {
     }
 }
 
-/// Means whose number of elements is that of the whole minibatch: of entropies, and of the elements that were not dropped. Chunks are cut, so
-/// that the parts of a minibatch have other shares of its elements than of its rows.
+/// The means of entropies and of kept elements divide by the elements of the whole minibatch. Chunks are cut, so the parts of a minibatch
+/// have other shares of elements than of rows.
 #[test]
 fn the_size_of_a_micro_batch_changes_nothing_with_a_bonus_or_dropped_elements() {
     let noise = [
@@ -226,7 +226,7 @@ fn the_size_of_a_micro_batch_changes_nothing_with_a_bonus_or_dropped_elements() 
                     let keys = keys.iter().map(String::as_str).chain([micro]);
                     let overrides: Vec<&str> = special.iter().copied().chain(keys).collect();
                     update(&plan("quickstart", &overrides), |batch| {
-                        // proximal policies two thirds of the way from the ones that acted
+                        // proximal policies two thirds of the way from the acting policies
                         batch.trained_version += 2;
                     })
                 };
@@ -251,7 +251,7 @@ fn the_size_of_a_micro_batch_changes_nothing_with_a_bonus_or_dropped_elements() 
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Flow times and noise belong to the sample, so that a loss on the velocity does not depend on how a minibatch is cut either.
+/// Flow times and noise belong to the sample, so a loss on the velocity does not depend on the split of a minibatch.
 #[test]
 fn the_size_of_a_micro_batch_changes_nothing_without_likelihood() {
     for recipe in ["tabletop_flow_ipo", "tabletop_nft"] {
@@ -272,7 +272,7 @@ fn the_size_of_a_micro_batch_changes_nothing_without_likelihood() {
     }
 }
 
-/// What the environment did not execute teaches nothing to a loss on the velocity.
+/// Actions that the environment did not execute are not in a loss on the velocity.
 #[test]
 fn rows_that_were_not_executed_do_not_count_without_likelihood() {
     let plan = plan("tabletop_nft", &["actor.optim.lr=0.1"]);
@@ -292,7 +292,7 @@ fn rows_that_were_not_executed_do_not_count_without_likelihood() {
     );
 }
 
-/// Weight decay alone would move the weights if a step was taken.
+/// If a step were taken, weight decay alone would change the weights.
 #[test]
 fn an_iteration_that_teaches_nothing_takes_no_step() {
     let grpo = plan("tabletop_grpo", &["actor.optim.weight_decay=0.1"]);
@@ -327,7 +327,7 @@ fn a_gradient_that_is_not_finite_is_skipped_and_counted() {
     assert_eq!((report.updates, report.skipped, report.grad_norm), (0, 1, 0.0));
 }
 
-/// The critic's gradient is its own: where it is not finite the actor goes on.
+/// The critic's gradient is separate: if it is not finite, the actor still takes its step.
 #[test]
 fn a_gradient_of_the_critic_that_is_not_finite_is_skipped_and_counted() {
     let plan = plan("quickstart", &["actor.optim.lr=0.1", "actor.optim.weight_decay=0.1"]);
@@ -381,7 +381,7 @@ fn a_gradient_of_a_velocity_loss_that_is_not_finite_is_skipped_and_counted() {
     }
 }
 
-/// The divergence is measured before a step: the one that is too far is not taken, nor any after it.
+/// The divergence is measured before a step. A step beyond the bound is not taken, nor any later step.
 #[test]
 fn target_kl_ends_the_iteration_before_the_step_that_would_go_too_far() {
     let run = |keys: &[&str], epochs: u32| {
@@ -391,7 +391,7 @@ fn target_kl_ends_the_iteration_before_the_step_that_would_go_too_far() {
             &[&["actor.optim.lr=0.001", epochs.as_str()], keys].concat(),
         );
         let policy = network(&plan, 5);
-        // the policy that acted is the one that is trained: the first minibatch has no divergence
+        // the acting policy is the trained policy, so the first minibatch has no divergence
         let batch = batch_moved(&plan, &policy, &records(&plan), 0.0);
         let mut updater = Updater::new(&plan, &policy, &OneRank).expect("optimizer");
         let report = updater.update(&batch, 0).expect("update");
@@ -403,7 +403,7 @@ fn target_kl_ends_the_iteration_before_the_step_that_would_go_too_far() {
     };
     let (free, _) = run(&[], 6);
     assert_eq!((free.updates, free.stopped_early), (6, false), "{free:?}");
-    // the divergences before the first, second, ... step; the same run gives the same bits, so that a bound fits between two of them
+    // the divergences before the first, second, ... step; the same run gives the same bits, so a bound fits between two divergences
     let after: Vec<f64> = (1..=6).map(|epochs| run(&[], epochs).0.last_kl).collect();
     assert!(after[0] < 1e-9 && after.is_sorted() && after[3] > after[2], "{after:?}");
     let bound = format!("algorithm.target_kl={}", f64::midpoint(after[2], after[3]));
@@ -419,8 +419,8 @@ fn target_kl_ends_the_iteration_before_the_step_that_would_go_too_far() {
     assert_eq!((above.updates, above.stopped_early), (6, false));
 }
 
-/// The critic keeps its Adam moments when its warm-up ends: it goes on as one whose warm-up never does, for it reads the frozen prefix and
-/// its gradient stops at the head.
+/// The critic keeps its Adam moments when its warm-up ends. The critic's weights equal those of an endless warm-up, because its input is
+/// the frozen prefix and its gradient stops at the head.
 #[test]
 fn the_critics_moments_survive_its_warm_up() {
     let run = |warm_up: u32| {
@@ -457,8 +457,8 @@ fn the_critics_moments_survive_its_warm_up() {
     );
 }
 
-/// With records of the present version the proximal policy is the one that acted: decoupled PPO is PPO. With older ones its
-/// clip is around a policy on the way, so that it still learns where PPO's ratio is clipped.
+/// With records of the current version the proximal policy is the acting policy, and decoupled PPO equals PPO. With older records the clip
+/// is around an intermediate policy, so decoupled PPO still learns where PPO's ratio is clipped.
 #[test]
 fn decoupled_ppo_is_ppo_on_policy_and_clips_later_off_policy() {
     let common = ["actor.optim.lr=0.1"];
@@ -471,7 +471,7 @@ fn decoupled_ppo_is_ppo_on_policy_and_clips_later_off_policy() {
         let (_, after, report) = update(&plan("quickstart", overrides), |batch| {
             // log-ratios of about 12 * 0.03: ratios of 1.43 and more against a clip at 1.2
             batch.old_logprob = &batch.old_logprob - 0.03;
-            // the records are of version 0; the weights in training have gone on
+            // the records are of version 0; the weights in training have changed
             batch.trained_version += lag;
         });
         (after, report.actor)
@@ -489,7 +489,7 @@ fn decoupled_ppo_is_ppo_on_policy_and_clips_later_off_policy() {
     );
 }
 
-/// Rows that were never executed have no part in losses per action; one ratio per chunk is of the whole chunk.
+/// Rows that were never executed are not in losses per action; one ratio per chunk covers the whole chunk.
 #[test]
 fn rows_that_were_not_executed_do_not_count_per_action() {
     for (level, counts) in [("token_level", false), ("action_level", false), ("chunk_level", true)] {
@@ -606,8 +606,7 @@ fn the_actor_is_clipped_by_its_own_norm() {
     assert!(norms[1].1 > 100.0 * norms[0].1);
 }
 
-/// Against a reference the penalty is 0 while the policy is where RL began, and then `mean(r - 1 - log r)` with `r` the ratio of reference
-/// to policy.
+/// Against a reference the penalty is 0 at the start of RL, and later `mean(r - 1 - log r)` with `r` the ratio of reference to policy.
 #[test]
 fn a_kl_penalty_is_against_its_reference() {
     let overrides = |reference: &str| {
@@ -633,7 +632,7 @@ fn a_kl_penalty_is_against_its_reference() {
         let want = (ratio.exp() - 1.0 - &ratio).mean(Kind::Double).double_value(&[]);
         assert!(want > 1e-6, "the policy has moved: {want}");
         let second = updater.update(&batch, 1).expect("update").actor.kl_penalty;
-        // a mean without memory is the policy itself
+        // a mean without memory equals the policy
         let want = if moves { 0.0 } else { want };
         // f32 log-probabilities of some 12 elements, in another order
         assert!(

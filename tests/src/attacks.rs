@@ -1,4 +1,4 @@
-//! The attacks of the soak and of the hostile tests by name, each for as long as one likes.
+//! Attacks of the soak and of the hostile tests by name, each for any duration.
 
 use std::time::Duration;
 
@@ -10,29 +10,29 @@ use crate::hostile::{
     random_bytes, repeat, unknown_variant_frame, vanishing_workers,
 };
 
-/// Connections of the attacks on descriptors.
+/// Number of connections of the attacks on descriptors.
 const SCARCE_CONNECTIONS: usize = 1100;
-/// Patience of an attacker that waits for one answer.
+/// Longest wait of an attacker for one answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Rows of a large request; the tabletop's `rollout.queue_capacity`.
 const MANY_ROWS: usize = 4096;
-/// Most memory of an engine of the tabletop or its learner: 50 to 150 MB by themselves, a large request and its answer.
+/// Largest memory of an engine of the tabletop or its learner, in bytes: 50 to 150 MB when idle, plus a large request and its answer.
 const MEMORY: u64 = 512 << 20;
-/// `wire::limits::Limits::received_bytes`.
+/// Value of `wire::limits::Limits::received_bytes`.
 const RECEIVED: u64 = 1 << 30;
 
-/// What is attacked.
+/// Attacked server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// An engine.
     Engine,
-    /// An engine with few descriptors.
+    /// An engine with few file descriptors.
     ScarceEngine,
     /// A learner.
     Learner,
 }
 
-/// What an attack knows.
+/// Parameters of an attack.
 pub struct Scene {
     /// The attacked policy's plan.
     pub plan: RunPlan,
@@ -40,7 +40,7 @@ pub struct Scene {
     pub endpoint: String,
     /// `HOST:PORT` of the engine's pages.
     pub http: String,
-    /// How long the attack lasts.
+    /// Duration of the attack.
     pub duration: Duration,
 }
 
@@ -52,13 +52,13 @@ impl Scene {
 
 /// An attack.
 pub struct Attack {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub name: &'static str,
-    /// What is attacked.
+    /// Attacked server.
     pub target: Target,
-    /// Most memory that the attacked process may take, in bytes.
+    /// Largest memory of the attacked process, in bytes.
     pub memory: u64,
-    /// Attacks for as long as the scene says.
+    /// Function that attacks for the scene's duration.
     pub run: fn(&Scene) -> Tally,
 }
 
@@ -71,7 +71,7 @@ const fn attack(name: &'static str, target: Target, run: fn(&Scene) -> Tally) ->
     }
 }
 
-/// An attack with messages that are received in part: these may fill the budget for all of them.
+/// Returns an attack with partially received messages, which may fill the budget of all peers.
 const fn filling(name: &'static str, target: Target, run: fn(&Scene) -> Tally) -> Attack {
     Attack {
         memory: MEMORY + RECEIVED,
@@ -157,7 +157,7 @@ fn slow(scene: &Scene, at_once: usize, every: Option<Duration>) -> Tally {
     drip(&scene.endpoint, plan)
 }
 
-/// All attacks.
+/// All attacks, in the order of execution.
 pub const ATTACKS: [Attack; 36] = [
     attack("churn", Target::Engine, |s| {
         churn_of(s, 2, &act_frame(&s.plan, 1, 1, false), PATIENCE)
@@ -206,7 +206,7 @@ pub const ATTACKS: [Attack; 36] = [
     attack("pings-read", Target::Engine, |s| {
         flood_of(s, &ping(0, b"context"), Answers::Read)
     }),
-    // the last one: its memory goes back while the next would be measured
+    // last, because its memory is freed while the next attack would be measured
     filling("partial", Target::Engine, |s| slow(s, 49 << 20, None)),
     attack("idle-silent", Target::ScarceEngine, |s| {
         idle_of(s, &s.endpoint, Stage::Silent)

@@ -1,4 +1,4 @@
-//! What the integration tests share: the golden tensors and the comparison that states its tolerance.
+//! Shared parts of the integration tests: golden tensors, and comparisons with stated tolerances.
 #![expect(
     clippy::expect_used,
     clippy::panic,
@@ -19,20 +19,20 @@ use std::{io::Write, path::PathBuf};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// The golden tensors of this repository.
+/// Folder of this repository's golden tensors.
 pub const COMMITTED_GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden");
 
-/// The folder of the golden tensors: `PIRL_GOLDEN_DIR`, else `tests/golden` of this repository.
+/// Returns the folder of the golden tensors: `PIRL_GOLDEN_DIR`, otherwise `tests/golden` of this repository.
 pub fn golden_dir() -> PathBuf {
     std::env::var_os("PIRL_GOLDEN_DIR").map_or_else(|| PathBuf::from(COMMITTED_GOLDEN), PathBuf::from)
 }
 
-/// Says on standard error, which a test that passes does not hide, what is left out and why.
+/// Reports on standard error what is skipped and why; a passing test does not hide this output.
 pub fn skip(what: &str, why: &str) {
     writeln!(std::io::stderr(), "skipped: {what}: {why}").expect("writing to standard error");
 }
 
-/// Says that the golden set lacks this file when it does.
+/// Returns whether the golden set lacks this file, and reports a missing file on standard error.
 pub fn lacks(file: &str) -> bool {
     let lacks = !golden_dir().join(file).exists();
     if lacks {
@@ -53,19 +53,19 @@ pub struct Array {
 }
 
 impl Array {
-    /// The values as f32.
+    /// Returns the values as f32.
     pub fn f32(&self) -> Vec<f32> {
         self.data.iter().map(|v| *v as f32).collect()
     }
-    /// The values as i64.
+    /// Returns the values as i64.
     pub fn i64(&self) -> Vec<i64> {
         self.data.iter().map(|v| *v as i64).collect()
     }
-    /// The shape as i64 (what libtorch takes).
+    /// Returns the shape as i64, libtorch's type of sizes.
     pub fn dims(&self) -> Vec<i64> {
         self.shape.iter().map(|v| *v as i64).collect()
     }
-    /// The values as booleans.
+    /// Returns the values as booleans.
     pub fn bool(&self) -> Vec<bool> {
         self.data.iter().map(|v| *v != 0.0).collect()
     }
@@ -92,25 +92,25 @@ impl Golden {
         SafeTensors::deserialize(&self.bytes).unwrap_or_else(|e| panic!("parsing golden {}: {e}", self.name))
     }
 
-    /// All tensor names, sorted.
+    /// Returns all tensor names, sorted.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.tensors().names().into_iter().map(str::to_owned).collect();
         names.sort();
         names
     }
 
-    /// Whether the file holds this tensor.
+    /// Returns whether the file holds this tensor.
     pub fn has(&self, tensor: &str) -> bool {
         self.tensors().tensor(tensor).is_ok()
     }
 
-    /// A value of the file's `__metadata__`.
+    /// Returns a value of the file's `__metadata__`.
     pub fn metadata(&self, key: &str) -> Option<String> {
         let (_, meta) = SafeTensors::read_metadata(&self.bytes).expect("golden header");
         meta.metadata().as_ref().and_then(|m| m.get(key).cloned())
     }
 
-    /// The tensor of this name; panics with the name when it is not there.
+    /// Returns the tensor of this name; panics with the name if the tensor is missing.
     pub fn get(&self, tensor: &str) -> Array {
         let tensors = self.tensors();
         let view = tensors
@@ -149,7 +149,7 @@ impl Golden {
     }
 }
 
-/// `dims.json`: the model sizes of one golden file.
+/// Returns the model sizes of one golden file, from `dims.json`.
 pub fn golden_dims(file: &str) -> Value {
     let path = golden_dir().join("dims.json");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
@@ -157,14 +157,14 @@ pub fn golden_dims(file: &str) -> Value {
     all[format!("{file}.safetensors")].clone()
 }
 
-/// The cases of an algorithm file (`STEM.cases.json`).
+/// Returns the cases of an algorithm file (`STEM.cases.json`).
 pub fn golden_cases(stem: &str) -> Value {
     let path = golden_dir().join(format!("{stem}.cases.json"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()));
     serde_json::from_str(&text).expect("cases json")
 }
 
-/// Largest absolute difference; NaN equals NaN and infinities equal themselves; any other non-finite pair is infinite.
+/// Returns the largest absolute difference. NaN equals NaN and an infinity equals itself; any other non-finite pair gives infinity.
 pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len(), "lengths differ");
     got.iter().zip(want).fold(0.0, |worst: f64, (g, w)| {
@@ -178,24 +178,24 @@ pub fn max_abs_diff(got: &[f32], want: &[f64]) -> f64 {
     })
 }
 
-/// Smallest error that is allowed of a network output: f32 sums in another order than the reference's.
+/// Smallest tolerance of a network output: f32 sums in another order than the reference's.
 const OUTPUT: f64 = 1e-4;
-/// The same as a share of the reference's largest magnitude: its own f32 noise, as a float64 computation of it shows.
+/// Tolerance of a network output as a share of the reference's largest magnitude: the reference's f32 noise, measured against float64.
 const OUTPUT_SHARE: f64 = 5e-5;
 
-/// Returns the largest error that is allowed of a network output, whatever the magnitudes of a golden set are.
+/// Returns the absolute tolerance of a network output, for a golden set of any magnitude.
 pub fn output_tolerance(want: &Array) -> f64 {
     let finite = want.data.iter().map(|v| v.abs()).filter(|v| v.is_finite());
     (OUTPUT_SHARE * finite.fold(0.0, f64::max)).max(OUTPUT)
 }
 
-/// Asserts that a network output is within [`output_tolerance`] of the golden one.
+/// Asserts that a network output is within [`output_tolerance`] of the golden output.
 #[track_caller]
 pub fn assert_output(what: &str, got: &[f32], want: &Array) {
     assert_close(what, got, want, output_tolerance(want));
 }
 
-/// Asserts that every element is within `tolerance` (absolute) of the golden one.
+/// Asserts that every element is within `tolerance` (absolute) of the golden element.
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f32], want: &Array, tolerance: f64) {
     assert_eq!(got.len(), want.data.len(), "{what}: number of elements");
@@ -206,13 +206,13 @@ pub fn assert_close(what: &str, got: &[f32], want: &Array, tolerance: f64) {
     );
 }
 
-/// Asserts that the error is within `tolerance` of the tensor's own largest magnitude (gradients).
+/// Asserts that the error of a gradient is at most `tolerance` times the tensor's largest magnitude.
 #[track_caller]
 pub fn assert_close_relative(what: &str, got: &[f32], want: &Array, tolerance: f64) {
     assert_eq!(got.len(), want.data.len(), "{what}: number of elements");
     let scale = want.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
     let diff = max_abs_diff(got, &want.data);
-    // a gradient that is zero in the reference may come out as rounding noise of the sums behind it
+    // a gradient that is zero in the reference may be rounding noise of its sums here
     let allowed = (tolerance * scale).max(1e-7);
     assert!(
         diff <= allowed,
@@ -242,7 +242,7 @@ mod tests {
         assert!(!passes(&moved(1.9e-4), &want(1.0)));
         assert!(!passes(&want(1.0), &want(1.0001)), "a factor of the whole output");
         assert!(!passes(&want(1.0001), &want(1.0)));
-        // small outputs keep the absolute bound
+        // small outputs have the absolute bound
         assert!(passes(&want(0.0), &want(2e-5)));
         assert!(!passes(&want(0.0), &want(4e-5)));
         let mut infinite = want(1.0);

@@ -1,13 +1,13 @@
-//! Requests per second of engines that are compared in one run: each is measured for a short time in turn, round after round.
+//! Requests per second of several engines in one run: in every round each engine is measured in turn for a short time.
 
 use std::time::Instant;
 
 use crate::probe::{Pace, Question, Trips, steady_clients};
 
-/// What the clients of one engine saw in all rounds.
+/// Measurements of one engine's clients over all rounds.
 #[derive(Debug, Clone, Default)]
 pub struct Load {
-    /// All round trips.
+    /// Round trips of all rounds.
     pub trips: Trips,
     /// Requests per second of each round.
     pub rates: Vec<f64>,
@@ -20,13 +20,13 @@ impl Load {
         self.trips.answered as f64 / self.seconds
     }
 
-    /// Returns whether requests were answered, none of them by a wrong answer, on connections that lasted.
+    /// Returns whether requests were answered, without a wrong answer and without a lost connection.
     pub fn good(&self) -> bool {
         self.trips.answered > 0 && (self.trips.lost, self.trips.wrong) == (0, 0)
     }
 }
 
-/// Asks engines by `clients` clients at a time; every round asks each engine once, the odd ones from the last engine to the first.
+/// Measures engines with `clients` concurrent clients. Every round measures each engine once; odd rounds are in reverse order.
 pub fn interleaved(endpoints: &[String], question: &Question, clients: usize, rounds: usize, pace: Pace) -> Vec<Load> {
     let mut loads = vec![Load::default(); endpoints.len()];
     for round in 0..rounds {

@@ -1,6 +1,6 @@
-//! What a well-behaved client and an operator see while something else happens: round trips, process readings, the HTTP pages.
+//! Measurements of a well-behaved client and of an operator: round trips, process readings, the HTTP pages.
 //!
-//! The client is a plain socket with a hand-written ZMTP layer, so that a measurement does not depend on the transport that is measured.
+//! The client is a plain socket with a hand-written ZMTP layer, so a measurement does not depend on the measured transport.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -20,31 +20,31 @@ use crate::{
     ring::row,
 };
 
-/// Pause before a refused request is sent again, as the refusal's `retry` allows.
+/// Pause before a request is sent again that was refused with `retry`.
 const RETRY: Duration = Duration::from_millis(2);
 /// Longest wait for a connection.
 const CONNECT: Duration = Duration::from_secs(2);
 /// Pause between heartbeats to a learner.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// What the steady client asks for.
+/// Requests of the steady client.
 #[derive(Debug, Clone)]
 pub enum Question {
     /// An action chunk for one row, from an engine.
     Act(Box<ActRow>),
-    /// A part of a file, from a learner, as an engine of this session name.
+    /// A part of a file from a learner, requested as an engine of this session name.
     Part(String),
 }
 
 impl Question {
-    /// A row of the tabletop without a record.
+    /// Returns a request for one row of the tabletop, without a record.
     pub fn act(plan: &RunPlan) -> Self {
         let mut row = row(plan, 1, Mode::Eval);
         row.record = false;
         Self::Act(Box::new(row))
     }
 
-    /// A part of a file that no bundle has: the learner answers with no bytes.
+    /// Returns a request for a part of a file that no bundle has; the learner answers with no bytes.
     pub fn part(name: &str) -> Self {
         Self::Part(name.to_owned())
     }
@@ -64,7 +64,7 @@ impl Question {
         encoded.expect("a question that can be encoded")
     }
 
-    /// What a connection says before its first question, and now and then.
+    /// Returns the message that a connection sends before its first request and as a heartbeat.
     fn heartbeat(&self) -> Option<Vec<u8>> {
         let Self::Part(name) = self else { return None };
         let state = ToLearner::State(EngineState {
@@ -102,9 +102,9 @@ enum Verdict {
 /// Bounds of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// Time of the measurement.
+    /// Duration of the measurement.
     pub duration: Duration,
-    /// Answers after which the measurement ends before its time; `None`: no limit.
+    /// Number of answers after which the measurement ends early; `None`: no limit.
     pub requests: Option<u64>,
     /// Pause after each answer.
     pub between: Duration,
@@ -114,30 +114,30 @@ pub struct Pace {
 #[derive(Debug, Clone, Default)]
 pub struct Trips {
     /// Time from the first sending of each request to its answer, sorted. A request that was refused with `retry`, or whose connection was
-    /// lost, is sent again and counts once with the whole time. A request without an answer at the end counts with its wait.
+    /// lost, is sent again and counts once with the whole time. A request without an answer at the end counts with its waiting time.
     pub times: Vec<Duration>,
-    /// Requests answered.
+    /// Answered requests.
     pub answered: u64,
     /// Refusals with `retry`.
     pub refused: u64,
-    /// Connections that ended or could not be opened.
+    /// Connections that were lost or could not be opened.
     pub lost: u64,
-    /// Answers that do not fit the question.
+    /// Answers that do not fit the request.
     pub wrong: u64,
     /// Requests without an answer at the end of the measurement.
     pub unanswered: u64,
 }
 
 impl Trips {
-    /// Returns a quantile in 0 to 1 of the times; zero when there are none.
+    /// Returns a quantile (0 to 1) of the times; zero without times.
     pub fn quantile(&self, q: f64) -> Duration {
         let place = (q * self.times.len() as f64) as usize;
         let last = self.times.len().saturating_sub(1);
         self.times.get(place.min(last)).copied().unwrap_or_default()
     }
 
-    /// Returns the quantile that a client would have seen which asks every `interval` and not only after an answer: a wait of many
-    /// intervals counts once for each of them, shorter by one interval each time (as `HdrHistogram` corrects for coordinated omission).
+    /// Returns the quantile for a client that sends a request every `interval` instead of after each answer. A wait of many intervals
+    /// counts once per interval, each time shorter by one interval (`HdrHistogram`'s correction for coordinated omission).
     pub fn paced_quantile(&self, q: f64, interval: Duration) -> Duration {
         let mut times = self.times.clone();
         for time in &self.times {
@@ -167,7 +167,7 @@ impl Trips {
     }
 }
 
-/// Asks one question after the other on one connection for `pace.duration` or until `pace.requests` are answered; connects again when the
+/// Sends one request after the other on one connection, for `pace.duration` or until `pace.requests` are answered. Reconnects when the
 /// connection ends.
 pub fn steady(endpoint: &str, question: &Question, pace: Pace) -> Trips {
     let end = Instant::now() + pace.duration;
@@ -240,7 +240,7 @@ pub fn steady(endpoint: &str, question: &Question, pace: Pace) -> Trips {
                 pause(pace.between.min(left()));
             }
         } else if waited > trips.times.iter().max().copied().unwrap_or_default() {
-            // a request that the end cut short in its usual time says nothing
+            // a request that is cut off within its usual time is not counted
             trips.unanswered += 1;
             trips.times.push(waited);
         }
@@ -263,7 +263,7 @@ pub fn steady_clients(endpoint: &str, question: &Question, clients: usize, pace:
     sum
 }
 
-/// Returns whether the question is answered on a new connection within `patience`.
+/// Returns whether a request on a new connection is answered within `patience`.
 pub fn answers(endpoint: &str, question: &Question, patience: Duration) -> bool {
     let end = Instant::now() + patience;
     let asked = RawDealer::connect(endpoint, patience).and_then(|mut dealer| {
@@ -281,14 +281,14 @@ pub fn answers(endpoint: &str, question: &Question, patience: Duration) -> bool 
     matches!(asked, Ok(Verdict::Answer))
 }
 
-/// What the system says of a process.
+/// System readings of a process.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Readings {
     /// Resident bytes.
     pub rss: u64,
-    /// Largest resident bytes since the start or since [`reset_peak`].
+    /// Largest resident bytes since the process's start or since [`reset_peak`].
     pub peak: u64,
-    /// Processor seconds, of user and system.
+    /// Processor seconds, user and system.
     pub cpu_seconds: f64,
     /// Open file descriptors.
     pub descriptors: usize,
@@ -308,7 +308,7 @@ pub fn readings(pid: u32) -> io::Result<Readings> {
         line.split_whitespace().next()?.parse::<u64>().ok()
     };
     let stat = std::fs::read_to_string(format!("{folder}/stat"))?;
-    // the name in parentheses may hold blanks; user and system time are the 12th and 13th field after it, in hundredths of a second
+    // the name in parentheses may hold blanks; user and system time are the 12th and 13th field after the name, in hundredths of a second
     let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let ticks: u64 = fields
         .split_whitespace()
@@ -333,7 +333,7 @@ pub fn reset_peak(pid: u32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/clear_refs"), "5")
 }
 
-/// Returns the bytes of a log file; zero when there is none.
+/// Returns the size of a log file in bytes; zero for a missing file.
 pub fn file_bytes(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |file| file.len())
 }
@@ -341,7 +341,7 @@ pub fn file_bytes(path: &Path) -> u64 {
 /// Gets a page by HTTP/1.1 and returns its status and body.
 ///
 /// # Errors
-/// The server is not there, late, or does not speak HTTP.
+/// The server is unreachable, late, or does not speak HTTP.
 pub fn http_get(http: &str, path: &str, patience: Duration) -> io::Result<(u16, String)> {
     let end = Instant::now() + patience;
     let mut stream = open(http, patience)?;
@@ -387,10 +387,10 @@ pub fn healthy(http: &str, patience: Duration) -> bool {
     matches!(http_get(http, "/healthz", patience), Ok((200, _)))
 }
 
-/// Returns a value of `/metrics`; `name` includes the labels, if there are any.
+/// Returns a value of `/metrics`; `name` includes any labels.
 ///
 /// # Errors
-/// The page is unavailable, or has no such value.
+/// The page is unavailable or lacks this value.
 pub fn metric(http: &str, name: &str, patience: Duration) -> io::Result<f64> {
     let (_, text) = http_get(http, "/metrics", patience)?;
     let value = text

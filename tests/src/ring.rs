@@ -1,4 +1,4 @@
-//! A real engine process, real sockets and small real policies for the tests of the ring.
+//! An engine process, sockets and small policies for the tests of the ring.
 
 use std::{
     fs::File,
@@ -17,7 +17,7 @@ use wire::{
     socket::{DealerReceiver, DealerSender, connect_dealer},
 };
 
-/// The quickstart's configuration with these overrides, output into `dir`.
+/// Returns the quickstart's plan with these overrides and with its output in `dir`.
 pub fn plan(dir: &Path, overrides: &[&str]) -> RunPlan {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
     let mut all: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
@@ -25,13 +25,13 @@ pub fn plan(dir: &Path, overrides: &[&str]) -> RunPlan {
     RunPlan::new(RunConfig::load(&path, &all).expect("quickstart configuration")).expect("plan")
 }
 
-/// An address whose port was free a moment ago, for a program that must come back under the same one.
+/// Returns an endpoint whose port was free a moment ago, for a program that restarts under the same address.
 pub fn fixed_endpoint() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     format!("tcp://{}", listener.local_addr().expect("address"))
 }
 
-/// A program of this workspace, built by the same command as the tests.
+/// Returns the path of a program of this workspace, built by the same command as the tests.
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("own path");
     let found = own
@@ -43,15 +43,15 @@ pub fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("`{name}` is not built; run scripts/setup"))
 }
 
-/// What the engine logs when its endpoints are open and in their file.
+/// Log text of an engine whose endpoints are open and in their file.
 const LISTENS: &str = " listens on ";
-/// Longest time from the start of an engine to that line.
+/// Longest time from the start of an engine to the log line of its open endpoints.
 const START: Duration = Duration::from_mins(1);
 
-/// An engine process that is taken down with the test.
+/// An engine process that ends with the test.
 pub struct Engine {
     child: Child,
-    /// Copies the log to its file until the process ends.
+    /// Thread that copies the log to its file until the process ends.
     copy: Option<JoinHandle<()>>,
     /// Endpoint for clients and env workers.
     pub listen: String,
@@ -92,7 +92,7 @@ impl Engine {
             listen: String::new(),
             http: String::new(),
         };
-        // an error when the engine ends first
+        // an error if the engine ends first
         let opened = opened.recv_timeout(START);
         assert!(
             opened.is_ok(),
@@ -106,23 +106,23 @@ impl Engine {
         engine
     }
 
-    /// What the engine of this folder has logged.
+    /// Returns the log of the engine of this folder.
     pub fn log(dir: &Path) -> String {
         std::fs::read_to_string(dir.join("engine.log")).unwrap_or_default()
     }
 
-    /// Process number.
+    /// Returns the process number.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Ends it without a chance to say farewell.
+    /// Kills the engine by SIGKILL, so that no message is sent.
     pub fn kill(&mut self) {
         self.child.kill().expect("killing the engine");
         self.wait();
     }
 
-    /// Waits for the end, after which the log is whole, and returns whether it was a success.
+    /// Waits for the end of the process and of its log, and returns whether the exit code is 0.
     pub fn wait(&mut self) -> bool {
         let status = self.child.wait().expect("waiting for the engine");
         if let Some(copy) = self.copy.take() {
@@ -132,13 +132,13 @@ impl Engine {
     }
 }
 
-/// Copies a log to its file, line by line, and says when the endpoints are open.
+/// Copies a log to its file, line by line, and reports when the endpoints are open.
 fn copy_log(log: impl Read, mut file: File, open: &mpsc::Sender<()>) {
     for line in BufReader::new(log).split(b'\n') {
         let line = line.expect("reading the engine's log");
         file.write_all(&[&line[..], b"\n"].concat()).expect("writing the log");
         if String::from_utf8_lossy(&line).contains(LISTENS) {
-            // nobody waits any more when the line came late
+            // the receiver has stopped waiting if the line is late
             let _late = open.send(());
         }
     }
@@ -152,7 +152,7 @@ impl Drop for Engine {
     }
 }
 
-/// An env worker process that is taken down with the test.
+/// An env worker process that ends with the test.
 pub struct Worker(Child);
 
 impl Worker {
@@ -176,14 +176,14 @@ impl Drop for Worker {
     }
 }
 
-/// A client of the engine, as a robot is one.
+/// A client of the engine, such as a robot.
 pub struct Client {
     send: DealerSender,
     receive: DealerReceiver,
 }
 
 impl Client {
-    /// Connects.
+    /// Connects to the engine.
     pub async fn connect(engine: &str) -> Self {
         let (send, receive) = connect_dealer(engine).await.expect("connecting to the engine");
         Self { send, receive }
@@ -194,7 +194,7 @@ impl Client {
         self.send.send(message).await.expect("sending");
     }
 
-    /// The next message, within a minute.
+    /// Returns the next message, within a minute.
     pub async fn receive(&mut self) -> FromEngine {
         let next = tokio::time::timeout(Duration::from_mins(1), self.receive.receive::<FromEngine>());
         next.await
@@ -202,7 +202,7 @@ impl Client {
             .expect("receiving")
     }
 
-    /// One request, one answer.
+    /// Sends one request and returns the answer.
     pub async fn act(&mut self, request: u64, rows: Vec<ActRow>) -> ActReply {
         self.send(&ToEngine::Act(ActRequest { request, rows })).await;
         match self.receive().await {
@@ -215,7 +215,7 @@ impl Client {
     }
 }
 
-/// A deterministic observation of the tabletop's sizes, different for each number.
+/// Returns a deterministic observation of the tabletop's sizes, different for each number.
 pub fn observation(plan: &RunPlan, number: u64) -> Observation {
     let side = plan.dims.vision.image_size;
     let mut bytes = vec![0.0f32; side * side * 3];
@@ -233,7 +233,7 @@ pub fn observation(plan: &RunPlan, number: u64) -> Observation {
     }
 }
 
-/// A row of a request.
+/// Returns a row of a request.
 pub fn row(plan: &RunPlan, number: u64, mode: Mode) -> ActRow {
     let key = NoiseKey {
         seed: 5,

@@ -1,5 +1,4 @@
-//! A server under attack, with a steady client that asks it all the while: what that client sees, what the process takes, and which
-//! bounds are broken.
+//! A server under attack and a steady client: the client's round trips, the process's resources, and the exceeded bounds.
 
 use std::{
     fmt::Write,
@@ -21,24 +20,24 @@ use crate::{
 
 /// Largest p99 with an attack, as a multiple of the idle p99.
 const RATIO: f64 = 2.0;
-/// The same while descriptors are exhausted.
+/// Largest p99 with exhausted descriptors, as a multiple of the idle p99.
 const RATIO_SCARCE: f64 = 5.0;
-/// A p99 of the learner that no engine notices, whatever the idle one is.
+/// A p99 of the learner that is accepted whatever the idle p99 is: no engine is slowed.
 const LEARNER_EASE: Duration = Duration::from_millis(5);
-/// Longest time without an answer to the steady client.
+/// Longest accepted time without an answer to the steady client.
 const WORST: Duration = Duration::from_millis(500);
-/// Bytes that a log may grow in a minute.
+/// Largest growth of a log per minute, in bytes.
 const LOG_PER_MINUTE: f64 = 1e6;
-/// Bytes that it may grow at once, in a shorter time: ten lines for each of many reasons.
+/// Largest growth of a log in a shorter time, in bytes: ten lines for each of many reasons.
 const LOG_AT_ONCE: f64 = 1e5;
-/// Time that a process has to end after SIGTERM, and that an engine has to forget what is gone.
+/// Longest time for a process to end after SIGTERM, and for an engine to drop what belonged to closed connections.
 pub const GRACE: Duration = Duration::from_secs(10);
 /// Pause of the steady client after an answer.
 const BETWEEN: Duration = Duration::from_millis(2);
-/// A larger log is emptied before the next attack.
+/// Size of a log in bytes above which the log is emptied before the next attack.
 const LOG_KEPT: u64 = 50_000_000;
 
-/// Starts a process of the soak with its own descriptors.
+/// Starts a process of the soak with its own limit of descriptors.
 pub fn own_process(nice: Option<u8>, args: &[&str]) -> Child {
     let own = program("soak");
     let mut command = if let Some(nice) = nice {
@@ -56,18 +55,18 @@ pub fn own_process(nice: Option<u8>, args: &[&str]) -> Child {
         .expect("starting a process of the soak")
 }
 
-/// How an attack is measured.
+/// Settings of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// How long the attack lasts.
+    /// Duration of the attack.
     pub seconds: Duration,
-    /// How long the idle round trips are measured before; zero: latency is not judged.
+    /// Duration of the idle measurement before the attack; zero: latency is not judged.
     pub idle: Duration,
     /// Niceness of the attacker's process.
     pub nice: u8,
 }
 
-/// What an attack did.
+/// Result of an attack.
 #[derive(Debug)]
 pub struct Measured {
     idle: Trips,
@@ -77,9 +76,9 @@ pub struct Measured {
     log_per_minute: f64,
     health: (u64, u64),
     tally: String,
-    /// Bounds that were broken.
+    /// Exceeded bounds.
     pub breaches: Vec<String>,
-    /// The process cannot be used for the next attack.
+    /// Whether the process is unusable for the next attack.
     pub broken: bool,
 }
 
@@ -100,7 +99,7 @@ pub fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Polls `/healthz` every second until `stop`; returns polls that were answered by 200, and polls.
+/// Polls `/healthz` every second until `stop`; returns the number of answers with 200, and of polls.
 fn watch_health(http: &str, stop: &AtomicBool) -> (u64, u64) {
     let mut counts = (0, 0);
     while !stop.load(Ordering::Relaxed) {
@@ -114,7 +113,7 @@ fn watch_health(http: &str, stop: &AtomicBool) -> (u64, u64) {
     counts
 }
 
-/// Attacks a server while a steady client asks it, and judges what came of it.
+/// Attacks a server while a steady client sends requests, and judges the result.
 pub fn measure(server: &mut Server, attack: &Attack, bounds: &Bounds, question: &Question) -> Measured {
     if server.log_bytes() > LOG_KEPT {
         server.empty_log();
@@ -139,7 +138,7 @@ pub fn measure(server: &mut Server, attack: &Attack, bounds: &Bounds, question: 
     let (trips, health, tally) = thread::scope(|scope| {
         let client = scope.spawn(|| steady(&listen, question, pace(lead + bounds.seconds)));
         let health = http.as_deref().map(|http| scope.spawn(|| watch_health(http, &stop)));
-        // the steady client is there before the attack
+        // the steady client connects before the attack
         pause(lead);
         let seconds = bounds.seconds.as_secs_f64().to_string();
         let mut args = vec!["attack", attack.name, "--endpoint", &listen, "--seconds", &seconds];
@@ -168,7 +167,7 @@ pub fn measure(server: &mut Server, attack: &Attack, bounds: &Bounds, question: 
     measured
 }
 
-/// Waits for the end of an attacker, a little longer than it should take, and returns its last line.
+/// Waits for the end of an attacker, a little beyond its duration, and returns its last line.
 fn attacker_end(attacker: &mut Child) -> String {
     let begin = Instant::now();
     while begin.elapsed() < GRACE && attacker.try_wait().expect("an attacker").is_none() {
@@ -255,7 +254,7 @@ fn judge(server: &mut Server, attack: &Attack, bounds: &Bounds, question: &Quest
     measured.broken = broken;
 }
 
-/// Returns the head of the table.
+/// Returns the header of the table.
 pub fn header() -> String {
     format!(
         "{:18} {:>8} {:>8} {:>8} {:>6} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>5} {:>7}",
@@ -275,7 +274,7 @@ pub fn header() -> String {
     )
 }
 
-/// Returns the lines of an attack in the table.
+/// Returns the table's lines for an attack.
 pub fn lines(attack: &Attack, bounds: &Bounds, measured: &Measured) -> String {
     let Measured {
         idle,

@@ -1,4 +1,4 @@
-//! Programs started with a random policy and without training: an engine without a learner, and a learner without an engine.
+//! Programs with a random policy and without training: an engine without a learner, and a learner without an engine.
 
 use std::{
     borrow::Cow,
@@ -23,15 +23,15 @@ use crate::{
 
 /// Standard deviation of the random weights: small, so that every activation stays finite.
 const SCALE: f32 = 0.05;
-/// How often a wait looks again.
+/// Interval between two checks of a wait.
 const POLL: Duration = Duration::from_millis(5);
 
-/// The folder of the programs under test.
+/// Folder of the programs under test.
 #[derive(Debug, Clone, Default)]
 pub struct Programs(Option<PathBuf>);
 
 impl Programs {
-    /// Takes the programs of `folder`, else of `PIRL_PROGRAMS`, else beside this executable.
+    /// Finds the programs in `folder`, otherwise in `PIRL_PROGRAMS`, otherwise in this executable's folder.
     pub fn new(folder: Option<&str>) -> Self {
         let set = std::env::var_os("PIRL_PROGRAMS").filter(|value| !value.is_empty());
         Self(folder.map(PathBuf::from).or(set.map(PathBuf::from)))
@@ -45,7 +45,7 @@ impl Programs {
     }
 }
 
-/// Seeded random weights.
+/// Seeded random weights of these parameters.
 #[derive(Debug)]
 struct Random(Vec<ParamSpec>);
 
@@ -77,7 +77,7 @@ fn config_file(plan: &RunPlan, dir: &Path) -> PathBuf {
     path
 }
 
-/// Exports a bundle of random weights into `dir/bundle` and returns its path; keeps the bundle of an earlier call.
+/// Exports a bundle of random weights into `dir/bundle` and returns its path; reuses the bundle of an earlier call.
 pub fn random_bundle(programs: &Programs, plan: &RunPlan, dir: &Path) -> PathBuf {
     let out = dir.join("bundle");
     if out.exists() {
@@ -103,31 +103,31 @@ pub fn random_bundle(programs: &Programs, plan: &RunPlan, dir: &Path) -> PathBuf
     out
 }
 
-/// Limits under which a program is started.
+/// Resource limits of a started program.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Limits {
     /// Open file descriptors (`ulimit -n`).
     pub descriptors: Option<u64>,
-    /// Bytes of address space (`ulimit -v`): protects the machine from a program that does not bound its memory.
+    /// Bytes of address space (`ulimit -v`): protects the host from a program with unbounded memory.
     pub address_space: Option<u64>,
 }
 
-/// Returns a command that starts a program under limits, in the same process.
+/// Returns a command that starts a program with limits, in the same process.
 pub fn limited(program: &Path, limits: Limits) -> Command {
     let limit = |flag: char, value: Option<u64>| {
         value.map_or_else(String::new, |value| format!("ulimit -{flag} {value} || exit 97; "))
     };
     let mut script = limit('n', limits.descriptors);
     script.push_str(&limit('v', limits.address_space.map(|bytes| bytes >> 10)));
-    // where util-linux is there, the program ends with its parent, however that ends
+    // with util-linux installed, the program ends with its parent, even if the parent is killed
     script.push_str("command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL \"$@\"; exec \"$@\"");
     let mut command = Command::new("sh");
     command.arg("-c").arg(script).arg("sh").arg(program);
     command
 }
 
-/// Returns a command that starts a program with as many descriptors as an attacker needs (8,192, or what the system allows), in the same
-/// process: the soft limit of many systems is 1,024.
+/// Returns a command that starts a program with an attacker's descriptors (8,192, or the system's limit), in the same process.
+/// The soft limit of many systems is 1,024.
 pub fn many_descriptors(program: &Path) -> Command {
     let mut command = Command::new("sh");
     let script = "ulimit -n 8192 2>/dev/null || ulimit -n $(ulimit -H -n); exec \"$@\"";
@@ -135,28 +135,28 @@ pub fn many_descriptors(program: &Path) -> Command {
     command
 }
 
-/// Opens an empty log in append mode, so that it can be emptied while the program writes.
+/// Opens an empty log in append mode, so that the file can be emptied while the program writes.
 fn log_file(path: &Path) -> std::fs::File {
     drop(std::fs::remove_file(path));
     let mut options = std::fs::OpenOptions::new();
     options.append(true).create(true).open(path).expect("creating the log")
 }
 
-/// A program under test; it ends with this value.
+/// A program under test, which ends when this value is dropped.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
     ended: Option<ExitStatus>,
     /// Endpoint for clients of an engine, or for engines of a learner.
     pub listen: String,
-    /// `HOST:PORT` of an engine's pages; a learner has none.
+    /// `HOST:PORT` of an engine's HTTP pages; `None` for a learner.
     pub http: Option<String>,
     /// Log file.
     pub log: PathBuf,
 }
 
 impl Server {
-    /// Starts an engine of a random policy, without a learner, on free ports; `dir` holds its bundle, log and state.
+    /// Starts an engine with a random policy, without a learner, on free ports; `dir` holds its bundle, log and state.
     pub fn engine(programs: &Programs, plan: &RunPlan, dir: &Path, limits: Limits) -> Self {
         let bundle = random_bundle(programs, plan, dir);
         Self::engine_of(&programs.path("rollout-engine"), &bundle, plan, dir, limits)
@@ -217,7 +217,7 @@ impl Server {
     }
 
     fn spawn(mut command: Command, file: std::fs::File, log: PathBuf) -> Self {
-        // the line that names a failure, not the stack under it
+        // the line that names a failure, not the stack trace below
         let child = command
             .env_remove("RUST_BACKTRACE")
             .stdin(Stdio::null())
@@ -252,7 +252,7 @@ impl Server {
         self.child.id()
     }
 
-    /// Returns how the process ended; `None` while it runs.
+    /// Returns the exit status; `None` while the process runs.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait().expect("asking for the state of a child");
@@ -278,7 +278,7 @@ impl Server {
         String::from_utf8_lossy(tail).escape_debug().to_string()
     }
 
-    /// Sends SIGTERM and returns the time to the end; kills the process and returns `None` when `patience` passes first.
+    /// Sends SIGTERM and returns the time to the end. Kills the process and returns `None` after `patience`.
     pub fn terminate(&mut self, patience: Duration) -> Option<Duration> {
         let begin = Instant::now();
         if self.ended().is_none() {
@@ -294,7 +294,7 @@ impl Server {
         Some(begin.elapsed())
     }
 
-    /// Ends the process at once.
+    /// Kills the process.
     pub fn kill(&mut self) {
         if self.ended().is_none() {
             self.child.kill().expect("killing a child");
@@ -316,7 +316,7 @@ pub fn signal(name: &str, pid: u32) {
     sent.expect("starting `sh`");
 }
 
-/// Stops a child process and returns when all its threads stand still.
+/// Stops a child process by SIGSTOP and returns when all its threads are stopped.
 ///
 /// # Panics
 /// The process is not a child of this one.

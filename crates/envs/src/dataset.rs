@@ -18,18 +18,18 @@ use crate::{
     tabletop::{ACTION_DIM, COLOURS, Table, TabletopParams},
 };
 
-/// A data set that cannot be made or written.
+/// Failure to make or write a data set.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DatasetError {
     /// The demonstrator does not succeed often enough.
     #[error("collecting {wanted} demonstrations: only {found} of {tried} episodes succeeded, check `env.demo_params`")]
     TooFew {
-        /// Episodes wanted.
+        /// Number of requested successful episodes.
         wanted: usize,
-        /// Successful ones.
+        /// Number of successful episodes.
         found: usize,
-        /// All.
+        /// Number of attempted episodes.
         tried: usize,
     },
     /// The file cannot be written.
@@ -93,7 +93,7 @@ impl Columns {
 }
 
 fn key(seed: u64, number: usize) -> ResetKey {
-    // demonstrations and scenes have their own environment number, which no rollout uses
+    // demonstrations and scenes use an environment number of their own, which no rollout uses
     ResetKey {
         seed,
         env: u32::MAX,
@@ -103,11 +103,11 @@ fn key(seed: u64, number: usize) -> ResetKey {
     }
 }
 
-/// Collects `demos` successful episodes of the demonstrator; one row per env step with the next `horizon` actions (past the end:
-/// stand still, last gripper command).
+/// Writes `demos` successful episodes of the demonstrator; one row per env step with the next `horizon` actions (past the end:
+/// zero motion, last gripper command). Returns the number of rows.
 ///
 /// # Errors
-/// Fewer than half of the episodes succeed, or the file cannot be written.
+/// Fewer than about half of the episodes succeed, or the file cannot be written.
 pub fn write_demos(
     path: &Path,
     params: &TabletopParams,
@@ -155,8 +155,8 @@ pub fn write_demos(
     Ok(rows)
 }
 
-/// Draws random scenes with the positions of named block, zone and gripper. The gripper is open or closed by chance; in 35 % it is
-/// near the named block, in 15 % the named block is near the zone.
+/// Writes random scenes with the positions of named block, zone and gripper. The gripper is open or closed with equal
+/// probability. In 35 % of scenes the gripper is near the named block, in 15 % the named block is near the zone.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -194,7 +194,7 @@ mod tests {
 
     use super::*;
 
-    /// A tensor of the file as (shape, values).
+    /// Returns a tensor of the file as (shape, values).
     fn floats(file: &[u8], name: &str) -> (Vec<usize>, Vec<f32>) {
         let tensors = SafeTensors::deserialize(file).expect("safetensors");
         let tensor = tensors.tensor(name).expect("tensor");
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(
             fs::read_dir(folder.path()).expect("folder").count(),
             1,
-            "nothing is left beside the file"
+            "no other file is left"
         );
         let file = fs::read(&path).expect("file");
         let (shape, actions) = floats(&file, "actions");
@@ -233,7 +233,7 @@ mod tests {
         let step = horizon * ACTION_DIM;
         let mut row = 0;
         for episode in 0..20 {
-            // the demonstrator succeeds in every one of these episodes (asserted here), so that they are numbered without a gap
+            // the demonstrator succeeds in each of these episodes (asserted here), so that their numbers have no gap
             let mut table = Table::draw(&mut key(3, episode).rng());
             loop {
                 assert_eq!(states[4 * row..4 * row + 4], table.state());
@@ -246,7 +246,7 @@ mod tests {
                     }
                     break;
                 }
-                // the chunk of a step goes on as the next step's does
+                // the chunk of a step continues as the chunk of the next step
                 assert_eq!(chunk[ACTION_DIM..], actions[row * step..(row + 1) * step - ACTION_DIM]);
             }
         }
@@ -272,7 +272,7 @@ mod tests {
             near[0] += f64::from(u8::from(crate::tabletop::distance(block, gripper) < 0.15)) / scenes as f64;
             near[1] += f64::from(u8::from(crate::tabletop::distance(block, zone) < 0.15)) / scenes as f64;
         }
-        // starts are 0.2 apart, and a jitter of 5 deviations is not seen; 5 standard errors of a share of 4000 are below 0.04.
+        // starts are 0.2 apart, and a jitter of 5 deviations does not occur; 5 standard errors of a share of 4000 are below 0.04.
         // A moved block or gripper may also land near the third point, rarely.
         assert!(
             (near[0] - 0.35).abs() < 0.04 && (near[1] - 0.15).abs() < 0.04,

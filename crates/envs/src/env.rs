@@ -1,19 +1,19 @@
-//! The environment trait, vectorized by slots.
+//! Environment trait, vectorized by slots.
 
 use policy::noise::{Purpose, stream};
 
-/// An RGB image.
+/// RGB image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// Columns.
+    /// Number of columns.
     pub width: usize,
     /// Row-major RGB, `[height, width, 3]`.
     pub data: Vec<u8>,
 }
 
-/// What an environment is.
+/// Sizes, limits and names of an environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnvSpec {
     /// Registered name.
@@ -24,11 +24,11 @@ pub struct EnvSpec {
     pub action_dim: usize,
     /// Env steps after which an episode is truncated.
     pub max_episode_steps: usize,
-    /// All instructions.
+    /// All instructions that the environment may give.
     pub prompts: Vec<String>,
 }
 
-/// What names an episode's start.
+/// Key of an episode's start state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResetKey {
     /// Seed of the run.
@@ -39,12 +39,12 @@ pub struct ResetKey {
     pub episode: u64,
     /// Start state shared by a group; replaces env and episode.
     pub reset_state: Option<u64>,
-    /// Task number; `None`: drawn.
+    /// Task number; `None` to draw the task.
     pub task: Option<u32>,
 }
 
 impl ResetKey {
-    /// The random stream of this start.
+    /// Returns the random stream of this start state.
     pub fn rng(&self) -> impl rand_core::Rng + use<> {
         match self.reset_state {
             Some(state) => stream(Purpose::Reset, self.seed, u64::MAX, state, 0),
@@ -53,65 +53,65 @@ impl ResetKey {
     }
 }
 
-/// What a policy sees.
+/// Observation of a policy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observation {
     /// One image per camera.
     pub images: Vec<Image>,
     /// Proprioceptive state.
     pub state: Vec<f32>,
-    /// The instruction.
+    /// Instruction.
     pub prompt: String,
 }
 
-/// What an executed chunk brought.
+/// Outcome of an executed action chunk.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ChunkOutcome {
-    /// Reward of every executed env step; the episode may end before the chunk does.
+    /// Reward of each executed env step; shorter than the chunk if the episode ended within the chunk.
     pub rewards: Vec<f32>,
-    /// The task ended.
+    /// Whether the task ended.
     pub terminated: bool,
-    /// The time limit was reached (and the task did not end in the same step).
+    /// Whether the time limit was reached (and the task did not end in the same step).
     pub truncated: bool,
-    /// The goal is reached.
+    /// Whether the goal is reached.
     pub success: bool,
-    /// A rendered image per executed step, when asked for.
+    /// One rendered image per executed env step, if requested.
     pub frames: Vec<Image>,
 }
 
-/// A set of environments of one kind, addressed by slot.
+/// Set of environments of one kind, addressed by slot.
 pub trait VecEnv: Send {
-    /// What it is.
+    /// Returns the specification of one environment.
     fn spec(&self) -> EnvSpec;
-    /// Number of slots.
+    /// Returns the number of slots.
     fn num_envs(&self) -> usize;
-    /// Starts an episode; `None` for a slot or a task that does not exist.
+    /// Starts an episode and returns its first observation; `None` for a slot or a task that does not exist.
     fn reset(&mut self, slot: usize, key: &ResetKey) -> Option<Observation>;
-    /// The present observation; `None` for a slot that does not exist.
+    /// Returns the current observation; `None` for a slot that does not exist or has not been reset.
     fn observe(&self, slot: usize) -> Option<Observation>;
-    /// Executes `actions`, row-major `[n, action_dim]`, until the episode ends; a NaN action counts as 0, others are clipped to
-    /// [-1, 1]. `None` for a slot that does not exist.
+    /// Executes `actions`, row-major `[n, action_dim]`, until the episode ends. A NaN counts as 0; other values are clipped to
+    /// [-1, 1]. Renders a frame per env step if `frames`. Returns `None` for a slot that does not exist or has not been reset.
     fn step_chunk(&mut self, slot: usize, actions: &[f32], frames: bool) -> Option<ChunkOutcome>;
 }
 
-/// An environment that cannot be made.
+/// Failure to make an environment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnvError {
-    /// No such name.
+    /// The name is not registered.
     #[error("environment `{name}` is not known here, expected one of: {known}")]
     Unknown {
-        /// What was asked for.
+        /// Requested name.
         name: String,
-        /// What there is.
+        /// Registered names, separated by commas.
         known: String,
     },
-    /// Parameters that it does not take.
+    /// The environment rejects the parameters.
     #[error("parameters of environment `{name}`: {detail}")]
     Params {
-        /// Which environment.
+        /// Name of the environment.
         name: String,
-        /// What is wrong.
+        /// Name of the parameter, its value and the expected range.
         detail: String,
     },
 }

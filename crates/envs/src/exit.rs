@@ -1,4 +1,4 @@
-//! The class of what ends the program `env-worker`, for its exit code.
+//! Error classes of the program `env-worker`, for its exit code.
 
 use std::error::Error;
 
@@ -6,7 +6,7 @@ use process::exit::Class;
 
 use crate::{dataset::DatasetError, env::EnvError, worker::WorkerError};
 
-/// Returns the class of one error; `None` where its type says nothing.
+/// Returns the class of one error; `None` for a type without a class.
 pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
     if error.is::<EnvError>() || error.is::<toml::de::Error>() {
         return Some(Class::Usage);

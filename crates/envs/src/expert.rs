@@ -1,12 +1,12 @@
-//! The scripted expert of the tabletop; with a bias and noise it is the mis-calibrated demonstrator.
+//! Scripted expert of the tabletop; with a bias and noise, the miscalibrated demonstrator.
 
 use policy::noise::fill_normal;
 use rand_core::Rng;
 
 use crate::tabletop::{MAX_MOVE, Table, TabletopParams, distance};
 
-/// The next action. The demonstrator believes the block to be `(+demo_bias, -demo_bias)` beside where it is: a calibration error
-/// that stays inside the grasp tolerance, so that it succeeds itself while a copy of it often does not.
+/// Returns the next action. The demonstrator assumes the block to be `(+demo_bias, -demo_bias)` from its true position. This
+/// calibration error stays within the grasp tolerance: the demonstrator succeeds, while a policy trained to copy it often fails.
 pub fn act(table: &Table, params: &TabletopParams, rng: &mut impl Rng) -> [f32; 3] {
     let holds_target = table.held == Some(0);
     let goal = if holds_target {
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn without_the_image_or_the_prompt_even_the_expert_fails() {
         let params = TabletopParams::default();
-        // without the image the block and the zone are at best guessed at the middle of the table
+        // without the image the best guess for block and zone is the middle of the table
         let mut rng = stream(Purpose::Sampling, 4, 0, 0, 0);
         let no_image = success_rate(params, 500, |table| {
             let guess = Table {
@@ -99,7 +99,7 @@ mod tests {
             act(&guess, &params, &mut rng)
         });
         assert!(no_image < 0.05, "{no_image}");
-        // without the prompt one of two blocks is named by a coin; five standard errors of 500 coins are 0.11
+        // without the prompt a coin toss names one of two blocks; five standard errors of 500 tosses are 0.11
         let mut rng = stream(Purpose::Sampling, 5, 0, 0, 0);
         let mut last_steps = usize::MAX;
         let mut swap = false;

@@ -1,4 +1,4 @@
-//! Where a policy acts: the `VecEnv` trait, the embedded tabletop, its scripted expert, data sets, and the env worker.
+//! Environments: the `VecEnv` trait, the embedded tabletop, its scripted expert, data sets, and the env worker.
 
 pub mod env;
 pub mod raster;

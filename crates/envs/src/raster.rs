@@ -1,8 +1,8 @@
-//! Anti-aliased discs on a small RGB canvas.
+//! Drawing of anti-aliased discs on a small RGB canvas.
 
 use crate::env::Image;
 
-/// A square canvas of linear RGB in `[0, 1]`; x runs to the right, y down, both in `[0, 1]`.
+/// Square canvas of linear RGB in `[0, 1]`; x runs to the right, y down, both in `[0, 1]`.
 #[derive(Debug, Clone)]
 pub struct Canvas {
     size: usize,
@@ -10,7 +10,7 @@ pub struct Canvas {
 }
 
 impl Canvas {
-    /// A canvas of `size * size` pixels filled with one grey.
+    /// Returns a canvas of `size * size` pixels filled with one gray level.
     pub fn new(size: usize, grey: f32) -> Self {
         Self {
             size,
@@ -18,7 +18,7 @@ impl Canvas {
         }
     }
 
-    /// Paints a disc: coverage `clamp((r - |pixel - centre|) * size + 1/2, 0, 1)` at pixel centres `(i + 1/2) / size`.
+    /// Paints a disc: coverage `clamp((r - |pixel - center|) * size + 1/2, 0, 1)` at pixel centers `(i + 1/2) / size`.
     pub fn disc(&mut self, centre: [f32; 2], radius: f32, colour: [f32; 3]) {
         let size = self.size as f32;
         let reach = radius + 1.0 / size;
@@ -41,7 +41,7 @@ impl Canvas {
         }
     }
 
-    /// The canvas as bytes, `round(255 v)`.
+    /// Returns the canvas as bytes, `round(255 v)`.
     pub fn image(&self) -> Image {
         let data = self
             .pixels

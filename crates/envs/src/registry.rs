@@ -1,4 +1,4 @@
-//! The registry of environments.
+//! Registry of environments.
 
 use crate::{
     env::{EnvError, VecEnv},
@@ -7,15 +7,15 @@ use crate::{
 
 type Make = fn(usize, toml::Table) -> Result<Box<dyn VecEnv>, EnvError>;
 
-/// All environments: a new one is one line here.
+/// All environments; a new environment is one line here.
 const REGISTRY: &[(&str, Make)] = &[("tabletop", |n, params| {
     Ok(Box::new(Tabletop::new(n, TabletopParams::parse(params)?)))
 })];
 
-/// Makes `num_envs` slots of the environment `name` with `params` (keys that are absent keep the environment's values).
+/// Makes `num_envs` slots of the environment `name` with `params` (absent keys take the environment's defaults).
 ///
 /// # Errors
-/// The name is not registered or a parameter is wrong.
+/// The name is not registered or a parameter is invalid.
 pub fn make(name: &str, num_envs: usize, params: toml::Table) -> Result<Box<dyn VecEnv>, EnvError> {
     let entry = REGISTRY.iter().find(|(known, _)| *known == name);
     let (_, make) = entry.ok_or_else(|| EnvError::Unknown {

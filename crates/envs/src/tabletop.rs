@@ -1,7 +1,7 @@
-//! The embedded tabletop: pick the named block and place it in the zone, seen from above.
+//! Embedded tabletop: pick the named block and place the block in the zone, seen from above.
 //!
-//! Lengths are in units of the table's side. Success needs the image (where things are) and the prompt (which block). A failed
-//! grasp is not terminal: the gripper may open and try again.
+//! Lengths are in units of the table's side. Success needs the image (positions) and the prompt (which block). A failed grasp is
+//! not terminal: the gripper may open and try again.
 
 use policy::noise::{below, uniform};
 use rand_core::Rng;
@@ -12,7 +12,7 @@ use crate::{
     raster::Canvas,
 };
 
-/// Colour names as the prompt says them.
+/// Color names in the prompt.
 pub const COLOURS: [&str; 3] = ["red", "green", "blue"];
 const COLOUR_RGB: [[f32; 3]; 3] = [[0.9, 0.1, 0.1], [0.1, 0.8, 0.2], [0.15, 0.25, 0.95]];
 const ZONE_RGB: [f32; 3] = [0.90, 0.85, 0.20];
@@ -26,28 +26,28 @@ const GRIPPER_RADIUS: f32 = 0.04;
 const VIDEO_SIZE: usize = 160;
 /// Width of an action: dx, dy, grip.
 pub const ACTION_DIM: usize = 3;
-/// Largest move of one env step.
+/// Largest move of one env step along an axis.
 pub const MAX_MOVE: f32 = 0.06;
 
-/// Parameters; all have the published task's values when absent.
+/// Parameters; the defaults are those of the published task.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TabletopParams {
     /// Side of the observation's image in pixels.
     pub image_size: usize,
-    /// A block is grasped when its centre is nearer than this.
+    /// Distance from gripper to block center below which a grasp succeeds.
     pub grasp_tol: f32,
-    /// A block is placed when its centre is nearer to the zone's than this.
+    /// Distance from block center to zone center below which a block counts as placed.
     pub place_tol: f32,
     /// Time limit in env steps.
     pub max_episode_steps: usize,
-    /// Demonstrator only: constant calibration error `(+b, -b)` of its idea of the block's position.
+    /// Demonstrator only: constant calibration error `(+b, -b)` of the assumed block position.
     pub demo_bias: f32,
-    /// Demonstrator only: standard deviation of its movement noise, in action units.
+    /// Demonstrator only: standard deviation of the movement noise, in action units.
     pub demo_noise: f32,
-    /// Replace the image by a uniform grey (an ablation: a policy must fail with it).
+    /// Whether to replace the image by a uniform gray (ablation: a policy must fail).
     pub blank_image: bool,
-    /// Replace the prompt by one that names no colour (an ablation: a policy must fail with it).
+    /// Whether to replace the prompt by a prompt without a color (ablation: a policy must fail).
     pub blank_prompt: bool,
 }
 
@@ -70,7 +70,7 @@ impl TabletopParams {
     /// Reads the parameters of a configuration.
     ///
     /// # Errors
-    /// An unknown key, a wrong type or a value out of range.
+    /// A key is unknown, a type is wrong or a value is out of range.
     pub fn parse(params: toml::Table) -> Result<Self, EnvError> {
         let bad = |detail: String| EnvError::Params {
             name: "tabletop".to_owned(),
@@ -101,20 +101,20 @@ impl TabletopParams {
     }
 }
 
-/// The full state of one table.
+/// Full state of one table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Table {
     /// Gripper position.
     pub gripper: [f32; 2],
-    /// Gripper closed.
+    /// Whether the gripper is closed.
     pub closed: bool,
-    /// Index of the held block.
+    /// Index of the held block; `None` if no block is held.
     pub held: Option<usize>,
-    /// Held block minus gripper.
+    /// Position of the held block minus gripper position.
     pub offset: [f32; 2],
     /// Block positions; block 0 is the target.
     pub blocks: [[f32; 2]; 2],
-    /// Colour numbers of the blocks.
+    /// Color numbers of the blocks, indices into [`COLOURS`].
     pub colours: [usize; 2],
     /// Zone position.
     pub zone: [f32; 2],
@@ -122,13 +122,13 @@ pub struct Table {
     pub steps: usize,
 }
 
-/// Euclidean distance.
+/// Returns the Euclidean distance.
 pub fn distance(a: [f32; 2], b: [f32; 2]) -> f32 {
     (a[0] - b[0]).hypot(a[1] - b[1])
 }
 
 impl Table {
-    /// Draws a start: four points in `[0.12, 0.88]^2`, all pairs at least 0.2 apart, two of three colours.
+    /// Draws a start state: four points in `[0.12, 0.88]^2`, all pairs at least 0.2 apart, and two of three colors.
     pub fn draw(rng: &mut impl Rng) -> Self {
         let points = loop {
             let points: [[f32; 2]; 4] =
@@ -152,8 +152,8 @@ impl Table {
         }
     }
 
-    /// Makes `task` (a colour number) the named colour; positions stay, and a distractor of that colour takes the old one. `None`
-    /// when there is no such colour.
+    /// Makes `task` (a color number) the named color. Positions are unchanged; a distractor of the named color gets the old
+    /// color. Returns `None` for an unknown color number.
     #[must_use]
     pub fn with_task(mut self, task: usize) -> Option<Self> {
         COLOURS.get(task)?;
@@ -164,7 +164,7 @@ impl Table {
         Some(self)
     }
 
-    /// One env step with the action `[dx, dy, grip]`; returns whether the goal is reached.
+    /// Executes one env step with the action `[dx, dy, grip]`; returns whether the goal is reached.
     pub fn step(&mut self, action: [f32; 3], params: &TabletopParams) -> bool {
         let action = action.map(|a| if a.is_nan() { 0.0 } else { a.clamp(-1.0, 1.0) });
         for (position, a) in self.gripper.iter_mut().zip(action) {
@@ -192,13 +192,13 @@ impl Table {
         distance(self.blocks[0], self.zone) < params.place_tol && self.held != Some(0)
     }
 
-    /// Whether the other block was put into the zone: a failure that ends the episode, so that trying both blocks is no way round
-    /// the prompt.
+    /// Returns whether the other block was placed in the zone. This failure ends the episode, so that a policy cannot ignore the
+    /// prompt and try both blocks.
     pub fn misplaced(&self, params: &TabletopParams) -> bool {
         distance(self.blocks[1], self.zone) < params.place_tol && self.held != Some(1)
     }
 
-    /// The picture from above, `[size, size, 3]`.
+    /// Returns the image from above, `[size, size, 3]`.
     pub fn image(&self, size: usize) -> Image {
         let mut canvas = Canvas::new(size, BACKGROUND);
         canvas.disc(self.zone, ZONE_RADIUS, ZONE_RGB);
@@ -217,7 +217,7 @@ impl Table {
         canvas.image()
     }
 
-    /// Proprioception `[4 x - 2, 4 y - 2, closed, holding]`, the last two -1 or 1. *Which* block is held it does not tell.
+    /// Returns the proprioceptive state `[4 x - 2, 4 y - 2, closed, holding]`, the last two -1 or 1; not *which* block is held.
     pub fn state(&self) -> [f32; 4] {
         let sign = |b: bool| if b { 1.0 } else { -1.0 };
         [
@@ -228,18 +228,18 @@ impl Table {
         ]
     }
 
-    /// The instruction.
+    /// Returns the instruction.
     pub fn prompt(&self) -> String {
         format!("pick {}", COLOURS.get(self.colours[0]).copied().unwrap_or_default())
     }
 
-    /// Named block, zone, gripper: what vision-language pre-training localises, image coordinates in `[0, 1]`.
+    /// Returns named block, zone and gripper, the targets of vision-language pre-training, as image coordinates in `[0, 1]`.
     pub fn keypoints(&self) -> [[f32; 2]; 3] {
         [self.blocks[0], self.zone, self.gripper]
     }
 }
 
-/// Many tables.
+/// Vectorized tabletop environment.
 #[derive(Debug)]
 pub struct Tabletop {
     params: TabletopParams,
@@ -247,7 +247,7 @@ pub struct Tabletop {
 }
 
 impl Tabletop {
-    /// `num_envs` slots.
+    /// Returns an environment of `num_envs` slots, none of them reset.
     pub fn new(num_envs: usize, params: TabletopParams) -> Self {
         Self {
             params,
@@ -410,11 +410,11 @@ mod tests {
         };
         let image = table.image(32);
         let pixel = |row: usize, column: usize| &image.data[(row * 32 + column) * 3..][..3];
-        // the centre of pixel (16, 16) is the block's centre: pure red, round(255 * 0.9) = 230 (229.5), round(25.5) = 26
+        // the center of pixel (16, 16) is the block's center: pure red, round(255 * 0.9) = 230 (229.5), round(25.5) = 26
         assert_eq!(pixel(16, 16), [230, 26, 26]);
         // far from everything: the background, round(255 * 0.12) = 31
         assert_eq!(pixel(16, 2), [31, 31, 31]);
-        // two columns beside the centre: distance 2/32, coverage (0.06 - 0.0625) * 32 + 0.5 = 0.42:
+        // two columns from the center: distance 2/32, coverage (0.06 - 0.0625) * 32 + 0.5 = 0.42:
         // 255 (0.12 + 0.42 (0.9 - 0.12)) = 114.1 and 255 (0.12 + 0.42 (0.1 - 0.12)) = 28.5 (28.458)
         assert_eq!(pixel(16, 18), [114, 28, 28]);
     }
@@ -545,7 +545,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_state_stays_on_the_table(
-            // `ANY` has NaN and the infinities, which the default strategy of f32 leaves out
+            // `ANY` includes NaN and the infinities, which the default strategy of f32 omits
             actions in proptest::collection::vec(proptest::array::uniform3(proptest::num::f32::ANY), 1..60),
             env in 0u32..50,
         ) {

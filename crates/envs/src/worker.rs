@@ -1,7 +1,7 @@
-//! The env worker's loop: slots of an environment driven by an engine over the wire.
+//! Loop of the env worker: an engine drives the slots of an environment over the wire.
 //!
-//! The worker knows nothing of training: the engine tells each slot when to reset and what to do. Where the engine is silent for long, the
-//! worker gives a sign of life: an empty report, or before the welcome its hello again.
+//! The worker is independent of training: the engine commands each slot to reset or to execute actions. When the engine is silent
+//! for long, the worker sends a heartbeat: an empty report, or its registration again before the welcome.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -13,33 +13,33 @@ use wire::{
 
 use crate::env::{self, Image, ResetKey, VecEnv};
 
-/// After how long without a word from the engine a worker gives a sign of life.
+/// Time without a message from the engine after which a worker sends a heartbeat.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// What ends a worker.
+/// Error that ends a worker.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// The endpoint is wrong.
+    /// The connection failed; [`serve`] returns this error only for an invalid endpoint.
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The engine refuses this worker.
     #[error("the engine refused this worker: {0}")]
     Refused(String),
-    /// Actions of another shape.
+    /// The actions have another type, shape or length.
     #[error("command for slot {slot}: {source}")]
     Actions {
-        /// Which slot.
+        /// Slot of the command.
         slot: u32,
-        /// What is wrong.
+        /// What was expected and what was found.
         source: ArrayError,
     },
-    /// A slot that this worker does not have.
+    /// The slot does not exist in this worker, or has not been reset.
     #[error("command for slot {slot}, this worker has {slots} and it must be reset before it acts")]
     Slot {
-        /// Which slot.
+        /// Slot of the command.
         slot: u32,
-        /// How many there are.
+        /// Number of slots of this worker.
         slots: usize,
     },
 }
@@ -56,10 +56,10 @@ fn observation(seen: env::Observation) -> Observation {
     }
 }
 
-/// Serves `env` to the engine until the process is told to stop; reconnects when the engine goes away.
+/// Serves `env` to the engine until the future is dropped; reconnects when the connection ends.
 ///
 /// # Errors
-/// The endpoint is wrong or the engine refuses this worker.
+/// The endpoint is invalid, the engine refuses this worker, or a command is invalid.
 pub async fn serve(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(), WorkerError> {
     loop {
         match session(endpoint, client, env).await {
@@ -86,7 +86,7 @@ async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(
     let mut welcome = false;
     loop {
         let Ok(message) = tokio::time::timeout(SILENCE, receive.receive::<FromEngine>()).await else {
-            // a connection that broke without a word is found by sending; an engine that took this worker for gone says so
+            // sending detects a connection that broke silently; an engine that dropped this worker refuses the heartbeat
             let sign = if welcome {
                 ToEngine::Reports(Vec::new())
             } else {
@@ -121,7 +121,7 @@ async fn session(endpoint: &str, client: &str, env: &mut dyn VecEnv) -> Result<(
                 send.send(&ToEngine::Reports(reports)).await?;
             }
             FromEngine::Refused(refusal) if refusal.retry => {
-                tracing::warn!("engine: {}; saying hello again", refusal.reason);
+                tracing::warn!("engine: {}; registering again", refusal.reason);
                 welcome = false;
                 send.send(&ToEngine::Hello(hello.clone())).await?;
             }
@@ -164,7 +164,7 @@ fn apply(
                 .to_f32("actions", None)
                 .map_err(|source| WorkerError::Actions { slot, source })?;
             if actions.dims().len() != 2 || actions.dims().last() != Some(&action_dim) {
-                // the shape is the engine's word: this worker's spec is what counts
+                // the shape comes from the engine and must match this worker's spec
                 let source = actions
                     .to_f32("actions", Some(&[values.len() / action_dim.max(1), action_dim]))
                     .err();

@@ -1,14 +1,14 @@
-//! Sizes of a policy: everything that the network, the graphs and the buffers are built from.
+//! Sizes of a policy, from which the network, the graphs and the buffers are built.
 
 use serde::{Deserialize, Serialize};
 
-/// Which of the two published architectures.
+/// One of the two published architectures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Variant {
     /// pi0: a state token and a time MLP mixed into the action tokens.
     Pi0,
-    /// pi0.5: no state token, flow time enters by adaptive RMSNorm (adaRMS).
+    /// pi0.5: no state token; flow time enters through adaptive RMSNorm (adaRMS).
     Pi05,
 }
 
@@ -41,14 +41,14 @@ pub struct VisionDims {
 }
 
 impl VisionDims {
-    /// Image tokens of one camera.
+    /// Returns the number of image tokens per camera.
     pub fn tokens(&self) -> usize {
         let side = self.image_size / self.patch;
         side * side
     }
 }
 
-/// Sizes of a pi0 or pi0.5 policy. Nothing in the code assumes real or small values.
+/// Sizes of a pi0 or pi0.5 policy; no code assumes the published or small values.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyDims {
@@ -60,9 +60,9 @@ pub struct PolicyDims {
     pub vlm: StackDims,
     /// Action expert stack (Gemma).
     pub expert: StackDims,
-    /// Layers; the same in both stacks.
+    /// Layers, in each of the two Gemma stacks.
     pub depth: usize,
-    /// Query heads; the same in both stacks.
+    /// Query heads, in each of the two Gemma stacks.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
@@ -74,19 +74,19 @@ pub struct PolicyDims {
     pub cameras: usize,
     /// Prompt tokens, padding included.
     pub prompt_len: usize,
-    /// Rows that the model predicts.
+    /// Predicted action rows per chunk.
     pub action_horizon: usize,
     /// Padded action (and state) width of the model.
     pub action_dim: usize,
 }
 
-/// A set of sizes that cannot be a policy.
+/// Sizes that do not form a policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("policy sizes: {0}")]
 pub struct DimsError(String);
 
 impl PolicyDims {
-    /// The published pi0 (`Variant::Pi0`) or pi0.5 sizes: three cameras, 32 action dimensions, horizon 50, prompt 48 or 200.
+    /// Returns the published sizes of pi0 or pi0.5: three cameras, 32 action dimensions, horizon 50, 48 or 200 prompt tokens.
     pub fn published(variant: Variant) -> Self {
         Self {
             variant,
@@ -118,7 +118,7 @@ impl PolicyDims {
     /// Checks that the sizes fit together.
     ///
     /// # Errors
-    /// Names the first size that cannot be, with the values found.
+    /// Names the first size that is out of range or does not fit, with the values found.
     pub fn check(&self) -> Result<(), DimsError> {
         let fail = |text: String| Err(DimsError(text));
         let sizes = [
@@ -149,7 +149,7 @@ impl PolicyDims {
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return fail(format!(
-                "`heads` {} is no multiple of `kv_heads` {}",
+                "`heads` {} is not a multiple of `kv_heads` {}",
                 self.heads, self.kv_heads
             ));
         }
@@ -167,25 +167,25 @@ impl PolicyDims {
         }
         if !self.vision.image_size.is_multiple_of(self.vision.patch) {
             return fail(format!(
-                "`vision.image_size` {} is no multiple of `vision.patch` {}",
+                "`vision.image_size` {} is not a multiple of `vision.patch` {}",
                 self.vision.image_size, self.vision.patch
             ));
         }
         if !self.vision.width.is_multiple_of(self.vision.heads) {
             return fail(format!(
-                "`vision.width` {} is no multiple of `vision.heads` {}",
+                "`vision.width` {} is not a multiple of `vision.heads` {}",
                 self.vision.width, self.vision.heads
             ));
         }
         Ok(())
     }
 
-    /// Tokens of the prefix: all cameras, then the prompt.
+    /// Returns the number of prefix tokens: all cameras, then the prompt.
     pub fn prefix_len(&self) -> usize {
         self.cameras * self.vision.tokens() + self.prompt_len
     }
 
-    /// Tokens of the suffix: the state token (pi0 only), then the action tokens.
+    /// Returns the number of suffix tokens: the state token (pi0 only), then the action tokens.
     pub fn suffix_len(&self) -> usize {
         self.action_horizon + usize::from(self.variant == Variant::Pi0)
     }

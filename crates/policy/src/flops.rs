@@ -1,21 +1,21 @@
-//! Floating-point operations of a policy's passes, counted from its sizes: what one prefix costs beside one expert pass.
+//! Floating-point operations of a policy's passes, counted from its sizes, to compare the cost of a prefix and of an expert pass.
 //!
-//! A multiplication with its addition is two operations. Matrix products are counted, element-wise work is not.
+//! A multiplication with its addition counts as two operations. Matrix products are counted, element-wise operations are not.
 
 use crate::dims::{PolicyDims, StackDims, Variant};
 
-/// Operations of a linear layer on `tokens` tokens.
+/// Returns the operations of a linear layer on `tokens` tokens.
 fn linear(tokens: usize, inputs: usize, outputs: usize) -> u64 {
     2 * tokens as u64 * inputs as u64 * outputs as u64
 }
 
-/// Operations of scores and weighted sums of `queries` tokens over `keys` tokens, `width` elements over all query heads.
+/// Returns the operations of scores and weighted sums of `queries` tokens over `keys` tokens; `width` is over all query heads.
 fn attention(queries: usize, keys: usize, width: usize) -> u64 {
     4 * queries as u64 * keys as u64 * width as u64
 }
 
 impl PolicyDims {
-    /// Of the prefix of one observation: all cameras and the prompt through the vision-language stack.
+    /// Returns the operations of the prefix of one observation: all cameras and the prompt through the vision-language stack.
     pub fn prefix_flops(&self) -> u64 {
         let vision = &self.vision;
         let tokens = vision.tokens();
@@ -29,7 +29,7 @@ impl PolicyDims {
         self.cameras as u64 * image + self.depth as u64 * self.layer_flops(self.vlm, prefix, prefix)
     }
 
-    /// Of one expert pass: the velocity of one chunk at one flow time, over a kept prefix.
+    /// Returns the operations of one expert pass: the velocity of one chunk at one flow time, with a stored prefix.
     pub fn velocity_flops(&self) -> u64 {
         let (width, tokens) = (self.expert.width, self.suffix_len());
         let projections =
@@ -40,7 +40,7 @@ impl PolicyDims {
                     + linear(1, width, width)
                     + 2 * linear(self.action_horizon, width, width)
             }
-            // adaRMS: scale, shift and gate for both norms of a layer and the last one
+            // adaRMS: scale, shift and gate for the two norms of each layer and the final norm
             Variant::Pi05 => 2 * linear(1, width, width) + (2 * self.depth as u64 + 1) * linear(1, width, 3 * width),
         };
         projections + time + self.depth as u64 * self.layer_flops(self.expert, tokens, self.prefix_len() + tokens)
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
     use crate::params::{EXPERT, Heads, VLM, params};
 
-    /// A weight meets every token of its stack once per pass: the table of weights is the oracle of all that is not attention.
+    /// Compares with the parameter table: except for attention, each weight is used once per token of its stack and pass.
     #[test]
     fn every_weight_meets_its_tokens_once() {
         for variant in [Variant::Pi0, Variant::Pi05] {
@@ -78,7 +78,7 @@ mod tests {
                     _ if name.starts_with(VLM) => of_prefix += 2 * weights * prefix as u64,
                     _ if name.contains(".dense.") => of_velocity += 2 * weights,
                     _ if name.starts_with(EXPERT) => of_velocity += 2 * weights * suffix as u64,
-                    // half of its columns read the flow time, which the tokens share
+                    // half of the columns read the flow time, which all tokens share
                     "action_time_mlp_in.weight" => of_velocity += weights * (1 + dims.action_horizon as u64),
                     _ if name.starts_with("action_") => of_velocity += 2 * weights * dims.action_horizon as u64,
                     _ => of_velocity += 2 * weights,

@@ -1,5 +1,6 @@
-//! The contract of a bundle's two graphs: name, element type and shape of every input and output, and which of them a
-//! policy has. The exporter writes graphs that keep the contract; the engine feeds and reads graphs by it.
+//! Contract of a bundle's two graphs: name, element type and shape of each input and output, by policy.
+//!
+//! The exporter writes graphs that keep the contract; the engine feeds and reads graphs according to the contract.
 
 use std::fmt;
 
@@ -23,7 +24,7 @@ pub const K: &str = "k";
 pub const V: &str = "v";
 /// Whether a prefix token is valid, from prefix to denoise graph: `[batch, prefix_len]`.
 pub const PREFIX_MASK: &str = "prefix_mask";
-/// Prefix output pooled by [`Heads::pooling`], `[batch, vlm.width]`; the denoise graph has the input for a `V_vlm` critic only.
+/// Prefix output pooled by [`Heads::pooling`], `[batch, vlm.width]`. The denoise graph has this input only for a `V_vlm` critic.
 pub const POOLED: &str = "pooled";
 /// Input of the denoise graph: noisy actions, `[batch, action_horizon, action_dim]`.
 pub const X_T: &str = "x_t";
@@ -67,7 +68,7 @@ pub enum ElementType {
 /// Size of one axis of a graph input or output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
-    /// The number of rows of the batch, free at every run.
+    /// Number of rows of the batch, chosen at each run.
     Batch,
     /// A fixed size.
     Fixed(usize),
@@ -85,16 +86,16 @@ impl fmt::Display for Axis {
 /// Name, element type and shape of a graph input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Name.
+    /// Name of the input or output.
     pub name: String,
-    /// Element type.
+    /// Element type of the tensor.
     pub element: ElementType,
-    /// Axes.
+    /// Axes in order.
     pub axes: Vec<Axis>,
 }
 
 impl TensorSpec {
-    /// Returns the shape for a batch of `rows`; a fixed batch stays.
+    /// Returns the shape for a batch of `rows`; a fixed batch axis keeps its size.
     pub fn shape(&self, rows: usize) -> Vec<usize> {
         self.axes
             .iter()
@@ -130,8 +131,8 @@ impl fmt::Display for TensorSpec {
 pub struct GraphContract {
     /// Inputs that change from run to run.
     pub inputs: Vec<TensorSpec>,
-    /// Weights as inputs, after `inputs` and in the order of the parameter table; empty where the graph reads its weights
-    /// from a file.
+    /// Weights as inputs, after `inputs` and in the order of the parameter table; empty if the graph reads its weights from a
+    /// file.
     pub weights: Vec<TensorSpec>,
     /// Outputs.
     pub outputs: Vec<TensorSpec>,
@@ -217,7 +218,7 @@ fn batched(batch: Option<usize>) -> impl Fn(&str, ElementType, &[usize]) -> Tens
     }
 }
 
-/// What every denoise graph reads of the prefix graph.
+/// Returns the prefix outputs that every denoise graph reads.
 fn cache(dims: &PolicyDims, batch: Option<usize>) -> [TensorSpec; 3] {
     let spec = batched(batch);
     let axes = [dims.depth, dims.kv_heads, dims.prefix_len(), dims.head_dim];

@@ -1,26 +1,28 @@
-//! Guidance of a new action chunk by the one that is still executed, so that a robot that does not wait for the answer moves on without
-//! a jump (real-time chunking, Black et al. 2025, arXiv 2506.07339, in the form of the reference: a correction after each ODE step).
+//! Guidance of a new action chunk by the chunk that is still executed, so that a robot moves during inference without a jump.
+//!
+//! This is real-time chunking (Black et al. 2025, arXiv 2506.07339) in the reference's form, a correction after each ODE step.
 
-/// Keeps the first step's weight finite.
+/// Term that keeps the weight of the first step finite.
 const WEIGHT_EPS: f64 = 1e-4;
 
-/// What a chunk goes on from.
+/// Previous chunk that a new chunk continues, with the weights of the correction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Guidance {
-    /// Actions to come of the chunk before, model units, row-major.
+    /// Remaining actions of the previous chunk, in model units, row-major.
     previous: Vec<f32>,
-    /// Width of a row; further columns of the chunk are left alone.
+    /// Width of a row; further columns of the new chunk are unchanged.
     width: usize,
-    /// How much each row counts.
+    /// Weight of each row, in `[0, 1]`.
     mask: Vec<f64>,
     /// Largest weight of the correction.
     max_weight: f64,
 }
 
 impl Guidance {
-    /// By `previous`, rows of `width` actions that were still to come when the observation was made, of a chunk of `horizon` rows. The
-    /// first `delay` of them are executed before the answer is there: they stand. The others count less the later they are:
-    /// `c (e^c - 1) / (e - 1)` with `c = (rows - i) / (rows - delay + 1)`. No correction weighs more than `max_weight`.
+    /// Makes the guidance of a chunk of `horizon` rows by `previous`, the rows of `width` numbers remaining at the observation.
+    ///
+    /// The first `delay` rows are executed before the new chunk arrives and have weight 1. The weight of a later row `i` is
+    /// `c (e^c - 1) / (e - 1)` with `c = (rows - i) / (rows - delay + 1)`. `max_weight` bounds the weight of each correction.
     pub fn new(previous: Vec<f32>, width: usize, horizon: usize, delay: usize, max_weight: f64) -> Self {
         let rows = (previous.len() / width.max(1)).min(horizon);
         let fixed = delay.min(rows);
@@ -41,13 +43,15 @@ impl Guidance {
         }
     }
 
-    /// Weight of the correction after denoise step `k` of `num_steps`: `min((1 - p) / (p + eps), max_weight)` with `p = k / num_steps`.
+    /// Returns the weight of the correction after denoise step `k` of `num_steps`.
+    ///
+    /// The weight is `min((1 - p) / (p + eps), max_weight)` with `p = k / num_steps`.
     pub fn weight(&self, k: usize, num_steps: usize) -> f64 {
         let done = k as f64 / num_steps.max(1) as f64;
         ((1.0 - done) / (done + WEIGHT_EPS)).min(self.max_weight)
     }
 
-    /// `x += weight mask (previous - x)` for a chunk `x` of rows of `action_dim` after ODE step `k`.
+    /// Corrects a chunk `x` of rows of `action_dim` after ODE step `k`: `x += weight mask (previous - x)`.
     pub fn correct(&self, x: &mut [f32], action_dim: usize, k: usize, num_steps: usize) {
         let weight = self.weight(k, num_steps);
         let rows = x.chunks_mut(action_dim.max(1));
@@ -66,7 +70,7 @@ mod tests {
     #[test]
     fn rows_that_are_executed_meanwhile_count_fully_and_later_ones_less() {
         let guidance = Guidance::new(vec![0.0; 2 * 5], 2, 4, 2, 5.0);
-        // four rows fit the horizon; of the last two c is 2/3 and 1/3
+        // four rows fit the horizon; `c` of the last two rows is 2/3 and 1/3
         let soft = |c: f64| c * (c.exp() - 1.0) / (std::f64::consts::E - 1.0);
         let want = [1.0, 1.0, soft(2.0 / 3.0), soft(1.0 / 3.0)];
         assert_eq!(guidance.mask.len(), 4);

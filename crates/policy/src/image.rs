@@ -1,54 +1,54 @@
 //! Camera images: checked construction, resize with padding, and the scale to `[-1, 1]`.
 //!
-//! The reference has a second resize, inside its PyTorch model, for float images of another size than the model's. Here every image
-//! is resized as bytes before it becomes numbers ([`resize_with_pad`]), so that there is nothing left for the second to do.
+//! The reference has a second resize in its PyTorch model, for float images of another size than the model's. Here
+//! [`resize_with_pad`] resizes every image as bytes before the conversion to floats, so that no second resize is necessary.
 
 /// Longest side accepted, in pixels.
 pub const MAX_SIDE: usize = 8192;
-/// Colours of a pixel.
+/// Color channels of a pixel.
 pub const CHANNELS: usize = 3;
 
-/// Bits after the binary point of a filter weight: 32 less 8 for the pixel and 2 for the sum.
+/// Bits after the binary point of a filter weight: 32 minus 8 for the pixel and 2 for the sum.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
 
-/// An image that cannot be used.
+/// Reason for rejecting an image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
     /// A side is zero or too long.
     #[error("image of {height} x {width} pixels, expected 1 to {MAX_SIDE} on each side")]
     Side {
-        /// Rows.
+        /// Height in pixels.
         height: usize,
-        /// Columns.
+        /// Width in pixels.
         width: usize,
     },
-    /// The data does not fill the image.
+    /// Data of another length than the image's.
     #[error("image of {height} x {width} x {channels} has {found} values, expected {expected}")]
     Length {
-        /// Rows.
+        /// Height in pixels.
         height: usize,
-        /// Columns.
+        /// Width in pixels.
         width: usize,
-        /// Colours.
+        /// Color channels of a pixel.
         channels: usize,
-        /// `height * width * channels`.
+        /// Number of values expected, `height * width * channels`.
         expected: usize,
-        /// Values given.
+        /// Number of values found.
         found: usize,
     },
-    /// Scaled to the target, a side would have no pixel left.
+    /// An image so narrow that a side would have 0 pixels after scaling.
     #[error(
         "image of {height} x {width} pixels is too narrow for {target_height} x {target_width}: no pixel would be left"
     )]
     Vanishes {
-        /// Rows.
+        /// Height in pixels.
         height: usize,
-        /// Columns.
+        /// Width in pixels.
         width: usize,
-        /// Rows wanted.
+        /// Height of the target in pixels.
         target_height: usize,
-        /// Columns wanted.
+        /// Width of the target in pixels.
         target_width: usize,
     },
 }
@@ -62,7 +62,7 @@ pub struct RgbImage {
 }
 
 impl RgbImage {
-    /// Takes `height * width * 3` bytes.
+    /// Makes an image from `height * width * 3` bytes.
     ///
     /// # Errors
     /// A side is zero or above [`MAX_SIDE`], or the data has another length.
@@ -72,22 +72,22 @@ impl RgbImage {
         Ok(Self { height, width, data })
     }
 
-    /// Rows.
+    /// Returns the height in pixels.
     pub fn height(&self) -> usize {
         self.height
     }
 
-    /// Columns.
+    /// Returns the width in pixels.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// The bytes, `[height, width, 3]`.
+    /// Returns the bytes, `[height, width, 3]`.
     pub fn data(&self) -> &[u8] {
         &self.data
     }
 
-    /// The bytes, `[height, width, 3]`.
+    /// Returns the bytes, `[height, width, 3]`, without a copy.
     pub fn into_data(self) -> Vec<u8> {
         self.data
     }
@@ -114,12 +114,12 @@ fn check_length(height: usize, width: usize, channels: usize, found: usize) -> R
     })
 }
 
-/// A byte in `[-1, 1]`: `x / 255 * 2 - 1` in f32, in this order.
+/// Maps a byte to `[-1, 1]` by `x / 255 * 2 - 1` in f32, in this order.
 pub fn normalise_u8(value: u8) -> f32 {
     f32::from(value) / 255.0 * 2.0 - 1.0
 }
 
-/// Where the scaled image lies on the target canvas.
+/// Size and position of the scaled image on the target canvas, in pixels.
 struct Placement {
     height: usize,
     width: usize,
@@ -127,12 +127,12 @@ struct Placement {
     left: usize,
 }
 
-/// Scales by the larger of the two ratios, rounds the sides down and centres (the odd pixel goes to the end).
+/// Scales by the larger of the two ratios, rounds the sides down and centers; an odd pixel of padding goes to the end.
 fn place(height: usize, width: usize, target_height: usize, target_width: usize) -> Result<Placement, ImageError> {
     check_sides(height, width)?;
     check_sides(target_height, target_width)?;
     let ratio = (width as f64 / target_width as f64).max(height as f64 / target_height as f64);
-    // the quotient may come out one ulp above the target side, never a whole pixel: the minimum is for the index proof
+    // the quotient may be one ulp above the target side, never a whole pixel: the minimum keeps the indices in bounds
     let new_height = ((height as f64 / ratio) as usize).min(target_height);
     let new_width = ((width as f64 / ratio) as usize).min(target_width);
     if new_height == 0 || new_width == 0 {
@@ -151,14 +151,14 @@ fn place(height: usize, width: usize, target_height: usize, target_width: usize)
     })
 }
 
-/// Resizes to `[target_height, target_width, 3]` keeping the aspect ratio, on a black canvas; an image of that size is
-/// returned as it is.
+/// Resizes to `[target_height, target_width, 3]` with the aspect ratio kept, on a black canvas.
 ///
-/// Triangle filter, widened by the scale when shrinking; 8-bit result after each of the two passes (columns, then rows),
-/// weights of 22 bits: the same bytes as the Python imaging library's `BILINEAR`.
+/// An image of the target size is returned unchanged. Otherwise a triangle filter, widened by the scale when shrinking, runs in
+/// two passes (columns, then rows). Each pass has weights of 22 bits and an 8-bit result. The bytes are the same as of the
+/// Python Imaging Library's `BILINEAR`.
 ///
 /// # Errors
-/// A target side is zero or above [`MAX_SIDE`], or a very narrow image would vanish.
+/// A target side is zero or above [`MAX_SIDE`], or a side of a very narrow image would have 0 pixels.
 pub fn resize_with_pad(image: &RgbImage, target_height: usize, target_width: usize) -> Result<RgbImage, ImageError> {
     let to = place(image.height, image.width, target_height, target_width)?;
     if image.height == target_height && image.width == target_width {
@@ -198,13 +198,13 @@ pub fn resize_with_pad(image: &RgbImage, target_height: usize, target_width: usi
     })
 }
 
-/// The source pixels behind one target pixel: consecutive from `first`, each with its weight.
+/// Weights of the source pixels of one target pixel, consecutive from `first`.
 struct FixedTaps {
     first: usize,
     weights: Vec<i32>,
 }
 
-/// Triangle-filter weights from `from` to `to` pixels, rounded to [`PRECISION_BITS`].
+/// Returns the triangle-filter weights for a resize from `from` to `to` pixels, rounded to [`PRECISION_BITS`].
 fn fixed_taps(from: usize, to: usize) -> Vec<FixedTaps> {
     let scale = from as f64 / to as f64;
     let support = scale.max(1.0);
@@ -280,7 +280,7 @@ mod tests {
             let image = RgbImage::new(h, w, vec![value; h * w * 3]).expect("valid");
             let resized = match resize_with_pad(&image, th, tw) {
                 Ok(resized) => resized,
-                // the longer side fills the target, the shorter one has no whole pixel
+                // the longer side fills the target, the shorter side has less than one pixel
                 Err(error) => {
                     let vanishes = h * tw < w || w * th < h;
                     proptest::prop_assert!(vanishes && matches!(error, ImageError::Vanishes { .. }), "{error}");
@@ -299,7 +299,7 @@ mod tests {
                 proptest::prop_assert_eq!(lines.len(), side - before - after, "a gap");
                 proptest::prop_assert!(after == before || after == before + 1, "{} before, {} after", before, after);
             }
-            // a quotient just below a whole side loses one pixel
+            // a quotient slightly below the target side loses one pixel
             proptest::prop_assert!(rows.len() + 1 >= th || columns.len() + 1 >= tw);
         }
     }

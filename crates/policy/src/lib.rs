@@ -1,5 +1,5 @@
-//! What a policy is: sizes, tensor names, contract of the graphs, flow time, step table, log-probability, pre- and
-//! post-processing, run configuration, and the bundle on disk. No device, no socket.
+//! Definition of a policy: sizes, tensor names, graph contract, flow time, step table, log-probability, pre- and post-processing,
+//! run configuration, bundle on disk. The crate uses no device and no socket.
 
 pub mod message;
 pub mod dims;

@@ -1,24 +1,28 @@
-//! Gaussian log-probability of a denoise transition on plain slices: the oracle for both sides.
+//! Gaussian log-probability of a denoise transition on plain slices, the reference for engine and learner.
 
 /// `ln sqrt(2 pi)`.
 pub const LN_SQRT_TWO_PI: f32 = 0.918_938_5;
 
-/// Log-density of `x_next` under `N(mean, std^2)`, per element. `std > 0`: a step without noise has no density and makes no record.
+/// Returns the log-density of one element `x_next` under `N(mean, std^2)`.
+///
+/// `std` must be above 0: a step without noise has no density and makes no record.
 pub fn gaussian(x_next: f32, mean: f32, std: f32) -> f32 {
     let z = (x_next - mean) / std;
     -0.5 * z * z - std.ln() - LN_SQRT_TWO_PI
 }
 
-/// The reference's safe log-probability: `-(x_next - mean)^2`, without scale and constant.
+/// Returns the reference's safe log-probability `-(x_next - mean)^2`, without scale and constant.
 pub fn negative_square(x_next: f32, mean: f32) -> f32 {
     -(x_next - mean) * (x_next - mean)
 }
 
-/// Returns per-element log-probabilities of the executed part, `[action_chunk, env_action_dim]`. `x_next` and `mean` are
-/// `[action_horizon, action_dim]` row-major; `density` gives the number of one element from its place, `x_next` and `mean`.
+/// Returns the log-probability of each executed element, `[action_chunk, env_action_dim]`.
+///
+/// `x_next` and `mean` are `[action_horizon, action_dim]`, row-major. `density` returns the log-probability of one element from
+/// its flat index, `x_next` and `mean`.
 ///
 /// # Panics
-/// `x_next` or `mean` is smaller than the executed part: log-probabilities are never fewer than executed elements.
+/// `x_next` or `mean` is smaller than the executed part, since each executed element needs a log-probability.
 pub fn executed(
     x_next: &[f32],
     mean: &[f32],
@@ -42,7 +46,7 @@ pub fn executed(
 
 #[expect(
     clippy::expect_used,
-    reason = "plans and bundles are refused unless action_chunk <= action_horizon and env_action_dim <= action_dim, and callers give whole chunks"
+    reason = "plans and bundles are rejected unless action_chunk <= action_horizon and env_action_dim <= action_dim, and callers give whole chunks"
 )]
 fn executed_row(chunk: &[f32], row: usize, action_dim: usize, env_action_dim: usize) -> &[f32] {
     chunk

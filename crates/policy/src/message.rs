@@ -1,13 +1,13 @@
-//! Error messages: one line, each cause once.
+//! Error messages on one line, with each cause once.
 
 use std::{error::Error, fmt::Display};
 
-/// A text on one line: every run of white space is one space.
+/// Returns a text on one line, with one space for every run of white space.
 pub fn one_line(text: impl Display) -> String {
     text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Returns a stranger's text as it may be shown: on one line, control characters escaped, cut after `most` characters.
+/// Returns an untrusted text for display: on one line, with escaped control characters, truncated after `most` characters.
 pub fn shown(text: &str, most: usize) -> String {
     let mut out = String::with_capacity(text.len().min(most));
     for (index, c) in text.chars().enumerate() {
@@ -24,7 +24,7 @@ pub fn shown(text: &str, most: usize) -> String {
     out
 }
 
-/// An error and its causes on one line. Most texts name their cause themselves; it is not told twice.
+/// Returns an error and its causes on one line, without causes that the text contains already.
 pub fn told(error: &(dyn Error + 'static)) -> String {
     let mut text = one_line(error);
     let mut cause = error.source();

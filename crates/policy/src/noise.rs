@@ -1,6 +1,6 @@
 //! Counter-based random numbers: the noise of a chunk is a pure function of (run seed, env, episode, chunk).
 //!
-//! ChaCha8 keyed by these numbers, so that the noise is the same bits alone, in any batch and on any host. Logarithm, sine and
+//! ChaCha8 is keyed by these numbers, so that the noise has the same bits in any batch and on any host. Logarithm, sine and
 //! cosine come from a pure Rust library for the same reason.
 
 use chacha20::ChaCha8Rng;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::flow::StepDraw;
 
-/// Names the noise of one action chunk.
+/// Key of the noise of one action chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NoiseKey {
@@ -23,7 +23,7 @@ pub struct NoiseKey {
     pub chunk: u32,
 }
 
-/// What a stream of random numbers is for; each purpose has a stream of its own.
+/// Purpose of a stream of random numbers; each purpose has a separate stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
@@ -43,7 +43,7 @@ pub enum Purpose {
     Velocity = 7,
 }
 
-/// A stream for a purpose, keyed by up to four numbers.
+/// Returns the random stream for a purpose, keyed by four numbers.
 pub fn stream(purpose: Purpose, seed: u64, a: u64, b: u64, c: u32) -> ChaCha8Rng {
     let mut key = [0u8; 32];
     key[0..8].copy_from_slice(&seed.to_le_bytes());
@@ -54,12 +54,12 @@ pub fn stream(purpose: Purpose, seed: u64, a: u64, b: u64, c: u32) -> ChaCha8Rng
     ChaCha8Rng::from_seed(key)
 }
 
-/// A uniform number in `[0, 1)` with 53 random bits.
+/// Draws a uniform number in `[0, 1)` with 53 random bits.
 pub fn uniform(rng: &mut impl Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// A uniform integer in `0..bound` (`bound > 0`), without modulo bias beyond 2^-53.
+/// Draws a uniform integer in `0..bound` (`bound > 0`), with a bias of at most 2^-53.
 pub fn below(rng: &mut impl Rng, bound: usize) -> usize {
     ((uniform(rng) * bound as f64) as usize).min(bound.saturating_sub(1))
 }
@@ -79,10 +79,10 @@ pub fn fill_normal(rng: &mut impl Rng, out: &mut [f32]) {
     }
 }
 
-/// The noise of one stochastic denoise step.
+/// Noise of one stochastic denoise step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepNoise {
-    /// Which denoise step.
+    /// Index of the denoise step.
     pub step: usize,
     /// `z` of that step, `[action_horizon, action_dim]`.
     pub z: Vec<f32>,
@@ -93,12 +93,12 @@ pub struct StepNoise {
 pub struct ChunkNoise {
     /// Initial noise `x` at `t = 1`, `[action_horizon, action_dim]`.
     pub initial: Vec<f32>,
-    /// The stochastic steps in order.
+    /// Noise of the stochastic steps, in order.
     pub steps: Vec<StepNoise>,
 }
 
 impl ChunkNoise {
-    /// Draws the numbers of the chunk named by `key`; `elements = action_horizon * action_dim`, `draw` from the schedule.
+    /// Draws the numbers of the chunk with this `key`; `elements = action_horizon * action_dim`, `draw` is the schedule's choice.
     pub fn draw(key: NoiseKey, elements: usize, draw: StepDraw) -> Self {
         let mut rng = stream(Purpose::Sampling, key.seed, u64::from(key.env), key.episode, key.chunk);
         let mut initial = vec![0.0; elements];
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn pinned_bits() {
-        // the stored chunks of earlier runs are replayed with these bits: a change here is a new format of runs
+        // stored chunks of earlier runs are replayed with these bits: a change of the bits is a change of the run format
         let noise = ChunkNoise::draw(
             NoiseKey {
                 seed: 1,

@@ -1,27 +1,30 @@
-//! Normalisation of state and actions and delta actions, by openpi's rules; f64 inside, f32 out.
+//! Normalization of state and actions, and delta actions, by openpi's rules; computed in f64, returned as f32.
 
 use std::{io::Read, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-/// Guard of the denominators.
+/// Term added to the denominators.
 const EPS: f64 = 1e-6;
+/// Largest size of a statistics file in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Widest state or action accepted.
 const MAX_DIMS: usize = 1024;
 
-/// Statistics of one array, per dimension. Deserialising checks them: one width of at most 1024, finite, `std >= 0`, both
-/// quantiles or none.
+/// Statistics of one array, per dimension.
+///
+/// Deserialization checks that all arrays have one width of 1 to 1024 and finite numbers, and that `std >= 0`. Both or neither
+/// of the quantiles must be present.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "RawStats")]
 pub struct DimStats {
-    /// Mean.
+    /// Mean per dimension.
     pub mean: Vec<f64>,
-    /// Standard deviation.
+    /// Standard deviation per dimension, at least 0.
     pub std: Vec<f64>,
-    /// 1 % quantile; needed for quantile normalisation.
+    /// 1 % quantile; required for quantile normalization.
     pub q01: Option<Vec<f64>>,
-    /// 99 % quantile; needed for quantile normalisation.
+    /// 99 % quantile; required for quantile normalization.
     pub q99: Option<Vec<f64>>,
 }
 
@@ -73,58 +76,58 @@ impl TryFrom<RawStats> for DimStats {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NormStats {
-    /// State.
+    /// Statistics of the state.
     pub state: DimStats,
-    /// Actions.
+    /// Statistics of the actions.
     pub actions: DimStats,
 }
 
-/// How state and actions are normalised.
+/// Normalization of state and actions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalization {
-    /// As they are.
+    /// No normalization.
     None,
     /// `(x - mean) / (std + 1e-6)`, pi0.
     ZScore,
-    /// `(x - q01) / (q99 - q01 + 1e-6) * 2 - 1`, pi0.5: the 1 % and 99 % quantiles go to -1 and 1, nothing is clipped.
+    /// `(x - q01) / (q99 - q01 + 1e-6) * 2 - 1`, pi0.5: maps the 1 % and 99 % quantiles to -1 and 1, without clipping.
     Quantile,
 }
 
-/// Statistics that cannot be used, or do not fit the data.
+/// Reason for rejecting statistics or a delta mask.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NormError {
     /// The file cannot be read or parsed.
     #[error("norm stats `{path}`: {detail}")]
     File {
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// Why.
+        /// Cause.
         detail: String,
     },
-    /// Too few dimensions.
+    /// Statistics with fewer dimensions than the data.
     #[error("norm stats have {found} dimensions of `{field}`, the data has {expected}")]
     Short {
-        /// Which statistic.
+        /// Name of the statistic.
         field: &'static str,
         /// Width of the data.
         expected: usize,
         /// Width of the statistic.
         found: usize,
     },
-    /// Too many dimensions: the row would be only a part of what the statistics describe.
-    #[error("norm stats have {found} dimensions of `{field}`, more than the {expected} of the data to unnormalise")]
+    /// Statistics with more dimensions than the data to unnormalize.
+    #[error("norm stats have {found} dimensions of `{field}`, more than the {expected} of the data to unnormalize")]
     Long {
-        /// Which statistic.
+        /// Name of the statistic.
         field: &'static str,
         /// Width of the data.
         expected: usize,
         /// Width of the statistic.
         found: usize,
     },
-    /// No quantiles.
-    #[error("norm stats lack `q01` and `q99`, quantile normalisation needs them")]
+    /// Statistics without quantiles.
+    #[error("norm stats lack `q01` and `q99`, quantile normalization needs them")]
     NoQuantiles,
     /// A delta mask wider than the state or the actions.
     #[error("delta mask has {mask} dimensions, the state {state}, the actions {actions}: expected no more than either")]
@@ -147,7 +150,7 @@ impl NormStats {
     /// Reads openpi's `norm_stats.json`: `{"norm_stats": {"state": {"mean", "std", "q01", "q99"}, "actions": {..}}}`.
     ///
     /// # Errors
-    /// The file is missing, above 1 MiB, of another layout, or its numbers cannot be used (see [`DimStats`]).
+    /// The file is missing, above 1 MiB or of another layout, or its numbers fail the checks of [`DimStats`].
     pub fn load(path: &Path) -> Result<Self, NormError> {
         let bad = |detail: String| NormError::File {
             path: path.display().to_string(),
@@ -167,7 +170,7 @@ impl NormStats {
     /// Parses the text of `norm_stats.json`.
     ///
     /// # Errors
-    /// Another layout, or numbers that cannot be used.
+    /// Another layout, or numbers that fail the checks of [`DimStats`].
     pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
         serde_json::from_str::<File>(text).map(|f| f.norm_stats)
     }
@@ -205,8 +208,8 @@ fn at_most(field: &'static str, values: &[f64], width: usize) -> Result<(), Norm
 }
 
 impl Normalization {
-    /// Normalises one row (one state, or one action of a chunk) that is not padded yet; statistics longer than the row are
-    /// cut.
+    /// Normalizes one row (one state, or one action of a chunk) that is not padded yet. Statistics longer than the row are
+    /// truncated.
     ///
     /// # Errors
     /// The statistics are shorter than the row, or lack quantiles.
@@ -234,8 +237,10 @@ impl Normalization {
         }
     }
 
-    /// The inverse, on a row that may be padded. Dimensions beyond the statistics: z-score treats them as mean 0 and std 1
-    /// (so they scale by 1.000001, as in openpi), quantile leaves them as they are.
+    /// Inverts [`Self::normalize`] on a row that may be padded.
+    ///
+    /// For dimensions beyond the statistics, z-score assumes mean 0 and std 1, a factor of 1.000001 as in openpi. Quantile leaves
+    /// such dimensions unchanged.
     ///
     /// # Errors
     /// The statistics are longer than the row, or lack quantiles.
@@ -271,21 +276,22 @@ impl Normalization {
     }
 }
 
-/// A mask from run lengths: a positive number is that many dimensions with delta actions, a negative one that many without
-/// (openpi's `make_bool_mask`; `[6, -1]` is six joints as deltas and an absolute gripper).
+/// Returns the delta mask of run lengths: `n > 0` is `n` dimensions with delta actions, `n < 0` is `-n` dimensions without.
+///
+/// `[6, -1]` is six joints as deltas and an absolute gripper (openpi's `make_bool_mask`).
 pub fn bool_mask(runs: &[i32]) -> Vec<bool> {
     runs.iter()
         .flat_map(|n| std::iter::repeat_n(*n > 0, n.unsigned_abs() as usize))
         .collect()
 }
 
-/// Whether run lengths make a mask (see [`bool_mask`]) of 1 to `width` dimensions.
+/// Returns whether run lengths contain no 0 and give a mask (see [`bool_mask`]) of 1 to `width` dimensions.
 pub fn mask_fits(runs: &[i32], width: usize) -> bool {
     let dims: u64 = runs.iter().map(|n| u64::from(n.unsigned_abs())).sum();
     !runs.contains(&0) && (1..=width as u64).contains(&dims)
 }
 
-/// Turns one absolute action into the difference from the raw (not normalised) state, where the mask says so.
+/// Converts one absolute action to the difference from the raw (not normalized) state, in the masked dimensions.
 ///
 /// # Errors
 /// The mask is wider than the state or the action.
@@ -297,7 +303,7 @@ pub fn delta_from_absolute<T: Copy + Into<f64>>(
     shifted(action, state, mask, -1.0)
 }
 
-/// The inverse of [`delta_from_absolute`]: adds the raw state where the mask says so.
+/// Adds the raw state in the masked dimensions, the inverse of [`delta_from_absolute`].
 ///
 /// # Errors
 /// The mask is wider than the state or the action.

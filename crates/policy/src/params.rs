@@ -1,30 +1,30 @@
-//! The parameter table: name, shape and role of every weight, as openpi's PyTorch checkpoints name them.
+//! Parameter table: name, shape and part of every weight, with the names of openpi's PyTorch checkpoints.
 
 use crate::dims::{PolicyDims, Variant};
 use serde::{Deserialize, Serialize};
 
-/// Which part of the policy a weight belongs to.
+/// Part of the policy that a weight belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Part {
-    /// Image tower, projector and language model: frozen in RL, its own file in a bundle.
+    /// Image tower, projector and language model: frozen in RL, in a separate file of a bundle.
     Vlm,
-    /// Action expert, projections, time MLP: what SFT and RL train.
+    /// Action expert, projections, time MLP: trained by SFT and RL.
     Expert,
     /// Noise head of Flow-Noise: trained with the expert.
     NoiseHead,
-    /// Value head: an optimizer group of its own.
+    /// Value head: a separate optimizer group.
     ValueHead,
 }
 
-/// One weight.
+/// Name, shape and part of one weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParamSpec {
     /// Name in the checkpoint.
     pub name: String,
     /// Sizes; linear weights are `[out, in]`.
     pub shape: Vec<usize>,
-    /// Where it belongs.
+    /// Part of the policy.
     pub part: Part,
 }
 
@@ -32,24 +32,24 @@ pub struct ParamSpec {
 pub const VLM: &str = "paligemma_with_expert.paligemma.model.";
 /// Prefix of the action expert's names.
 pub const EXPERT: &str = "paligemma_with_expert.gemma_expert.model.";
-/// The text embedding as openpi's files carry it (the tied output head).
+/// Name of the text embedding in openpi's files (the tied output head).
 pub const EMBEDDING: &str = "paligemma_with_expert.paligemma.lm_head.weight";
-/// The other name of the same tensor.
+/// Alternative name of [`EMBEDDING`].
 pub const EMBEDDING_ALIAS: &str = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight";
-/// A tensor of real checkpoints that no computation reads; accepted and dropped.
+/// Tensor of published checkpoints that no computation reads; accepted and dropped.
 pub const UNUSED: &str = "paligemma_with_expert.gemma_expert.lm_head.weight";
 
-/// What the value head reads.
+/// Input of the value head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CriticInput {
-    /// `V_expert`: mean of the action tokens of the expert's output at the stochastic denoise step.
+    /// `V_expert`: mean over the action tokens of the expert's output, at the denoise steps of [`ValueSteps`].
     Expert,
-    /// `V_vlm`: mean of the prefix output over its valid tokens.
+    /// `V_vlm`: prefix output pooled over tokens by [`Pooling`].
     Vlm,
 }
 
-/// Which tokens of the prefix output `V_vlm` reads.
+/// Tokens of the prefix output that `V_vlm` reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooling {
@@ -59,54 +59,54 @@ pub enum Pooling {
     First,
     /// The last slot, usually padding.
     Last,
-    /// Mean over all slots, padding counted, as the reference does.
+    /// Mean over all slots including padding, as in the reference.
     MeanPadded,
 }
 
-/// Over which denoise steps `V_expert` is taken; the same in rollout and update.
+/// Denoise steps of `V_expert`; the same in rollout and update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ValueSteps {
-    /// The stochastic steps (their mean when a chunk is one decision).
+    /// The stochastic steps; their mean if a chunk is one decision.
     Stochastic,
     /// The mean over all denoise steps of the path.
     Path,
 }
 
-/// The noise head of Flow-Noise: hidden widths (tanh between) on the expert's output of each action token.
+/// Noise head of Flow-Noise: an MLP with tanh between layers, on the expert's output of each action token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NoiseHeadDims {
     /// Hidden widths, `[128, 64]` in the reference.
     pub hidden: Vec<usize>,
-    /// Smallest and largest standard deviation, in action units.
+    /// Smallest and largest standard deviation, in model units.
     pub std_range: [f64; 2],
 }
 
 impl NoiseHeadDims {
-    /// `(log std_min^2, log std_max^2)`: the range of the log-variance.
+    /// Returns the range of the log-variance, `(log std_min^2, log std_max^2)`.
     pub fn logvar_range(&self) -> (f64, f64) {
         (2.0 * self.std_range[0].ln(), 2.0 * self.std_range[1].ln())
     }
 }
 
-/// What a policy has beside velocity: a value head, a noise head.
+/// Heads of a policy in addition to the velocity output.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Heads {
-    /// For algorithms with a critic.
+    /// Value head, for algorithms with a critic.
     pub value: Option<ValueHeadDims>,
-    /// For Flow-Noise.
+    /// Noise head, for Flow-Noise.
     pub noise: Option<NoiseHeadDims>,
 }
 
 impl Heads {
-    /// What the prefix graph's `pooled` is.
+    /// Returns the pooling of the prefix graph's output `pooled`.
     pub fn pooling(&self) -> Pooling {
         self.value.as_ref().map_or(Pooling::Mean, |head| head.pooling)
     }
 
-    /// A value head and nothing else.
+    /// Makes heads with a value head and no noise head.
     pub fn value(head: ValueHeadDims) -> Self {
         Self {
             value: Some(head),
@@ -115,26 +115,26 @@ impl Heads {
     }
 }
 
-/// The value head: what it reads and its hidden widths (ReLU between, one number out).
+/// Value head: an MLP with ReLU between layers and one output number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValueHeadDims {
-    /// Input.
+    /// Source of the input features.
     pub input: CriticInput,
     /// Hidden widths, e.g. `[512, 256, 128]`.
     pub hidden: Vec<usize>,
-    /// The state, padded to the action width, follows the features (`V_vlm` only).
+    /// Whether the state, padded to the action width, follows the features (`V_vlm` only).
     pub state: bool,
     /// Tokens that `V_vlm` reads.
     pub pooling: Pooling,
-    /// Action tokens that `V_expert` takes the mean of: all, or the first executed ones.
+    /// Number of first action tokens in the mean of `V_expert`; absent: all.
     pub tokens: Option<usize>,
     /// Denoise steps of `V_expert`.
     pub steps: ValueSteps,
 }
 
 impl ValueHeadDims {
-    /// Width of the input features.
+    /// Returns the width of the input, features and state.
     pub fn input_width(&self, dims: &PolicyDims) -> usize {
         let features = match self.input {
             CriticInput::Expert => dims.expert.width,
@@ -162,7 +162,7 @@ impl Table {
         self.add(format!("{name}.weight"), &[width]);
         self.add(format!("{name}.bias"), &[width]);
     }
-    /// One Gemma layer; `ada` is pi0.5's adaptive norm.
+    /// Adds one Gemma layer; `ada` selects pi0.5's adaptive norm.
     fn gemma_layer(&mut self, prefix: &str, width: usize, mlp: usize, dims: &PolicyDims, ada: bool) {
         let (q, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
         self.add(format!("{prefix}.self_attn.q_proj.weight"), &[q, width]);
@@ -184,12 +184,12 @@ impl Table {
     }
 }
 
-/// Name of a layer of the noise head, as the reference names it.
+/// Returns the reference's name of a layer of the noise head.
 pub fn noise_layer(index: usize) -> String {
     format!("noise_head.mlp_logvar.moduleList.{index}.linear_1")
 }
 
-/// All weights of a policy in the order of the data's way.
+/// Returns all weights of a policy, in the order of the data path.
 pub fn params(dims: &PolicyDims, heads: &Heads) -> Vec<ParamSpec> {
     let mut table = Table(Vec::new(), Part::Vlm);
     let vision = &dims.vision;

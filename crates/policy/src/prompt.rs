@@ -1,4 +1,4 @@
-//! Prompt tokens: from an instruction (and pi0.5's state in words) to padded ids.
+//! Prompt tokens: conversion of an instruction (and of pi0.5's state in words) to padded ids.
 
 use std::{
     collections::BTreeMap,
@@ -12,34 +12,34 @@ use kitoken::{Definition, InsertionPosition, Kitoken};
 
 use crate::config::TokenizerConfig;
 
-/// Id of padding, in both kinds of tokenizer.
+/// Padding id of both kinds of tokenizer.
 const PAD: i64 = 0;
-/// Begin of sequence of a word list.
+/// Begin-of-sequence id of a word list.
 const BOS: i64 = 1;
-/// The newline of a word list.
+/// Newline id of a word list.
 const NEWLINE: i64 = 2;
-/// Id of the first word; 3 is kept free for the unknown token, which a closed vocabulary never makes.
+/// Id of the first word; 3 is reserved for the unknown token, which a closed vocabulary never produces.
 const FIRST_WORD: i64 = 4;
 /// Most words of a word list.
 const MAX_WORDS: usize = 1 << 16;
 /// Longest prompt, in bytes.
 const MAX_PROMPT_BYTES: usize = 1 << 16;
-/// Longest `tokenizer.model`; `PaliGemma`'s has 4 MiB.
+/// Largest size of a `tokenizer.model` in bytes; `PaliGemma`'s has 4 MiB.
 const MAX_MODEL_BYTES: u64 = 64 << 20;
-/// Bins of pi0.5's discrete state.
+/// Number of bins of pi0.5's discrete state.
 const STATE_BINS: f64 = 256.0;
 
 /// Ids of a prompt, padded to the policy's length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PromptTokens {
-    /// Token ids; 0 where padded.
+    /// Token ids; 0 for padding.
     pub ids: Vec<i64>,
-    /// Which of them are valid.
+    /// Whether each id is valid, not padding.
     pub mask: Vec<bool>,
 }
 
 impl PromptTokens {
-    /// Cuts ids at `max_len`, or pads them on the right with id 0 and mask false.
+    /// Truncates ids to `max_len`, or pads the ids on the right with id 0 and mask false.
     pub fn fit(mut ids: Vec<i64>, max_len: usize) -> Self {
         ids.truncate(max_len);
         let mask = (0..max_len).map(|i| i < ids.len()).collect();
@@ -48,48 +48,48 @@ impl PromptTokens {
     }
 }
 
-/// A tokenizer that cannot be made, or a prompt that cannot be tokenized.
+/// Reason for rejecting a tokenizer or a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PromptError {
     /// A word outside the closed vocabulary.
     #[error("prompt `{prompt}`: the word `{word}` is not in `actor.model.tokenizer.words`, the nearest is `{nearest}`")]
     UnknownWord {
-        /// The instruction.
+        /// Instruction.
         prompt: String,
-        /// The word.
+        /// Unknown word.
         word: String,
-        /// The most similar known word.
+        /// Most similar known word.
         nearest: String,
     },
-    /// A prompt beyond the limit.
+    /// A prompt that is too long.
     #[error("prompt of {found} bytes, expected at most {MAX_PROMPT_BYTES}")]
     TooLong {
-        /// Its length.
+        /// Length of the prompt in bytes.
         found: usize,
     },
-    /// A list of words that cannot be a vocabulary.
+    /// An invalid list of words.
     #[error("`actor.model.tokenizer.words`: {0}")]
     Words(String),
     /// A `SentencePiece` model that cannot be read.
     #[error("tokenizer model `{path}`: {detail}")]
     Model {
-        /// Which file.
+        /// Path of the model.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         detail: String,
     },
     /// A text that the `SentencePiece` model cannot encode.
     #[error("prompt `{prompt}`: {detail}")]
     Encode {
-        /// The instruction.
+        /// Instruction.
         prompt: String,
-        /// Why.
+        /// Cause.
         detail: String,
     },
 }
 
-/// Turns instructions into ids; a clone shares the vocabulary.
+/// Tokenizer of instructions; a clone shares the vocabulary.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     kind: Kind,
@@ -118,16 +118,18 @@ impl fmt::Debug for Kind {
     }
 }
 
-/// The instruction as pi0 reads it: no space around it, `_` and newlines become spaces.
+/// Returns the instruction as pi0 reads it: without surrounding white space, with spaces for `_` and newlines.
 pub fn clean(prompt: &str) -> String {
-    // the four separators are white space to the reference's language, not to Unicode
+    // Python's `strip` removes these four separators, which are not white space in Unicode
     prompt
         .trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
         .replace(['_', '\n'], " ")
 }
 
-/// Bins of pi0.5's discrete state, from the normalised and not yet padded state: the index of the value in 256 equal bins
-/// of `[-1, 1]`, -1 below, 255 above (`numpy.digitize(state, linspace(-1, 1, 257)[:-1]) - 1`; NaN sorts last there).
+/// Returns pi0.5's discrete state: the bin of each number of the normalized, not yet padded state.
+///
+/// `[-1, 1]` has 256 equal bins; the index is -1 below and 255 above the interval and for NaN
+/// (`numpy.digitize(state, linspace(-1, 1, 257)[:-1]) - 1`, where NaN sorts last).
 pub fn discretize_state<T: Copy + Into<f64>>(state: &[T]) -> Vec<i64> {
     let bin = |v: f64| {
         // the edges are multiples of 2^-7, so the product is exact and floor finds the edge below
@@ -141,13 +143,13 @@ pub fn discretize_state<T: Copy + Into<f64>>(state: &[T]) -> Vec<i64> {
     state.iter().map(|v| bin((*v).into())).collect()
 }
 
-/// pi0.5's prompt with the state in words: `Task: .., State: 127 3 ..;`, a newline, `Action: `.
+/// Returns pi0.5's prompt with the state in words: `Task: .., State: 127 3 ..;`, a newline, `Action: `.
 pub fn pi05_prompt<T: Copy + Into<f64>>(prompt: &str, state: &[T]) -> String {
     let bins: Vec<String> = discretize_state(state).iter().map(i64::to_string).collect();
     format!("Task: {}, State: {};\nAction: ", clean(prompt), bins.join(" "))
 }
 
-/// The bytes of a `tokenizer.model`.
+/// Reads the bytes of a `tokenizer.model`.
 ///
 /// # Errors
 /// The file cannot be read or is above 64 MiB.
@@ -168,10 +170,10 @@ pub fn read_model(path: &Path) -> Result<Vec<u8>, PromptError> {
 }
 
 impl Tokenizer {
-    /// The tokenizer of a configuration; `model_dir` is the bundle that carries a tokenizer model.
+    /// Makes the tokenizer of a configuration; `model_dir` is the folder of the bundle that holds the tokenizer model.
     ///
     /// # Errors
-    /// A list of words that cannot be a vocabulary, or a model file that cannot be read.
+    /// An invalid list of words, or a model file that cannot be read.
     pub fn from_config(config: &TokenizerConfig, model_dir: Option<&Path>) -> Result<Self, PromptError> {
         match config {
             TokenizerConfig::Words { words } => Self::from_words(words),
@@ -181,12 +183,12 @@ impl Tokenizer {
         }
     }
 
-    /// A closed vocabulary: 0 padding, 1 begin of sequence, 2 newline, 3 unused, then the words in their order.
+    /// Makes a closed vocabulary: 0 padding, 1 begin of sequence, 2 newline, 3 unused, then the words in order.
     ///
-    /// A text is split at white space, and the characters `:`, `,` and `;` are words of their own (pi0.5's prompt has them).
+    /// A text is split at white space, and each `:`, `,` and `;` is a separate word, as in pi0.5's prompt.
     ///
     /// # Errors
-    /// More than 65536 words, a repeated one, or one that the split would never make.
+    /// More than 65536 words, a repeated word, or a word that the split never produces.
     pub fn from_words(words: &[String]) -> Result<Self, PromptError> {
         if words.len() > MAX_WORDS {
             return Err(PromptError::Words(format!(
@@ -211,10 +213,10 @@ impl Tokenizer {
         })
     }
 
-    /// Reads a `SentencePiece` model (`tokenizer.model`, BPE or unigram), for pi0 and pi0.5 that of `PaliGemma`.
+    /// Reads a `SentencePiece` model (`tokenizer.model`, BPE or unigram); pi0 and pi0.5 use `PaliGemma`'s model.
     ///
     /// # Errors
-    /// The file is missing, above 64 MiB, no such model, or has no begin-of-sequence piece.
+    /// The file is missing, above 64 MiB, not a `SentencePiece` model, or lacks a begin-of-sequence piece.
     pub fn from_sentencepiece(path: &Path) -> Result<Self, PromptError> {
         let bad = |detail: String| PromptError::Model {
             path: path.to_owned(),
@@ -243,7 +245,7 @@ impl Tokenizer {
         })
     }
 
-    /// Every id is below this: rows that the policy's embedding needs.
+    /// Returns one above the largest id, the number of rows that the policy's embedding needs.
     pub fn vocab_size(&self) -> usize {
         match &self.kind {
             Kind::Words(words) => FIRST_WORD as usize + words.len(),
@@ -251,10 +253,10 @@ impl Tokenizer {
         }
     }
 
-    /// Ids of a text as it is, after begin of sequence if asked for.
+    /// Encodes an uncleaned text, after a begin-of-sequence id if `add_bos`.
     ///
     /// # Errors
-    /// A word that is not in the vocabulary, or a text beyond 64 KiB.
+    /// A word that is not in the vocabulary, a text above 64 KiB, or a text that the model cannot encode.
     pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<i64>, PromptError> {
         if text.len() > MAX_PROMPT_BYTES {
             return Err(PromptError::TooLong { found: text.len() });
@@ -281,8 +283,9 @@ impl Tokenizer {
         }
     }
 
-    /// The format of pi0, and of pi0.5 without a discrete state: begin of sequence, the cleaned text, a newline; cut at or
-    /// padded to `max_len`.
+    /// Tokenizes a prompt of pi0, or of pi0.5 without a discrete state, truncated or padded to `max_len`.
+    ///
+    /// The format is begin of sequence, the cleaned text, a newline.
     ///
     /// # Errors
     /// See [`Self::encode`].
@@ -292,7 +295,7 @@ impl Tokenizer {
         Ok(PromptTokens::fit(ids, max_len))
     }
 
-    /// The format of pi0.5 with a discrete state (see [`pi05_prompt`]); cut at or padded to `max_len`.
+    /// Tokenizes a prompt of pi0.5 with a discrete state (see [`pi05_prompt`]), truncated or padded to `max_len`.
     ///
     /// # Errors
     /// See [`Self::encode`].
@@ -316,7 +319,7 @@ fn begin_of_sequence(definition: &Definition) -> Option<i64> {
     i32::try_from(id).ok().map(i64::from)
 }
 
-/// Words, the separators `:` `,` `;` and newlines, in the order of the text.
+/// Returns the words, the separators `:` `,` `;` and newlines, in the order of the text.
 fn split_words(text: &str) -> Vec<&str> {
     text.split_inclusive(|c: char| c.is_whitespace() || is_separator(c))
         .flat_map(|part| {

@@ -1,5 +1,5 @@
-//! The recipes in `configs/`: each is a sound plan; of a thousand mistyped keys none is accepted, and nearly every one is told its
-//! right name.
+//! Tests of the recipes in `configs/`: each is a valid plan. Each of a thousand mistyped keys is rejected, and nearly every error
+//! names the right key.
 
 mod effective;
 
@@ -19,10 +19,10 @@ use crate::{
 };
 
 const TYPOS: usize = 1000;
-/// Tables that an environment or a method checks, not the run configuration.
+/// Tables that an environment or a method checks instead of the run configuration.
 const FREE: [&str; 3] = ["env.params", "env.demo_params", "algorithm.velocity.params"];
 
-/// Every key of a table as a path of names.
+/// Appends every key of a table, as a path of names, to `out`.
 fn keys(table: &toml::Table, path: &[String], out: &mut Vec<Vec<String>>) {
     for (name, value) in table {
         let here: Vec<String> = path.iter().cloned().chain([name.clone()]).collect();
@@ -35,7 +35,7 @@ fn keys(table: &toml::Table, path: &[String], out: &mut Vec<Vec<String>>) {
     }
 }
 
-/// One slip of the finger: a letter left out, doubled, swapped with its neighbour, or another one.
+/// Returns `key` with one typing error: a letter omitted, doubled, swapped with its neighbor, or replaced.
 fn slip(key: &str, rng: &mut impl Rng) -> String {
     let mut letters: Vec<char> = key.chars().collect();
     let at = below(rng, letters.len());
@@ -50,7 +50,7 @@ fn slip(key: &str, rng: &mut impl Rng) -> String {
     letters.into_iter().collect()
 }
 
-/// Recipes that have every optional section and nearly every optional key between them.
+/// Recipes that together have every optional section and nearly every optional key.
 const MISTYPED: [&str; 8] = [
     "quickstart",
     "tabletop_async",
@@ -112,7 +112,7 @@ fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs")
 }
 
-/// Every recipe as a plan, by its name.
+/// Returns the name and the plan of every recipe.
 fn recipes() -> Vec<(String, RunPlan)> {
     let plan = |path: PathBuf| {
         let config = RunConfig::load(&path, &[]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -143,7 +143,7 @@ fn every_recipe_is_a_plan_of_its_own_folder_and_survives_being_written() {
     assert!(outputs.len() >= 5, "{outputs:?}");
 }
 
-/// The TOML files of a folder.
+/// Returns the TOML files of a folder.
 fn files(folder: &Path) -> BTreeSet<PathBuf> {
     let paths = std::fs::read_dir(folder)
         .expect("a folder")
@@ -190,8 +190,10 @@ const COLUMNS: [&str; 18] = [
     "rollout.max_staleness",
 ];
 
-/// The published settings as the reference's files and the paper's tables have them, typed from there; `-`: no such key. Environments
-/// and episodes differ from its 64 x 8 where that would not play every task equally often, since an environment here keeps its task.
+/// Published settings, copied from the reference's files and the paper's tables; `-`: no such key.
+///
+/// An environment here keeps its task. Environments and episodes differ from the published 64 x 8 if the tasks would not have
+/// equally many episodes.
 const PUBLISHED: &str = "
 libero_spatial_ppo_pi0 64 8 240 50 5 4 7 2048 4 1 5e-6 0.5 0.2 expert flow_sde chunk_level 1 -
 libero_spatial_ppo_pi05 64 8 240 10 5 3 7 2048 1 1 5e-6 0.5 0.2 vlm flow_sde chunk_level 1 -
@@ -245,8 +247,9 @@ maniskill_async_ppo_pi0 320 1 80 8 5 4 7 5120 1 1 7.91e-6 0.5 0.15 expert flow_n
 maniskill_async_ppo_pi05 320 1 80 8 5 4 7 5120 2 1 7.91e-6 0.5 0.2 vlm flow_noise chunk_level 1 1
 ";
 
-/// Further keys, a value of each that most recipes have, then values of others, each with the recipes that have it (`*`: anything).
-/// A recipe has the value of the first pattern that fits it.
+/// Further keys, each with the value of most recipes, then other values with patterns of recipe names (`*`: any text).
+///
+/// The first pattern that matches a recipe gives the recipe's value.
 const FURTHER: &str = "
 runner.seed 42; 0 maniskill_*; 1234 robotwin_* behavior_*
 runner.max_epochs 1000; 100 gsenv_* *_nft_*; 500 metaworld_45_*
@@ -292,7 +295,7 @@ env.params.reward_coef -; 10 behavior_*
 env.eval.episodes 500; 320 maniskill_*; 100 metaworld_45_*; 1000 calvin_*; 128 robotwin_*; 32 isaaclab_*; 16 behavior_*; 512 gsenv_*
 ";
 
-/// Whether `pattern` with `*` for anything is `name`.
+/// Returns whether `name` matches `pattern`, in which `*` stands for any text.
 fn fits(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
@@ -302,7 +305,7 @@ fn fits(pattern: &str, name: &str) -> bool {
     }
 }
 
-/// A line of [`FURTHER`] taken apart: a key and, for each pattern in turn, the value of the recipes that it fits first.
+/// Parsed line of [`FURTHER`]: a key, and patterns with values in the order of matching.
 struct Further {
     key: &'static str,
     values: Vec<(&'static str, &'static str)>,
@@ -324,7 +327,7 @@ fn further() -> Vec<Further> {
     FURTHER.trim().lines().map(line).collect()
 }
 
-/// Whether a recipe's key has the value, `-`: no such key.
+/// Asserts that a recipe's key has the expected value; `-`: no such key.
 fn check(name: &str, recipe: &toml::Value, key: &str, expected: &str) {
     let found = key.split('.').try_fold(recipe, |at, part| at.get(part));
     let number = |value: &toml::Value| value.to_string().parse::<f64>().ok();
@@ -382,7 +385,7 @@ fn every_published_recipe_is_there_with_its_values() {
 
 #[test]
 fn full_size_policies_have_openpis_number_of_weights() {
-    // openpi's count holds an output head of the expert, `[vocab, width]`, that no computation reads and no policy here has
+    // openpi's count includes an output head of the expert, `[vocab, width]`, which no computation reads and policies here lack
     let unread = 257_152 * 1024;
     for (name, plan) in recipes().into_iter().filter(|(_, plan)| plan.dims.vocab == 257_152) {
         let specs = params(&plan.dims, &Heads::default());

@@ -1,4 +1,4 @@
-//! The inputs of a bundle's self-test: drawn from a seed, so that publisher and engine need not exchange them.
+//! Inputs of a bundle's self-test, drawn from a seed, so that publisher and engine need not exchange inputs.
 
 use crate::{
     dims::PolicyDims,
@@ -6,17 +6,17 @@ use crate::{
     transform::ModelInput,
 };
 
-/// One observation in model units, all cameras and at least one prompt token valid, and its initial noise.
+/// One observation in model units, with all cameras and at least one valid prompt token, and its initial noise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTestInput {
-    /// The observation.
+    /// Observation in model units.
     pub input: ModelInput,
     /// Initial noise, `[action_horizon, action_dim]`.
     pub noise: Vec<f32>,
 }
 
 impl SelfTestInput {
-    /// Draws the inputs for these sizes.
+    /// Draws the inputs for these sizes from `seed`.
     pub fn draw(dims: &PolicyDims, seed: u64) -> Self {
         let mut rng = stream(Purpose::SelfTest, seed, 0, 0, 0);
         let size = dims.vision.image_size;

@@ -1,6 +1,6 @@
-//! Between the robot's units and the model's: a raw observation becomes model input, model actions become environment actions.
+//! Conversion between environment units and model units: raw observations to model inputs, model actions to environment actions.
 //!
-//! One transform serves the engine and the learner's data sets, so that both read an observation and an action the same way.
+//! The engine and the learner's data sets share one transform, so that both convert observations and actions the same way.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -13,7 +13,7 @@ use crate::{
     prompt::{PromptError, PromptTokens, Tokenizer},
 };
 
-/// An observation that the policy cannot read.
+/// Reason for rejecting an observation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObservationError {
@@ -25,7 +25,7 @@ pub enum ObservationError {
         /// Name in the observation.
         found: String,
     },
-    /// No image at all.
+    /// No image.
     #[error("observation has no image: at least one camera must be there")]
     Blind,
     /// An image that cannot be resized.
@@ -33,7 +33,7 @@ pub enum ObservationError {
     Image {
         /// Which camera.
         camera: String,
-        /// Why.
+        /// Cause.
         source: ImageError,
     },
     /// A state that is too wide.
@@ -44,83 +44,83 @@ pub enum ObservationError {
         /// Numbers in the observation.
         found: usize,
     },
-    /// NaN or infinity.
+    /// A number that is not finite.
     #[error("{field} holds {value} at element {index}, expected finite numbers")]
     NotFinite {
-        /// `state` or `guidance.previous`.
+        /// Field, `state` or `guidance.previous`.
         field: &'static str,
-        /// Which element.
+        /// Index of the element.
         index: usize,
         /// NaN or infinity.
         value: f32,
     },
-    /// A chunk to continue from that does not fit.
+    /// A chunk to continue from with a shape that does not fit.
     #[error("guidance.previous has {rows} rows of {columns} numbers, expected 1 to {horizon} rows of {width}")]
     Previous {
-        /// Rows.
+        /// Rows of the chunk to continue from.
         rows: usize,
-        /// Numbers of a row.
+        /// Numbers per row.
         columns: usize,
-        /// Width of an action.
+        /// Action width of the environment.
         width: usize,
-        /// Rows of a chunk.
+        /// Rows of a chunk, `action_horizon`.
         horizon: usize,
     },
-    /// A weight out of range.
+    /// A largest guidance weight out of range.
     #[error("guidance.max_weight is {0}, expected a finite number above 0")]
     MaxWeight(f32),
-    /// The prompt cannot be tokenized.
+    /// A prompt that cannot be tokenized.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// The statistics do not fit.
+    /// Normalization statistics that do not fit.
     #[error(transparent)]
     Norm(#[from] NormError),
 }
 
-/// What a robot or simulator sees, in the environment's units.
+/// Observation of a robot or simulator, in environment units.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawObservation {
-    /// Images by camera name; a camera that is not there is absent.
+    /// Images by camera name; a missing camera has no entry.
     pub images: BTreeMap<String, RgbImage>,
     /// Proprioceptive state.
     pub state: Vec<f32>,
-    /// The instruction.
+    /// Instruction.
     pub prompt: String,
 }
 
 /// One observation in model units.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInput {
-    /// Pixels as the network sees them, `[cameras, size, size, 3]`, 0 to 255; zero for an absent camera.
+    /// Resized pixels, `[cameras, size, size, 3]`, 0 to 255; zero for a missing camera.
     pub images: Vec<u8>,
-    /// Which cameras are there, `[cameras]`.
+    /// Whether each camera has an image, `[cameras]`.
     pub image_mask: Vec<bool>,
     /// Prompt ids, padded, `[prompt_len]`.
     pub prompt: Vec<i64>,
-    /// Which of them are valid, `[prompt_len]`.
+    /// Whether each prompt id is valid, `[prompt_len]`.
     pub prompt_mask: Vec<bool>,
     /// Normalized state padded with zeros, `[action_dim]`.
     pub state: Vec<f32>,
 }
 
-/// The chunk that a client executes while it waits, in the environment's units; see [`Guidance`].
+/// Chunk that a client executes while its request is pending, in environment units; see [`Guidance`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawGuidance {
-    /// Actions still to come, row-major.
+    /// Actions that are not executed yet, row-major.
     pub previous: Vec<f32>,
-    /// Numbers of a row.
+    /// Numbers per row.
     pub columns: usize,
-    /// Rows that will have been executed when the new chunk arrives.
+    /// Rows that are executed before the new chunk arrives.
     pub delay: usize,
     /// Largest weight of the correction, above 0.
     pub max_weight: f32,
 }
 
-/// The transform of a policy.
+/// Conversion between environment units and the model units of one policy.
 #[derive(Debug)]
 pub struct Transform {
     cameras: Vec<String>,
-    /// Side of an image.
+    /// Side of an image, in pixels.
     image_size: usize,
     prompt_len: usize,
     action_dim: usize,
@@ -156,7 +156,7 @@ impl Transform {
         })
     }
 
-    /// Returns the transform of a configuration; `norm_stats` are those that it names.
+    /// Returns the transform of a configuration; `norm_stats` holds the statistics of the configured file.
     ///
     /// # Errors
     /// The tokenizer cannot be read.
@@ -176,7 +176,7 @@ impl Transform {
         })
     }
 
-    /// Names of the policy's cameras, in its order.
+    /// Returns the camera names in the policy's order.
     pub fn cameras(&self) -> &[String] {
         &self.cameras
     }
@@ -261,8 +261,9 @@ impl Transform {
         }
     }
 
-    /// Returns actions in model units, not padded: `actions` are rows of `width` in the environment's units, `state` is the raw
-    /// state of their observation, from which a policy with delta actions takes the difference.
+    /// Returns actions in model units, not padded. `actions` holds rows of `width` numbers in environment units.
+    ///
+    /// `state` is the raw state of the observation; a policy with delta actions subtracts `state`.
     ///
     /// # Errors
     /// The statistics or the delta mask do not fit.
@@ -278,8 +279,10 @@ impl Transform {
         Ok(model)
     }
 
-    /// Returns a chunk in the environment's units, `[action_horizon, env_action_dim]`: `actions` is `[action_horizon,
-    /// action_dim]` in model units, `state` the raw state of the observation, which a policy with delta actions adds.
+    /// Returns a chunk in environment units, `[action_horizon, env_action_dim]`.
+    ///
+    /// `actions` is `[action_horizon, action_dim]` in model units. `state` is the raw state of the observation; a policy with
+    /// delta actions adds `state`.
     ///
     /// # Errors
     /// The statistics or the delta mask do not fit.
@@ -302,7 +305,7 @@ impl Transform {
     /// Returns guidance in model units; `state` is the raw state of the observation.
     ///
     /// # Errors
-    /// Another number of rows or columns, a number that is not finite, or a weight out of range.
+    /// A wrong number of rows or columns, a number that is not finite, or a weight out of range.
     pub fn guidance(&self, raw: &RawGuidance, state: &[f32]) -> Result<Guidance, ObservationError> {
         let (width, horizon) = (self.env_action_dim, self.action_horizon);
         let rows = raw.previous.len() / raw.columns.max(1);
@@ -344,7 +347,7 @@ fn check_finite(field: &'static str, values: &[f32]) -> Result<(), ObservationEr
 mod tests {
     use super::*;
 
-    /// Two cameras of 2 x 2, actions of width 3 of 4 and horizon 2, the first action dimension a difference.
+    /// Returns a transform with two cameras of 2 x 2, action width 3 of 4, horizon 2, and a difference as first action dimension.
     fn transform() -> Transform {
         let stats = |mean: &[f64], std: &[f64]| DimStats {
             mean: mean.to_vec(),
@@ -410,7 +413,7 @@ mod tests {
         let back = transform.env_actions(&padded, &state).expect("fits");
         assert_eq!(back.len(), 2 * 3, "the whole horizon, without padding");
         for (back, action) in back.iter().zip(&actions) {
-            // rounding of f32 on the way there and back, numbers up to 6
+            // f32 rounding of both conversions, for numbers up to 6
             assert!((back - action).abs() < 2e-6, "{back} {action}");
         }
         assert!((model[0] - 1.0).abs() < 1e-5, "(6 - 5 - 0.5) / 0.5");

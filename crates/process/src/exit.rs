@@ -1,4 +1,4 @@
-//! How a program ends after a failure: one line on standard error, and an exit code by the class of the failure.
+//! End of a program after a failure: one line on standard error, and an exit code by the class of the failure.
 
 use std::{error::Error, io::Write, iter, process::ExitCode};
 
@@ -7,11 +7,11 @@ use policy::{
     weights::WeightsError,
 };
 
-/// The end of a program's `--help`.
+/// List of exit codes at the end of a program's `--help`.
 pub const CODES: &str = "Exit codes: 0 success, 2 usage or configuration, 3 data or checkpoint, 4 the ring (a connection, or an engine or \
                          learner that rejects or does not answer), 1 anything else";
 
-/// Class of a failure; its number is the exit code.
+/// Class of a failure; the discriminant is the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     /// Anything else.
@@ -25,7 +25,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// Returns the class that another program of ours ended with.
+    /// Returns the class of another pirl program's exit code.
     pub fn of_code(code: Option<i32>) -> Self {
         [Self::Usage, Self::Data, Self::Ring]
             .into_iter()
@@ -34,7 +34,7 @@ impl Class {
     }
 }
 
-/// Says the class of one error, whatever its causes are; `None` where its type says nothing.
+/// Function that returns the class of one error without looking at its causes; `None` for a type without a class.
 pub type Classify = fn(&(dyn Error + 'static)) -> Option<Class>;
 
 /// Returns the class of the outermost error of a chain that has one. `classify` knows the error types of the program.
@@ -55,7 +55,7 @@ fn of_policy(error: &(dyn Error + 'static)) -> Option<Class> {
 
 /// Ends a program that failed: writes one line `PROGRAM: message` to standard error and returns the exit code.
 pub fn failed(program: &str, error: &(dyn Error + 'static), classify: Classify) -> ExitCode {
-    // when standard error is closed too, the exit code is all that is left
+    // if standard error is closed too, only the exit code reports the failure
     drop(writeln!(std::io::stderr(), "{program}: {}", told(error)));
     ExitCode::from(class(error, classify) as u8)
 }

@@ -1,4 +1,4 @@
-//! How a program of ours runs as a process: what it logs, how it ends when it is told to, and with which exit code.
+//! Process behavior of pirl programs: logging, stopping on a signal, and exit codes.
 
 pub mod log;
 pub mod stop;

@@ -1,5 +1,5 @@
-//! Lines on standard error: at most a few per place in the code and time, with a count of what was left out; texts of peers
-//! escaped and cut, so that none of them can forge a line or fill a disk.
+//! Log lines on standard error: limited per place in the code and time window, with a count of omitted lines. Texts of peers are
+//! escaped and cut, so that no peer can forge a line or fill a disk.
 
 use std::{
     collections::HashMap,
@@ -24,14 +24,14 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-/// Lines that one place in the code may log per [`WINDOW`]. Levels `debug` and `trace`, which nobody sees unasked, are not limited.
+/// Lines that one place in the code may log per [`WINDOW`]. Levels `debug` and `trace`, which are off by default, are not limited.
 const LINES: u32 = 10;
-/// Length of the window.
+/// Length of the time window of [`LINES`].
 const WINDOW: Duration = Duration::from_secs(10);
 /// Most characters of a line.
 const LINE_CHARS: usize = 1000;
 
-/// Starts logging. `RUST_LOG` chooses the levels, `info` when it is absent.
+/// Starts logging. `RUST_LOG` selects the levels (default: `info`).
 pub fn start() {
     let limit = Arc::new(Limit::default());
     let lines = Lines {
@@ -42,7 +42,7 @@ pub fn start() {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .event_format(lines)
-        // a line that cannot be written, as on a full disk, is lost: saying so on the same stream would end the process
+        // a line that fails to be written, as on a full disk, is dropped: an error message on the same stream would end the process
         .log_internal_errors(false);
     tracing_subscriber::registry().with(filter).with(layer).init();
     let reporting = thread::Builder::new()
@@ -53,7 +53,7 @@ pub fn start() {
     }
 }
 
-/// Says every now and then what was left out.
+/// Logs the counts of omitted lines once per [`WINDOW`].
 #[expect(clippy::infinite_loop, reason = "it lives as long as the process")]
 fn report(limit: &Limit) {
     loop {
@@ -70,7 +70,7 @@ struct Site {
     since: Instant,
     lines: u32,
     left_out: u64,
-    /// The last line that was written.
+    /// Last written line.
     text: String,
 }
 
@@ -82,7 +82,7 @@ impl Limit {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a line; `Some` when it may be written, with how many were left out since the last.
+    /// Counts a line. Returns the number of lines omitted since the last written one, or `None` if this line is omitted.
     fn admit(&self, place: Identifier, now: Instant) -> Option<u64> {
         let mut sites = self.lock();
         let site = sites.entry(place).or_insert_with(|| Site {
@@ -109,7 +109,7 @@ impl Limit {
         }
     }
 
-    /// Takes the counts of all places.
+    /// Returns and resets the nonzero counts of all places, each with its last written line.
     fn left_out(&self) -> Vec<(u64, String)> {
         let mut sites = self.lock();
         sites
@@ -223,7 +223,7 @@ mod tests {
         );
         assert!(text.contains("another reason"));
         assert_eq!(limit.left_out(), [(4990, "junk 9".to_owned())]);
-        assert!(limit.left_out().is_empty(), "told once");
+        assert!(limit.left_out().is_empty(), "reported once");
     }
 
     #[test]
@@ -246,10 +246,10 @@ mod tests {
         assert_eq!(limit.admit(place, begun + WINDOW), Some(2));
     }
 
-    /// Set in the process that logs to a full disk.
+    /// Environment variable that is set in the process that logs to a full disk.
     const FULL: &str = "PIRL_TEST_FULL";
 
-    /// Not a test but a program, when [`FULL`] is set.
+    /// Runs as the program that logs when [`FULL`] is set; does nothing otherwise.
     #[test]
     fn logging_program() {
         if std::env::var_os(FULL).is_some() {

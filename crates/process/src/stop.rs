@@ -1,4 +1,4 @@
-//! The end of a process on SIGTERM or ctrl-c: asked for once, then forced.
+//! Stop of a process on SIGTERM or ctrl-c: requested first, then forced.
 
 use std::{io, sync::mpsc, thread, time::Duration};
 
@@ -8,14 +8,14 @@ use signal_hook::{
     low_level,
 };
 
-/// Time that a process has to end by itself; a stuck one is ended then.
+/// Time that a process has to end by itself; afterwards a stuck process is ended.
 pub const GRACE: Duration = Duration::from_secs(9);
 
-/// Calls `stop` at the first SIGTERM or ctrl-c. A process that is still there [`GRACE`] later, or at a second signal, is ended with
-/// status 1. Threads of their own do this, so that no stuck runtime, thread or native call can keep the process.
+/// Calls `stop` at the first SIGTERM or ctrl-c. A process that still runs [`GRACE`] later, or at a second signal, is ended with
+/// status 1. Dedicated threads handle signals, so that no stuck runtime, thread or native call can prevent the end.
 ///
 /// # Errors
-/// The system gives no handler or no thread.
+/// The signal handler or a thread cannot be created.
 pub fn on_signal(stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let (sender, arrived) = mpsc::channel();
@@ -36,7 +36,7 @@ pub fn on_signal(stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
             Ok(()) => tracing::warn!("stopped at the second signal"),
             Err(_late) => tracing::error!("did not stop within {GRACE:?} and is ended"),
         }
-        // without destructors: one of them may be what hangs
+        // without destructors: a destructor may hang
         low_level::exit(1);
     })?;
     Ok(())
@@ -51,10 +51,10 @@ mod tests {
 
     use super::*;
 
-    /// Set in the process that plays the stuck program.
+    /// Environment variable that is set in the process of the stuck program.
     const STUCK: &str = "PIRL_TEST_STUCK";
 
-    /// Not a test but a program, when [`STUCK`] is set: it hears signals and never ends by itself.
+    /// Runs as a program that handles signals and never ends by itself when [`STUCK`] is set; does nothing otherwise.
     #[test]
     #[expect(clippy::infinite_loop, reason = "it is what a stuck program does")]
     fn stuck_program() {

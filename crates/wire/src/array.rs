@@ -21,7 +21,7 @@ impl ElementType {
     }
 }
 
-/// An array as it crosses a process border.
+/// Array as sent between processes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Array {
@@ -34,7 +34,7 @@ pub struct Array {
     pub data: Vec<u8>,
 }
 
-/// An array that is not what was expected.
+/// Array with an unexpected type, shape or length.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("array `{what}`: expected {expected}, found {found}")]
 pub struct ArrayError {
@@ -44,7 +44,7 @@ pub struct ArrayError {
 }
 
 impl Array {
-    /// An f32 array; `shape` must multiply to the number of values.
+    /// Returns an f32 array; `shape` must multiply to the number of values.
     pub fn f32(shape: &[usize], values: &[f32]) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
         Self {
@@ -54,7 +54,7 @@ impl Array {
         }
     }
 
-    /// A byte array; `shape` must multiply to the number of values.
+    /// Returns a byte array; `shape` must multiply to the number of values.
     pub fn u8(shape: &[usize], values: Vec<u8>) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
         Self {
@@ -64,7 +64,7 @@ impl Array {
         }
     }
 
-    /// The sizes.
+    /// Returns the sizes, outermost first.
     pub fn dims(&self) -> Vec<usize> {
         self.shape.iter().map(|s| *s as usize).collect()
     }
@@ -98,7 +98,7 @@ impl Array {
         Ok(())
     }
 
-    /// The values as f32 after checking type, shape (when given) and length.
+    /// Returns the values as f32 after checking type, shape (when given) and length.
     ///
     /// # Errors
     /// Names the array, what was expected and what was found.
@@ -113,7 +113,7 @@ impl Array {
             .collect())
     }
 
-    /// The bytes after checking type, shape (when given) and length.
+    /// Returns the bytes after checking type, shape (when given) and length.
     ///
     /// # Errors
     /// Names the array, what was expected and what was found.

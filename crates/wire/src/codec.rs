@@ -1,7 +1,7 @@
-//! One `encode`, one `decode`: a header with magic, version and length, then the message as a `MessagePack` map.
+//! Codec of frames: a header with magic, version and length, then the message as a `MessagePack` map.
 //!
-//! Layout: `b"PIRL"`, wire version (u16, little-endian), reserved zero (u16), payload length (u32), payload. The decoder takes bytes
-//! from anyone: it counts the elements before it allocates for any, limits, checks, and rejects trailing bytes.
+//! Layout: `b"PIRL"`, wire version (u16, little-endian), reserved zero (u16), payload length (u32), payload. The decoder accepts
+//! untrusted bytes: it counts and limits the elements before it allocates, and rejects trailing bytes.
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -9,12 +9,12 @@ use crate::text::shown;
 
 /// Version of the messages; both ends must agree.
 pub const WIRE_VERSION: u16 = 4;
-/// Largest frame that is read or written.
+/// Largest frame that is read or written, in bytes.
 pub const MAX_FRAME_BYTES: usize = 256 << 20;
-/// Bytes before the payload.
+/// Size of the header before the payload, in bytes.
 pub const HEADER_BYTES: usize = 12;
 const MAGIC: &[u8; 4] = b"PIRL";
-/// Messages nest a few levels; hostile ones would nest deeper to exhaust the stack.
+/// Deepest nesting of a message. Messages nest a few levels; hostile messages would nest deeper to exhaust the stack.
 const MAX_DEPTH: usize = 32;
 /// Most numbers, texts, arrays and maps of one message, each array or map entry counted. 4,096 slot reports of three cameras and a
 /// state of 32 numbers have about 530,000.
@@ -23,46 +23,46 @@ pub const MAX_ELEMENTS: usize = 1 << 20;
 /// Longest text of a message, in bytes; names and prompts have shorter limits of their own.
 pub const MAX_TEXT_BYTES: usize = 64 << 10;
 
-/// A frame that cannot be read or written.
+/// Reason why a frame cannot be decoded or encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CodecError {
-    /// Shorter than the header.
+    /// The frame is shorter than the header.
     #[error("frame of {0} bytes is shorter than the header of {HEADER_BYTES} bytes")]
     Short(usize),
-    /// Other first bytes.
+    /// The frame starts with other bytes than `PIRL`.
     #[error("frame does not begin with `PIRL`: the peer speaks another protocol")]
     Magic,
-    /// Another version.
+    /// The frame has another wire version.
     #[error("frame has wire version {found}, expected {WIRE_VERSION}: both ends must be the same release")]
     Version {
-        /// What the frame says.
+        /// Version in the frame.
         found: u16,
     },
-    /// Too long.
-    #[error("frame of {found} bytes, at most {MAX_FRAME_BYTES} are taken")]
+    /// The frame is too long.
+    #[error("frame of {found} bytes, at most {MAX_FRAME_BYTES} are accepted")]
     Long {
-        /// Its size.
+        /// Size in bytes.
         found: usize,
     },
     /// The length field does not match.
     #[error("frame announces {announced} payload bytes and carries {found}")]
     Length {
-        /// What the header says.
+        /// Payload bytes according to the header.
         announced: usize,
-        /// What follows it.
+        /// Payload bytes after the header.
         found: usize,
     },
-    /// More elements than a message may have.
+    /// The payload has more than [`MAX_ELEMENTS`] elements.
     #[error("payload has more than {MAX_ELEMENTS} elements")]
     Elements,
-    /// A text that is too long.
+    /// The payload has a text that is too long.
     #[error("payload has a text of {found} bytes, at most {MAX_TEXT_BYTES} are accepted")]
     Text {
-        /// Its size.
+        /// Size in bytes.
         found: usize,
     },
-    /// The payload is not a message of this connection.
+    /// The payload is not a message that this link carries.
     #[error("payload is not a message that is expected here: {0}")]
     Payload(String),
 }
@@ -70,7 +70,7 @@ pub enum CodecError {
 /// Encodes a message.
 ///
 /// # Errors
-/// It is too long.
+/// The message cannot be serialized, or its frame is too long.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
     let mut frame = Vec::with_capacity(256);
     frame.extend_from_slice(MAGIC);
@@ -90,7 +90,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
     Ok(frame)
 }
 
-/// Checks the header and returns the payload behind it.
+/// Checks the header and returns the payload after the header.
 fn payload(frame: &[u8]) -> Result<&[u8], CodecError> {
     if frame.len() > MAX_FRAME_BYTES {
         return Err(CodecError::Long { found: frame.len() });
@@ -118,10 +118,10 @@ fn payload(frame: &[u8]) -> Result<&[u8], CodecError> {
     Ok(payload)
 }
 
-/// Counts the elements of a MessagePack value without allocating, and checks that it ends with its bytes.
+/// Counts the elements of a MessagePack value without allocating, and checks that the value ends where the bytes end.
 ///
 /// # Errors
-/// There are more than [`MAX_ELEMENTS`], the bytes end early or go on, or are not MessagePack.
+/// There are more than [`MAX_ELEMENTS`] elements, the bytes end early or continue, or the bytes are not MessagePack.
 fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
     let broken = |text: &str| CodecError::Payload(text.to_owned());
     let mut rest = bytes;
@@ -138,7 +138,7 @@ fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
         open -= 1;
         count += 1;
         let marker = take(1)?.first().copied().unwrap_or_default();
-        // bytes to pass over, and entries that follow
+        // bytes to skip, and number of entries that follow
         let (skip, entries) = match marker {
             0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => (0, 0),
             0x80..=0x8f => (0, 2 * usize::from(marker & 0x0f)),
@@ -178,7 +178,7 @@ fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
 /// Checks a frame and counts its elements, without allocating.
 ///
 /// # Errors
-/// Says which rule the frame breaks.
+/// Rule that the frame breaks.
 pub(crate) fn count(frame: &[u8]) -> Result<usize, CodecError> {
     count_elements(payload(frame)?)
 }
@@ -186,7 +186,7 @@ pub(crate) fn count(frame: &[u8]) -> Result<usize, CodecError> {
 /// Decodes a frame as a message of type `T`.
 ///
 /// # Errors
-/// Says which rule the frame breaks.
+/// Rule that the frame breaks.
 pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, CodecError> {
     let payload = payload(frame)?;
     count_elements(payload)?;
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        // a failure here means that every peer of an earlier release stops understanding us: raise WIRE_VERSION
+        // a failure here means that peers of an earlier release cannot decode these frames: raise WIRE_VERSION
         let frame = encode(&sample()).expect("encodes");
         assert_eq!(policy::config::hex(&frame), GOLDEN);
         assert_eq!(decode::<ToEngine>(&frame).expect("decodes"), sample());
@@ -310,7 +310,7 @@ mod tests {
             if let Ok(message) = decode::<ToEngine>(&frame) {
                 prop_assert!(encode(&message).is_ok());
             }
-            // hostile payload behind a right header
+            // hostile payload after a valid header
             if let Ok(message) = decode::<ToEngine>(&framed(&bytes)) {
                 prop_assert!(encode(&message).is_ok());
             }

@@ -1,4 +1,4 @@
-//! What crosses a process border: messages, one codec, sockets.
+//! Communication between processes: messages, one codec, sockets.
 
 pub mod text;
 pub mod array;

@@ -1,13 +1,15 @@
-//! The messages of the ring.
+//! Messages of the ring.
 //!
-//! Three roads: env worker and engine ([`ToEngine`], [`FromEngine`]), a robot or another client on the same endpoint
+//! Three links: env worker and engine ([`ToEngine`], [`FromEngine`]), a robot or another client on the same endpoint
 //! ([`ToEngine::Act`], [`FromEngine::Acted`]), engine and learner ([`ToLearner`], [`FromLearner`]).
 //!
-//! An env worker owns *slots*. A slot is idle until the engine sends a [`Command::Reset`]; the worker resets and reports the
-//! first observation; the engine answers with [`Command::Act`]; the worker executes the chunk and reports outcome and next
-//! observation. A finished episode carries its last (the engine estimates its value; a terminated one may leave it out).
-//! After either the slot is idle again. Answers come in any order and any grouping, also only for some slots. An empty report is a
-//! sign of life; an engine that does not know the worker refuses it with `retry`, and the worker says hello again.
+//! An env worker owns *slots*. A slot is idle until the engine sends [`Command::Reset`]; the worker resets the environment and
+//! reports the first observation. The engine sends [`Command::Act`]; the worker executes the chunk and reports the outcome and
+//! the next observation. The report at the end of an episode carries the last observation, whose value the engine estimates.
+//! A terminated episode may omit the last observation. After termination or truncation the slot is idle again.
+//!
+//! Commands and reports come in any order and any grouping, also for some slots only. An empty report is a heartbeat. An engine
+//! that does not know the worker refuses the heartbeat with `retry`, and the worker registers again.
 
 use policy::{bundle::BundleFile, noise::NoiseKey};
 use serde::{Deserialize, Serialize};
@@ -19,10 +21,10 @@ use crate::{
 
 /// Most cameras of an observation.
 pub const MAX_CAMERAS: usize = 16;
-/// Most slots of one worker, and so reports of one message.
+/// Most slots of one worker, and therefore most reports of one message.
 pub const MAX_SLOTS: usize = 4096;
 
-/// What a robot or simulator sees.
+/// Observation of a robot or simulator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Observation {
@@ -31,63 +33,63 @@ pub struct Observation {
     pub images: Vec<Option<Array>>,
     /// Proprioceptive state in the environment's units.
     pub state: Vec<f32>,
-    /// The instruction, at most 8,192 bytes.
+    /// Instruction, at most 8,192 bytes.
     #[serde(deserialize_with = "prompt")]
     pub prompt: String,
 }
 
-/// What an executed chunk brought.
+/// Outcome of an executed action chunk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Outcome {
-    /// Reward of every executed env step; shorter than the chunk when the episode ended in it.
+    /// Reward of each executed env step; shorter than the chunk if the episode ended within the chunk.
     pub rewards: Vec<f32>,
-    /// The task ended (goal or failure): no value beyond.
+    /// Whether the task ended (goal or failure); no value is bootstrapped.
     pub terminated: bool,
-    /// The time limit ended the episode: the value beyond is estimated.
+    /// Whether the time limit ended the episode; the value of the last observation is bootstrapped.
     pub truncated: bool,
-    /// The goal is reached.
+    /// Whether the goal is reached.
     pub success: bool,
-    /// Rendered images `[height, width, 3]` of every env step, when the reset asked for a video.
+    /// Rendered images `[height, width, 3]`, one per env step, if the reset requested a video.
     pub frames: Vec<Array>,
 }
 
-/// One slot's report.
+/// Report of one slot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlotReport {
-    /// The worker's slot.
+    /// Slot number within the worker.
     pub slot: u32,
-    /// What the last chunk brought; `None` after a reset and for an idle slot.
+    /// Outcome of the last chunk; `None` after a reset and for an idle slot.
     pub outcome: Option<Outcome>,
-    /// The present observation, after the end of an episode its last; `None` for an idle slot, allowed after termination.
+    /// Current observation, or the last of an ended episode; `None` for an idle slot, allowed after termination.
     pub observation: Option<Observation>,
 }
 
-/// Who connects to the engine.
+/// Registration of an env worker with the engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hello {
-    /// Name that a worker keeps over reconnects: its unfinished episodes start anew when it says hello again.
+    /// Name that a worker keeps across reconnects; registering again restarts the worker's unfinished episodes.
     /// At most 128 bytes, without control characters.
     #[serde(deserialize_with = "name")]
     pub client: String,
-    /// Environment name, for the log; of the same form.
+    /// Environment name, for the log; at most 128 bytes, without control characters.
     #[serde(deserialize_with = "name")]
     pub env: String,
-    /// Width of the environment's action; the engine refuses one that differs from the policy's.
+    /// Width of the environment's action; the engine refuses a width that differs from the policy's.
     pub action_dim: u32,
     /// Number of slots, numbered from 0.
     pub slots: u32,
 }
 
-/// How a client's chunk is sampled.
+/// Sampling mode of action chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// With the stochastic denoise steps of the policy's sampling, recorded.
+    /// Sampling with the stochastic denoise steps of the policy's configuration, which are recorded.
     Train,
-    /// All ODE.
+    /// Sampling with deterministic (ODE) denoise steps only.
     Eval,
 }
 
@@ -95,59 +97,59 @@ pub enum Mode {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActRow {
-    /// What it sees.
+    /// Observation of the client.
     pub observation: Observation,
-    /// Which noise; a robot counts its chunks here.
+    /// Noise key; a robot counts its chunks in the key.
     pub key: NoiseKey,
-    /// Sampling.
+    /// Sampling mode.
     pub mode: Mode,
     /// Whether the reply carries the chunk record.
     pub record: bool,
-    /// What the client is still executing; in [`Mode::Eval`] without a record only.
+    /// Chunk that the client is still executing; only in [`Mode::Eval`] without a record.
     pub guidance: Option<Guidance>,
 }
 
-/// The chunk that a client executes while it waits: the new one goes on from it without a jump (real-time chunking).
+/// Chunk that a client still executes while waiting; the new chunk joins without a jump (real-time chunking).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Guidance {
-    /// Its actions that were still to come when the observation was made, f32 `[rows, env_action_dim]` in the environment's units.
+    /// Actions not yet executed when the observation was made, f32 `[rows, env_action_dim]` in the environment's units.
     pub previous: Array,
-    /// How many of these rows will have been executed when the answer is there: they stand, the later ones may change.
+    /// Rows of `previous` that will have been executed when the reply arrives: fixed, while later rows may change.
     pub delay: u32,
-    /// Largest weight of the correction after a denoise step, above 0; the reference's is 5.
+    /// Largest weight of the correction after a denoise step, above 0; the reference uses 5.
     pub max_weight: f32,
 }
 
-/// A request for action chunks.
+/// Request for action chunks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActRequest {
     /// Number that the reply repeats.
     pub request: u64,
-    /// Observations; all are answered by the same policy version.
+    /// Observations; one policy version answers all rows.
     pub rows: Vec<ActRow>,
 }
 
-/// From env workers and clients to the engine.
+/// Message from env workers and clients to the engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToEngine {
-    /// First message of a worker, repeated after every reconnect.
+    /// Registration: the first message of a worker, repeated after every reconnect.
     Hello(Hello),
     /// Reports of slots.
     Reports(#[serde(deserialize_with = "at_most::<_, _, MAX_SLOTS>")] Vec<SlotReport>),
-    /// A client's request.
+    /// Request of a client.
     Act(ActRequest),
 }
 
-/// A reset as the learner orders it.
+/// Reset ordered by the learner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reset {
     /// Seed of the run.
     pub seed: u64,
-    /// Environment number: names the episode's random numbers, not the slot.
+    /// Environment number; selects the episode's random stream, not the slot.
     pub env: u32,
     /// Episode number.
     pub episode: u64,
@@ -157,31 +159,31 @@ pub struct Reset {
     pub task: Option<u32>,
     /// GRPO group.
     pub group: Option<u32>,
-    /// Send rendered frames.
+    /// Whether to send rendered frames.
     pub video: bool,
 }
 
-/// What a slot shall do.
+/// Command to a slot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
-    /// Start an episode.
+    /// Start of an episode.
     Reset(Reset),
-    /// Execute these actions, f32 `[action_chunk, env_action_dim]` in the environment's units.
+    /// Actions to execute, f32 `[action_chunk, env_action_dim]` in the environment's units.
     Act(Array),
 }
 
-/// A command for one slot.
+/// Command with its slot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlotCommand {
-    /// The worker's slot.
+    /// Slot number within the worker.
     pub slot: u32,
-    /// What to do.
+    /// Reset or actions.
     pub command: Command,
 }
 
-/// The engine's answer to [`Hello`].
+/// Reply of the engine to [`Hello`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Welcome {
@@ -195,45 +197,46 @@ pub struct Welcome {
     pub cameras: Vec<String>,
 }
 
-/// Everything about one recorded chunk.
+/// Record of one chunk: inputs, denoise chain, log-probabilities and values.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChunkRecord {
     /// Noise key.
     pub key: NoiseKey,
-    /// Policy version of all its denoise steps.
+    /// Policy version of all denoise steps.
     pub version: u64,
-    /// Pixels as the network saw them, u8 `[cameras, size, size, 3]`.
+    /// Pixels at the input of the network, u8 `[cameras, size, size, 3]`.
     pub images: Array,
-    /// Which cameras were there.
+    /// Whether each camera was present.
     pub image_mask: Vec<bool>,
     /// Prompt ids, padded.
     pub prompt: Vec<i64>,
-    /// Which of them are valid.
+    /// Which prompt ids are valid.
     pub prompt_mask: Vec<bool>,
-    /// Normalised, padded state, f32 `[action_dim]`.
+    /// Normalized, padded state, f32 `[action_dim]`.
     pub state: Array,
-    /// The stochastic denoise steps in order, `S` of them; none in evaluation.
+    /// Indices of the `S` stochastic denoise steps, in order; empty in evaluation.
     pub denoise_steps: Vec<u32>,
     /// `x` before each step and after the last, f32 `[num_steps + 1, action_horizon, action_dim]`.
     pub chain: Array,
     /// Log-probability per element of each stochastic step, f32 `[S, action_chunk, env_action_dim]`; `None` in evaluation.
     pub logprob: Option<Array>,
-    /// Value estimates: one per stochastic step where `V_expert` is read there, else one; none without a critic.
+    /// Value estimates: one per stochastic denoise step where `V_expert` is evaluated per step, otherwise one; empty without a
+    /// critic.
     pub values: Vec<f32>,
 }
 
-/// One row of the answer to a client.
+/// One row of a reply to a client.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActedRow {
     /// f32 `[action_chunk, env_action_dim]` in the environment's units.
     pub actions: Array,
-    /// The record, when asked for.
+    /// Chunk record, if requested.
     pub record: Option<Box<ChunkRecord>>,
 }
 
-/// The answer to a client.
+/// Reply to a client.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActReply {
@@ -245,29 +248,29 @@ pub struct ActReply {
     pub rows: Vec<ActedRow>,
 }
 
-/// A request that was not served.
+/// Refusal of a request or another message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Refusal {
-    /// Number of the request; `None` when it could not be read.
+    /// Number of the request; `None` if the number could not be read.
     pub request: Option<u64>,
     /// Whether the same request may succeed later (overload).
     pub retry: bool,
-    /// What was expected and found.
+    /// What was expected and what was found.
     pub reason: String,
 }
 
-/// From the engine to env workers and clients.
+/// Message from the engine to env workers and clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromEngine {
-    /// Answer to [`ToEngine::Hello`].
+    /// Reply to [`ToEngine::Hello`].
     Welcome(Welcome),
     /// Commands for slots.
     Commands(Vec<SlotCommand>),
-    /// Answer to [`ToEngine::Act`].
+    /// Reply to [`ToEngine::Act`].
     Acted(ActReply),
-    /// A message that was not served.
+    /// Refusal of a message.
     Refused(Refusal),
 }
 
@@ -283,34 +286,35 @@ pub struct TrajectoryChunk {
     pub frames: Vec<Array>,
 }
 
-/// One whole episode.
+/// Whole episode, as the learner receives it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trajectory {
-    /// Number that the acknowledgement repeats; unique per engine session.
+    /// Number that the acknowledgment repeats; unique per engine session.
     pub id: u64,
-    /// Which engine session.
+    /// Name of the engine session.
     #[serde(deserialize_with = "name")]
     pub engine: String,
-    /// The order that asked for it.
+    /// Number of the order that requested the episode.
     pub order: u64,
-    /// The reset that began it.
+    /// Reset that started the episode.
     pub reset: Reset,
-    /// How it was sampled.
+    /// Sampling mode.
     pub mode: Mode,
-    /// The instruction.
+    /// Instruction.
     pub prompt: String,
     /// Chunks in order.
     pub chunks: Vec<TrajectoryChunk>,
-    /// It ended by itself (true) or by the time limit (false).
+    /// Whether the task ended (true) or the time limit was reached (false).
     pub terminated: bool,
-    /// The goal was reached.
+    /// Whether the goal was reached.
     pub success: bool,
-    /// Value estimate of the last observation; `None` without a critic, and for a terminated episode unless the run values those.
+    /// Value estimate of the last observation. `None` without a critic; also `None` for a terminated episode, unless the run
+    /// estimates values of terminated episodes.
     pub final_value: Option<f32>,
 }
 
-/// Liveness and state of an engine, sent on connect and then regularly.
+/// State of an engine and heartbeat, sent on connect and then regularly.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineState {
@@ -319,64 +323,64 @@ pub struct EngineState {
     pub engine: String,
     /// Live version; `None` before the first bundle.
     pub version: Option<u64>,
-    /// The newest order that it knows.
+    /// Newest order that the engine has received.
     pub order: Option<u64>,
-    /// Slots of its workers.
+    /// Number of slots of all registered workers.
     pub slots: u32,
 }
 
-/// A part of a bundle's file is wanted.
+/// Request for a part of a bundle's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fetch {
     /// Version of the bundle.
     pub version: u64,
-    /// File name in it.
+    /// File name in the bundle.
     pub file: String,
-    /// First byte.
+    /// Offset of the first byte in the file.
     pub offset: u64,
 }
 
-/// What became of an announced version.
+/// Result of reloading an announced version.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReloadReport {
-    /// Which engine session.
+    /// Name of the engine session.
     #[serde(deserialize_with = "name")]
     pub engine: String,
     /// The announced version.
     pub version: u64,
-    /// Why it was refused; `None`: it is live.
+    /// Reason for the refusal; `None` if the version is live.
     pub refused: Option<String>,
-    /// Seconds from announce to live (or to the refusal).
+    /// Seconds from the announcement until the version is live or refused.
     pub seconds: f64,
 }
 
-/// From an engine to the learner.
+/// Message from an engine to the learner.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToLearner {
-    /// Liveness.
+    /// State and heartbeat.
     State(EngineState),
-    /// A file is wanted.
+    /// Request for a part of a file.
     Fetch(Fetch),
-    /// A reload went live or was refused.
+    /// Result of a reload.
     Reload(ReloadReport),
     /// An episode; sent again until acknowledged.
     Trajectory(Box<Trajectory>),
 }
 
-/// A new policy version.
+/// Announcement of a new policy version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Announce {
-    /// The version.
+    /// Version to fetch.
     pub version: u64,
-    /// Its files, `manifest.json` among them.
+    /// Files of the bundle, `manifest.json` included.
     pub files: Vec<BundleFile>,
 }
 
-/// A part of a file.
+/// Part of a bundle's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FilePart {
@@ -384,51 +388,51 @@ pub struct FilePart {
     pub version: u64,
     /// File name.
     pub file: String,
-    /// First byte.
+    /// Offset of the first byte in the file.
     pub offset: u64,
     /// The bytes; empty when the learner does not have the file.
     #[serde(with = "serde_bytes")]
     pub data: Vec<u8>,
 }
 
-/// Episodes that the learner wants from the same versions. They wait (are parked) until one of these is live. Every chunk is made
-/// by one of them; an episode has chunks of several where several are allowed (asynchronous training).
+/// Episodes ordered from one range of policy versions; parked until a version in the range is live. Each chunk comes from one
+/// version in the range. Chunks of one episode may come from several versions where the range has several (asynchronous training).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Batch {
-    /// The oldest version that may make their chunks.
+    /// Oldest version that may produce chunks of the batch.
     pub oldest: u64,
-    /// The newest; synchronous training and evaluation allow one version only.
+    /// Newest version that may produce chunks; synchronous training and evaluation allow one version only.
     pub newest: u64,
-    /// Sampling.
+    /// Sampling mode.
     pub mode: Mode,
-    /// One episode each.
+    /// Resets, one per episode.
     pub resets: Vec<Reset>,
 }
 
-/// Episodes that the learner wants from an engine.
+/// Order of episodes for an engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
-    /// Number of the order, rising.
+    /// Number of the order, increasing.
     pub order: u64,
-    /// Whether this is all that is wanted from the engine, so that what it has pending is dropped; otherwise it is wanted too,
-    /// evaluations before and training after what is pending.
+    /// Whether the engine drops its pending episodes. Otherwise the order adds to the pending episodes: evaluations before,
+    /// training after.
     pub replaces: bool,
-    /// The first that may begin begins first.
+    /// Batches by priority: of the batches that may start, the first in the list starts first.
     pub batches: Vec<Batch>,
 }
 
-/// From the learner to an engine.
+/// Message from the learner to an engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromLearner {
-    /// A version is there to fetch.
+    /// Announcement of a version that can be fetched.
     Announce(Announce),
-    /// A part of a file.
+    /// Part of a bundle's file.
     FilePart(FilePart),
-    /// Episodes wanted.
+    /// Order of episodes.
     Order(Order),
-    /// Trajectories that arrived.
+    /// Numbers of trajectories that arrived.
     Ack(Vec<u64>),
 }

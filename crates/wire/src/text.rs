@@ -1,4 +1,4 @@
-//! Texts and lists of a peer: cut and escaped where they are shown, bounded where they are read.
+//! Texts and lists of a peer: cut and escaped before display, bounded while read.
 
 use policy::message;
 use serde::{Deserialize, Deserializer, de};
@@ -10,7 +10,7 @@ const NAME_BYTES: usize = 128;
 /// Most bytes of a prompt.
 const PROMPT_BYTES: usize = 8192;
 
-/// Returns a peer's text as it may be shown: control characters escaped, at most 200 characters.
+/// Returns a peer's text for display: control characters escaped, at most 200 characters.
 pub fn shown(text: &str) -> String {
     message::shown(text, SHOWN_CHARS)
 }
@@ -38,7 +38,7 @@ pub(crate) fn prompt<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Strin
     Ok(text)
 }
 
-/// Reads a list of at most `MOST` items and stops at the first one beyond.
+/// Reads a list of at most `MOST` items and stops at the first item beyond.
 pub(crate) fn at_most<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,

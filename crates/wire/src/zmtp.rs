@@ -1,10 +1,10 @@
-//! ZMTP 3.1 with the NULL mechanism, as bytes: greeting, commands, frame headers (rfc.zeromq.org/spec/37). No socket in here.
+//! ZMTP 3.1 with the NULL mechanism, as bytes: greeting, commands, frame headers (rfc.zeromq.org/spec/37). Uses no socket.
 
 use crate::limits::MAX_COMMAND_BYTES;
 
-/// Bytes of a greeting.
+/// Size of a greeting in bytes.
 pub(crate) const GREETING_BYTES: usize = 64;
-/// Longest frame header: flags and a 64-bit length.
+/// Size of the longest frame header in bytes: flags and a 64-bit length.
 pub(crate) const MAX_HEADER_BYTES: usize = 9;
 
 const MORE: u8 = 1;
@@ -13,7 +13,7 @@ const COMMAND: u8 = 4;
 /// Mechanism name, padded to 20 bytes.
 const NULL: [u8; 20] = *b"NULL\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// Bytes that break the protocol or a limit.
+/// Violation of the protocol or of a limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ZmtpError {
     #[error("its greeting is not one of ZMTP 3: it speaks another protocol")]
@@ -38,7 +38,7 @@ pub(crate) enum ZmtpError {
     Delimiter(u64),
 }
 
-/// Kinds of socket that talk here.
+/// Type of a socket on this side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SocketType {
     Router,
@@ -53,7 +53,7 @@ impl SocketType {
         }
     }
 
-    /// Names of the socket types that may be at the other end.
+    /// Returns the socket types that the peer may have, as a list and as text for an error.
     fn peers(self) -> (&'static [&'static str], &'static str) {
         match self {
             Self::Router => (&["DEALER", "REQ", "ROUTER"], "DEALER, REQ or ROUTER"),
@@ -62,7 +62,7 @@ impl SocketType {
     }
 }
 
-/// Returns our greeting.
+/// Returns the greeting of this side.
 pub(crate) fn greeting() -> [u8; GREETING_BYTES] {
     let mut bytes = [0u8; GREETING_BYTES];
     let head = [0xff, 0, 0, 0, 0, 0, 0, 0, 1, 0x7f, 3, 1];
@@ -72,7 +72,7 @@ pub(crate) fn greeting() -> [u8; GREETING_BYTES] {
     bytes
 }
 
-/// Checks as much of a peer's greeting as has come, so that a wrong one is found early.
+/// Checks the part of a peer's greeting that has arrived, so that an invalid greeting is rejected early.
 pub(crate) fn check_greeting(bytes: &[u8]) -> Result<(), ZmtpError> {
     let wrong = |index: usize, right: fn(u8) -> bool| bytes.get(index).is_some_and(|b| !right(*b));
     if wrong(0, |b| b == 0xff) || wrong(9, |b| b == 0x7f) {
@@ -90,7 +90,7 @@ pub(crate) fn check_greeting(bytes: &[u8]) -> Result<(), ZmtpError> {
     Ok(())
 }
 
-/// A frame header.
+/// Frame header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FrameHeader {
     pub(crate) more: bool,
@@ -98,7 +98,7 @@ pub(crate) struct FrameHeader {
     pub(crate) bytes: u64,
 }
 
-/// Reads a frame header and returns it with its length; `None` while bytes are missing.
+/// Reads a frame header; returns the header and its length, or `None` while bytes are missing.
 pub(crate) fn frame_header(bytes: &[u8]) -> Result<Option<(FrameHeader, usize)>, ZmtpError> {
     let Some(flags) = bytes.first().copied() else {
         return Ok(None);
@@ -115,7 +115,7 @@ pub(crate) fn frame_header(bytes: &[u8]) -> Result<Option<(FrameHeader, usize)>,
     Ok(Some((FrameHeader { more, command, bytes }, 1 + length)))
 }
 
-/// Returns the header of a last frame of a message.
+/// Returns the header of the last frame of a message, and its length.
 pub(crate) fn message_header(bytes: usize) -> ([u8; MAX_HEADER_BYTES], usize) {
     let mut header = [0u8; MAX_HEADER_BYTES];
     let [flags, short, ..] = &mut header;
@@ -130,7 +130,7 @@ pub(crate) fn message_header(bytes: usize) -> ([u8; MAX_HEADER_BYTES], usize) {
     (header, MAX_HEADER_BYTES)
 }
 
-/// A command as a whole frame; commands of ours are short.
+/// Returns a command as a whole frame; this side sends only short commands.
 fn command(name: &str, body: &[u8]) -> Vec<u8> {
     let length = 1 + name.len() + body.len();
     let mut frame = vec![COMMAND, length as u8, name.len() as u8];
@@ -139,7 +139,7 @@ fn command(name: &str, body: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Returns our READY command.
+/// Returns the READY command of this side.
 pub(crate) fn ready(own: SocketType) -> Vec<u8> {
     let mut body = Vec::new();
     for (name, value) in [("Socket-Type", own.name()), ("Identity", "")] {
@@ -157,7 +157,7 @@ fn split_command(body: &[u8]) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(usize::from(*length))
 }
 
-/// Checks the size of a command frame before it is read.
+/// Checks the size of a command frame before the frame is read.
 pub(crate) fn check_command(bytes: u64) -> Result<usize, ZmtpError> {
     let long = ZmtpError::Long {
         found: bytes,
@@ -167,7 +167,7 @@ pub(crate) fn check_command(bytes: u64) -> Result<usize, ZmtpError> {
     size.ok_or(long)
 }
 
-/// Checks a peer's READY command: a socket type that goes with ours.
+/// Checks that a peer's READY command has a socket type compatible with `own`.
 pub(crate) fn check_ready(body: &[u8], own: SocketType) -> Result<(), ZmtpError> {
     let broken = ZmtpError::Handshake("its first command has no name");
     let (name, mut rest) = split_command(body).ok_or(broken)?;
@@ -197,7 +197,7 @@ pub(crate) fn check_ready(body: &[u8], own: SocketType) -> Result<(), ZmtpError>
     Err(ZmtpError::Handshake("READY names no Socket-Type"))
 }
 
-/// Returns the PONG that answers a command, if it is a PING.
+/// Returns the PONG for a PING; `None` for any other command.
 pub(crate) fn pong(body: &[u8]) -> Option<Vec<u8>> {
     let (name, data) = split_command(body)?;
     // two bytes of time-to-live, then a context of at most 16 bytes

@@ -1,34 +1,34 @@
-//! What can be wrong with the episodes given to an estimator.
+//! Errors of the advantage estimators.
 
 use thiserror::Error;
 
-/// What can be wrong with the episodes given to an estimator.
+/// Reason for rejecting the episodes of an estimator.
 #[derive(Debug, Error)]
 pub enum AdvantageError {
-    /// A group has a single episode, so that it has no spread.
+    /// A group has a single episode, so that the scores have no standard deviation.
     #[error("group {group} has 1 episode, a group-relative advantage needs at least 2: collect more per start state")]
     LonelyEpisode {
-        /// The group's id.
+        /// Number of the group.
         group: u64,
     },
-    /// The estimator needs values and the episode has none.
+    /// The number of values differs from the number of chunks.
     #[error("estimator `gae` needs one value per chunk, episode {episode} has {values} for {chunks} chunks")]
     NoValues {
         /// Index of the episode in the batch.
         episode: usize,
         /// Chunks of the episode.
         chunks: usize,
-        /// Values given.
+        /// Values of the episode.
         values: usize,
     },
-    /// The estimator needs the values of all denoise steps and the episode has another number.
+    /// The number of values differs from the number of denoise steps.
     #[error("estimator `gae` needs one value per denoise step, episode {episode} has {values} for {steps} steps")]
     NoStepValues {
         /// Index of the episode in the batch.
         episode: usize,
         /// Denoise steps of the episode.
         steps: usize,
-        /// Values given.
+        /// Values of the episode.
         values: usize,
     },
 }

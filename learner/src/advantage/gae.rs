@@ -1,16 +1,16 @@
-//! Generalised advantage estimation (Schulman et al. 2016).
+//! Generalized advantage estimation (Schulman et al. 2016).
 
 use super::{AdvantageError, Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, two_layer};
 
-/// Generalised advantage estimation for one episode (Schulman et al. 2016, eq. 16), an advantage per step.
+/// Estimates the advantage of each step of one episode (generalized advantage estimation, Schulman et al. 2016, eq. 16).
 ///
-/// A value is known where an observation is: before every chunk of `chunk_len` steps. `values[t]` is the value before
-/// chunk `t`, `final_value` the one after the last chunk. With `b = V_{t+1} + lambda A_{t+1}` of the next chunk's first
-/// step, step `j` of a chunk of `n` has `A_{t,j} = r_j + gamma r_{j+1} + .. + gamma^{n-j} b - V_t`: rewards before a step
-/// are not its merit. With one step per chunk this is the usual recursion.
+/// Values are known for observations only, hence before every chunk of `chunk_len` steps. `values[t]` is the value before
+/// chunk `t`, `final_value` the value after the last chunk. Let `b = V_{t+1} + lambda A_{t+1}` for the first step of the next
+/// chunk. Step `j` of a chunk of `n` has `A_{t,j} = r_j + gamma r_{j+1} + .. + gamma^{n-j} b - V_t`, without the rewards
+/// before step `j`. With one step per chunk this is the usual recursion.
 ///
 /// # Panics
-/// There are fewer values than chunks.
+/// `values` has fewer entries than the episode has chunks.
 pub fn gae_episode(
     rewards: &[f32],
     chunk_len: usize,
@@ -34,7 +34,7 @@ pub fn gae_episode(
     advantages
 }
 
-/// In the registry.
+/// Registry entry of `gae`.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     adv_type: "gae",
     estimate: episodes,
@@ -44,7 +44,7 @@ pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     normalize_advantages: false,
 };
 
-/// [`gae_episode`] of every episode; the returns are `advantage + value` at the start of each chunk.
+/// Applies [`gae_episode`] to every episode; the returns are `advantage + value` at the start of each chunk.
 fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let one = |(index, episode): (usize, &Episode<'_>)| {
         let (chunks, values) = (episode.chunks(), episode.values.len());

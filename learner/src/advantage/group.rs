@@ -1,4 +1,4 @@
-//! Spread of the scores within each group of episodes.
+//! Mean and standard deviation of the scores within each group of episodes.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use super::{
     normalize::mean_and_std,
 };
 
-/// Returns for every episode the mean and unbiased standard deviation of its group's scores; a group of one episode has none.
+/// Returns for every episode the mean and unbiased standard deviation of its group's scores. Rejects a group of one episode.
 pub(super) fn group_spreads(episodes: &[Episode<'_>]) -> Result<Vec<(f64, f64)>> {
     let mut scores: BTreeMap<u64, Vec<f32>> = BTreeMap::new();
     for episode in episodes {
@@ -19,6 +19,6 @@ pub(super) fn group_spreads(episodes: &[Episode<'_>]) -> Result<Vec<(f64, f64)>>
         let spread = mean_and_std(&scores, None).ok_or(AdvantageError::LonelyEpisode { group })?;
         spreads.insert(group, spread);
     }
-    // every episode's group has scores: its own
+    // the score of the episode itself is in the group, so that the index exists
     Ok(episodes.iter().map(|episode| spreads[&episode.group]).collect())
 }

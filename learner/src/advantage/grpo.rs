@@ -2,10 +2,10 @@
 
 use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group::group_spreads};
 
-/// Added to the standard deviation of a group's scores.
+/// Summand of the standard deviation of a group's scores, against division by zero.
 const GROUP_EPS: f64 = 1e-6;
 
-/// In the registry.
+/// Registry entry of `grpo`.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     adv_type: "grpo",
     estimate: episodes,
@@ -15,8 +15,8 @@ pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     normalize_advantages: false,
 };
 
-/// `(s - mean) / (std + GROUP_EPS)` of an episode's score within its group, for all its steps. A group of equal scores
-/// gives 0.
+/// Gives all steps of an episode the advantage `(s - mean) / (std + GROUP_EPS)` of the score `s` within the group. Equal scores
+/// yield 0.
 fn episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
     let one = |(episode, (mean, std)): (&Episode<'_>, (f64, f64))| {

@@ -1,9 +1,9 @@
-//! Advantages and returns on plain slices, one file per estimator. No tensor library and no state.
+//! Advantages and returns on plain slices, one file per estimator, without a tensor library and without state.
 //!
-//! An estimator takes [`Episode`]s of any length: a finished environment leaves no rows behind.
+//! An estimator accepts [`Episode`]s of any length: a finished environment adds no padding rows.
 //!
-//! Time limits: an episode that *terminates* has value 0 after its last step; one that is *truncated* (time limit, cut
-//! by the collector) is bootstrapped with the value of its last observation (Pardo et al. 2018, "Time Limits in
+//! Time limits: an episode that *terminates* has value 0 after the last step. An episode that is *truncated* (time limit, cut
+//! by the collector) is bootstrapped with the value of the last observation (Pardo et al. 2018, "Time Limits in
 //! Reinforcement Learning", eq. 3).
 
 mod normalize;
@@ -24,7 +24,7 @@ pub use gae::gae_episode;
 pub use normalize::{NORMALIZE_EPS, mean_and_std, normalize};
 pub use spec::{Estimator, EstimatorSettings, EstimatorSpec, LayeredEstimator};
 
-/// The one table of advantage estimators.
+/// Registry of advantage estimators, one entry per `algorithm.adv_type`.
 pub const ESTIMATORS: &[EstimatorSpec] = &[
     gae::SPEC,
     grpo::SPEC,
@@ -33,7 +33,7 @@ pub const ESTIMATORS: &[EstimatorSpec] = &[
     raw::SPEC,
 ];
 
-/// The advantage estimator of this name; see [`ESTIMATORS`].
+/// Looks up an advantage estimator of [`ESTIMATORS`] by name.
 pub fn estimator(name: &str) -> Option<Estimator> {
     ESTIMATORS
         .iter()
@@ -45,7 +45,7 @@ pub fn estimator(name: &str) -> Option<Estimator> {
 mod tests {
     use super::*;
 
-    /// A small deterministic stream: the tests need varied numbers, not good ones.
+    /// Draws deterministic numbers in [-1, 1) from a linear congruential generator: the tests need varied numbers only.
     fn numbers(seed: u64, count: usize) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_862_933_555_777_941_757).wrapping_add(3_037_000_493);
         let mut next = || {
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn gae_is_the_sum_of_the_discounted_errors_of_the_values() {
-        // Schulman et al. 2016, eq. 16; at lambda 1 it is the discounted return less the value
+        // Schulman et al. 2016, eq. 16; at lambda 1 the advantage is the discounted return minus the value
         for (seed, lambda) in [(1, 0.0), (2, 0.9), (3, 1.0)] {
             let (rewards, values) = (numbers(seed, 9), numbers(seed + 10, 9));
             let advantages = gae_episode(&rewards, 1, &values, 0.7, 0.97, lambda);
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn action_level_advantages_discount_within_the_chunk_and_look_at_values_between_chunks() {
-        // chunks of 2 actions, the last cut after 1: by hand with gamma 0.5, lambda 0.5
+        // computed by hand with gamma 0.5 and lambda 0.5: chunks of 2 actions, the last cut after 1
         let episode = Episode {
             rewards: &[1.0, 2.0, 4.0],
             chunk_len: 2,
@@ -168,7 +168,7 @@ mod tests {
             gae_lambda: 0.5,
         };
         let got = estimator("gae").unwrap()(&[episode], settings).unwrap().remove(0);
-        // last chunk: 4 + 0.5 * 8 - 20 = -12; before it the bootstrap is 20 + 0.5 * -12 = 14
+        // last chunk: 4 + 0.5 * 8 - 20 = -12; bootstrap of the first chunk: 20 + 0.5 * -12 = 14
         let want = [1.0 + 0.5 * (2.0 + 0.5 * 14.0) - 10.0, 2.0 + 0.5 * 14.0 - 10.0, -12.0];
         assert_eq!(got.advantages, want);
         assert_eq!(got.returns, [want[0] + 10.0, want[2] + 20.0]);

@@ -1,21 +1,21 @@
-//! Mean, spread and normalization over all valid entries of an iteration.
+//! Mean, standard deviation and normalization over all valid entries of an iteration.
 
 use std::convert::Infallible;
 
 use crate::ranks::{Ranks, RanksError};
 
-/// Added to the standard deviation of the normalized advantages.
+/// Summand of the standard deviation in the normalization of advantages, against division by zero.
 pub const NORMALIZE_EPS: f64 = 1e-5;
 
-/// Returns mean and unbiased standard deviation of the valid entries; `None` with fewer than two of them. The mask has an entry per
-/// value.
+/// Returns mean and unbiased standard deviation of the valid entries; `None` for fewer than two valid entries. The mask has one
+/// entry per value.
 pub fn mean_and_std(values: &[f32], mask: Option<&[bool]>) -> Option<(f64, f64)> {
     let Ok(spread) = spread(values, mask, Ok::<_, Infallible>);
     spread
 }
 
-/// Shifts and scales all entries by the mean and unbiased standard deviation of the valid ones of all ranks, `NORMALIZE_EPS` added
-/// to the latter. With fewer than two valid entries there is no spread and nothing changes. The mask has an entry per value.
+/// Normalizes all entries to `(value - mean) / (std + NORMALIZE_EPS)` with the mean and unbiased standard deviation of the valid
+/// entries of all ranks. With fewer than two valid entries the values are unchanged. The mask has one entry per value.
 ///
 /// # Errors
 /// The exchange between ranks failed.
@@ -28,7 +28,7 @@ pub fn normalize(values: &mut [f32], mask: Option<&[bool]>, ranks: &dyn Ranks) -
     Ok(())
 }
 
-/// Mean and deviation in two passes; `total` turns a sum over these values into the sum over all.
+/// Computes mean and standard deviation in two passes; `total` turns a sum over these values into the sum over all ranks.
 fn spread<E>(
     values: &[f32],
     mask: Option<&[bool]>,

@@ -1,8 +1,8 @@
-//! Raw returns: the undiscounted reward of the whole episode, for all its steps.
+//! Raw returns: every step has the undiscounted reward of the whole episode as its advantage.
 
 use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result};
 
-/// In the registry.
+/// Registry entry of `raw`.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     adv_type: "raw",
     estimate: episodes,
@@ -12,7 +12,7 @@ pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     normalize_advantages: false,
 };
 
-/// The score of each episode.
+/// Gives all steps of an episode its score as advantage.
 #[expect(clippy::unnecessary_wraps, reason = "every estimator of the table has one signature")]
 fn episodes(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     Ok(episodes

@@ -1,11 +1,11 @@
 //! REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): rewards to go without a critic, normalized over the whole batch.
 //!
-//! The normalization is `algorithm.normalize_advantages`, which the plan demands. The paper's KL reward against a reference model is
-//! `algorithm.kl_beta` with `algorithm.kl_reference`, a term of the loss.
+//! The normalization is `algorithm.normalize_advantages`, which the plan requires. The paper's KL reward against a reference
+//! model is `algorithm.kl_beta` with `algorithm.kl_reference`, a term of the loss.
 
 use super::{Advantages, Episode, EstimatorSettings, EstimatorSpec, Result, group::group_spreads};
 
-/// In the registry.
+/// Registry entry of `reinforce_pp`.
 pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     adv_type: "reinforce_pp",
     estimate: episodes,
@@ -15,7 +15,7 @@ pub(super) const SPEC: EstimatorSpec = EstimatorSpec {
     normalize_advantages: true,
 };
 
-/// The variant with a group baseline.
+/// Registry entry of `reinforce_pp_baseline`, the variant with a group baseline.
 pub(super) const BASELINE: EstimatorSpec = EstimatorSpec {
     adv_type: "reinforce_pp_baseline",
     estimate: episodes_with_baseline,
@@ -25,7 +25,7 @@ pub(super) const BASELINE: EstimatorSpec = EstimatorSpec {
     normalize_advantages: true,
 };
 
-/// The discounted reward to go of every step.
+/// Gives every step its discounted reward to go as advantage.
 #[expect(clippy::unnecessary_wraps, reason = "every estimator of the table has one signature")]
 fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     Ok(episodes
@@ -34,7 +34,7 @@ fn episodes(episodes: &[Episode<'_>], settings: EstimatorSettings) -> Result<Vec
         .collect())
 }
 
-/// The variant with a group baseline: the episode's undiscounted score less the mean of its group, for all its steps.
+/// Gives all steps of an episode its undiscounted score minus the mean score of the group.
 fn episodes_with_baseline(episodes: &[Episode<'_>], _settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let spreads = group_spreads(episodes)?;
     let one =

@@ -6,7 +6,8 @@ use super::{
 };
 
 impl Episode<'_> {
-    /// Rewards to go of every step, discounted by `gamma` per step, and those of every chunk's first step.
+    /// Returns the rewards to go, discounted by `gamma` per step: of every step as advantages, of every chunk's first
+    /// step as returns.
     pub(super) fn rewards_to_go(&self, gamma: f64) -> Advantages {
         let zeros = vec![0.0; self.chunks()];
         let to_go = gae_episode(self.rewards, self.chunk_len, &zeros, 0.0, gamma, 1.0);
@@ -17,7 +18,7 @@ impl Episode<'_> {
         }
     }
 
-    /// The same advantage for every step; the returns are the undiscounted rewards to go.
+    /// Assigns the same advantage to every step; the returns are the undiscounted rewards to go.
     pub(super) fn constant(&self, advantage: f32) -> Advantages {
         Advantages {
             advantages: vec![advantage; self.rewards.len()],

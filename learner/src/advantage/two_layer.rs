@@ -1,11 +1,11 @@
-//! Generalised advantage estimation over both layers of the two-layer MDP: env steps outside, denoise steps inside.
+//! Generalized advantage estimation over both layers of the two-layer MDP: env steps outside, denoise steps inside.
 //!
-//! Every denoise step is a transition (piRL, Eq. 10-12): its state is the observation and the partly denoised actions, its reward is 0
-//! until the last step of the chunk, which executes the actions and gets the chunk's reward.
+//! Every denoise step is a transition (piRL, Eq. 10-12) whose state is the observation and the partly denoised actions. The
+//! reward is 0 until the last step of the chunk, which executes the actions and receives the chunk's reward.
 
 use super::{AdvantageError, Advantages, EstimatorSettings, LayeredEpisode, Result};
 
-/// Estimates the advantages of every episode; its rewards are of chunks and its values of denoise steps.
+/// Estimates the advantages of every episode, from rewards per chunk and values per denoise step.
 pub(super) fn gae(episodes: &[LayeredEpisode<'_>], settings: EstimatorSettings) -> Result<Vec<Advantages>> {
     let one = |(index, episode): (usize, &LayeredEpisode<'_>)| {
         let (steps, values) = (episode.rewards.len() * episode.steps, episode.values.len());
@@ -25,7 +25,7 @@ pub(super) fn gae(episodes: &[LayeredEpisode<'_>], settings: EstimatorSettings) 
 /// Returns advantage and return of every denoise step of an episode with a value per step.
 ///
 /// The discount acts between chunks only. `lambda` is per chunk: each of the `steps` transitions carries its `steps`-th root, so that the
-/// credit of a chunk reaches the chunk before it as in [`super::gae_episode`].
+/// credit of a chunk reaches the previous chunk as in [`super::gae_episode`].
 fn gae_episode(episode: &LayeredEpisode<'_>, settings: EstimatorSettings) -> Advantages {
     let LayeredEpisode {
         rewards,
@@ -78,7 +78,7 @@ mod tests {
     fn lambda_one_is_the_discounted_return_minus_the_value() {
         let (rewards, values) = ([0.0f32, 1.0, 0.5], [0.1f32, 0.2, 0.3, 0.4, 0.5, 0.6]);
         let got = gae_episode(&episode(&rewards, &values, 2, 2.0), SETTINGS);
-        // both denoise steps of a chunk see the same discounted return
+        // both denoise steps of a chunk have the same discounted return
         let returns = [
             0.9 * (1.0 + 0.9 * (0.5 + 0.9 * 2.0)),
             1.0 + 0.9 * (0.5 + 0.9 * 2.0),
@@ -108,7 +108,7 @@ mod tests {
             gae_lambda: 0.8,
         };
         let got = gae_episode(&episode(&rewards, &values, 1, 0.0), settings);
-        // by hand: A_t = sum (gamma lambda)^k delta_{t+k}
+        // computed by hand: A_t = sum (gamma lambda)^k delta_{t+k}
         let next = [0.4, 0.7, 0.0];
         let delta: Vec<f64> = (0..3)
             .map(|t| f64::from(rewards[t]) + 0.95 * next[t] - f64::from(values[t]))
@@ -128,7 +128,7 @@ mod tests {
         for steps in [1, 2, 4] {
             let values = vec![0.0; 2 * steps];
             let got = gae_episode(&episode(&[0.0, 1.0], &values, steps, 0.0), settings);
-            // from the end of the second chunk back to the end of the first: one chunk further
+            // the end of the first chunk is one chunk before the end of the second
             let (last, earlier) = (got.advantages[2 * steps - 1], got.advantages[steps - 1]);
             assert!((earlier / last - 0.5).abs() < 1e-6, "{steps} steps: {earlier} {last}");
         }

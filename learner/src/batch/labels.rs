@@ -1,4 +1,4 @@
-//! What an update learns from an iteration's records: advantages, value targets, and the weight of each episode.
+//! Labels of an iteration's samples: advantages, value targets, and lengths of the episodes.
 
 use policy::{
     config::{BootstrapType, RewardType},
@@ -14,8 +14,8 @@ use crate::{
     ranks::Ranks,
 };
 
-/// Estimates the advantages of the episodes at the level of the rewards, not normalized. `values` are by episode and sample; a chunk has
-/// `samples` of them: its denoise steps where each is a transition of its own, else 1.
+/// Estimates the advantages of the episodes at the level of the rewards, not normalized. `values` are by episode and sample. A chunk
+/// has `samples` values: one per denoise step for a two-layer MDP, otherwise 1.
 pub(crate) fn estimate(
     plan: &RunPlan,
     trajectories: &[Trajectory],
@@ -81,7 +81,7 @@ pub(crate) fn estimate(
     Ok(per_chunk.into_iter().map(|a| repeated(a, samples)).collect())
 }
 
-/// The advantage of a chunk for each of its samples.
+/// Repeats each chunk's advantage and return for every sample of the chunk.
 fn repeated(chunks: Advantages, samples: usize) -> Advantages {
     let each = |v: Vec<f32>| v.into_iter().flat_map(|x| std::iter::repeat_n(x, samples)).collect();
     Advantages {
@@ -90,7 +90,7 @@ fn repeated(chunks: Advantages, samples: usize) -> Advantages {
     }
 }
 
-/// What the episode's last observation is worth to the estimator.
+/// Returns the value of the episode's last observation, or 0 where `bootstrap` does not use the value.
 fn final_value(trajectory: &Trajectory, bootstrap: BootstrapType) -> Result<f32> {
     let wanted = match bootstrap {
         BootstrapType::None => false,
@@ -110,31 +110,31 @@ fn final_value(trajectory: &Trajectory, bootstrap: BootstrapType) -> Result<f32>
     })
 }
 
-/// What the update learns from the samples, in their order.
+/// Labels of `N` samples, in their order.
 #[derive(Debug, Default)]
 pub(crate) struct Labels {
-    /// `[N * width]`, 0 where a row was not executed.
+    /// Advantages `[N * width]`; 0 for a row that was not executed.
     pub(crate) advantages: Vec<f32>,
-    /// Advantages per record: 1, or the rows of a chunk.
+    /// Advantages per sample: 1, or the rows of a chunk.
     pub(crate) width: usize,
     /// Value targets `[N]`.
     pub(crate) returns: Vec<f32>,
-    /// Which episode.
+    /// Index of each sample's episode.
     pub(crate) episode: Vec<usize>,
-    /// Whether that episode succeeded.
+    /// Success of each sample's episode.
     pub(crate) success: Vec<bool>,
-    /// Rows that the environment executed.
+    /// Number of executed rows of each sample.
     pub(crate) executed: Vec<usize>,
-    /// Records of the record's episode.
+    /// Number of samples of each sample's episode.
     pub(crate) episode_records: Vec<f32>,
-    /// Executed rows of the record's episode.
+    /// Number of executed rows of each sample's episode.
     pub(crate) episode_rows: Vec<f32>,
     /// Number of episodes.
     pub(crate) episodes: usize,
 }
 
 impl Labels {
-    /// Normalizes the advantages over all ranks when configured, and lays them out by record.
+    /// Normalizes the advantages over all ranks when configured, and lays out the labels by sample.
     ///
     /// # Errors
     /// The exchange between ranks failed.
@@ -164,7 +164,7 @@ impl Labels {
             let mut rest = advantages.as_slice();
             for executed in &labels.executed {
                 let (own, later) = rest.split_at(*executed);
-                // rows that were never executed have no advantage; the mask leaves them out
+                // rows that were not executed have no advantage; the mask excludes these rows
                 labels.advantages.extend(own);
                 labels
                     .advantages

@@ -1,28 +1,27 @@
-//! Which rows an optimizer step sees: a seeded shuffle per epoch, an even split into minibatches, and micro-batches
-//! within each, with the weights that make accumulated gradients equal the minibatch's own.
+//! Selection of the rows of an optimizer step: a seeded shuffle per epoch, an even split into minibatches, and micro-batches within
+//! each minibatch. The weights of the micro-batches make the accumulated gradient equal the minibatch's gradient.
 //!
-//! The permutation is a function of (run seed, iteration, epoch) alone: every epoch of every iteration has a fresh one,
-//! and a resumed run shuffles as the interrupted one would have.
+//! The permutation depends only on (run seed, iteration, epoch). Every epoch of every iteration has a new permutation, and a resumed
+//! run shuffles like an uninterrupted run.
 
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 
 use crate::ranks::{Ranks, RanksError};
 
-/// Where in a run a shuffle stands.
+/// Seed of a shuffle: its position in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShuffleSeed {
     /// Seed of the run.
     pub run: u64,
     /// RL iteration, counted over the whole run.
     pub iteration: u64,
-    /// Pass over this iteration's rows.
+    /// Epoch within the iteration.
     pub epoch: u64,
 }
 
 impl ShuffleSeed {
-    /// The key of the generator: the three counters and the name of this use, so that no other stream of the run
-    /// repeats it.
+    /// Returns a generator keyed by the three counters and the name `shuffle`, so that no other stream of the run repeats its numbers.
     fn generator(self) -> ChaCha8Rng {
         let mut key = [0; 32];
         for (slot, word) in
@@ -35,7 +34,7 @@ impl ShuffleSeed {
     }
 }
 
-/// A uniform permutation of `0..rows` (Fisher-Yates).
+/// Returns a uniform permutation of `0..rows` (Fisher-Yates).
 pub fn permutation(rows: usize, seed: ShuffleSeed) -> Vec<usize> {
     let mut generator = seed.generator();
     let mut order: Vec<usize> = (0..rows).collect();
@@ -45,7 +44,7 @@ pub fn permutation(rows: usize, seed: ShuffleSeed) -> Vec<usize> {
     order
 }
 
-/// A uniform number in `0..bound`: draws that fall into the incomplete last interval are repeated.
+/// Returns a uniform number in `0..bound`; draws from the incomplete last interval are repeated.
 fn below(generator: &mut ChaCha8Rng, bound: u64) -> u64 {
     let usable = u64::MAX - u64::MAX % bound;
     loop {
@@ -57,19 +56,19 @@ fn below(generator: &mut ChaCha8Rng, bound: u64) -> u64 {
 }
 
 /// Returns the number of minibatches for `rows` rows of all ranks and about `minibatch_size` rows each: `max(1, round(rows / size))`,
-/// never more than there are rows. 0 rows give 0.
+/// at most `rows`. 0 rows give 0.
 pub fn minibatch_count(rows: usize, minibatch_size: usize) -> usize {
     let size = minibatch_size.max(1);
     ((rows + size / 2) / size).clamp(1, rows.max(1)).min(rows)
 }
 
-/// Splits the rows of a rank into its parts of `count` minibatches. Their sizes differ by at most one row and no row is left out; with
-/// fewer rows than minibatches the last ones are empty.
+/// Splits the rows of a rank into its parts of `count` minibatches. The sizes differ by at most one row, and every row is in exactly
+/// one part. With fewer rows than minibatches, the last parts are empty.
 pub fn minibatches(order: &[usize], count: usize) -> Vec<&[usize]> {
     split_evenly(order, count)
 }
 
-/// What a minibatch has on all ranks together: what its means are divided by.
+/// Totals of a minibatch over all ranks, the divisors of its means.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MinibatchTotals {
     rows: f64,
@@ -77,7 +76,7 @@ pub struct MinibatchTotals {
 }
 
 impl MinibatchTotals {
-    /// Counts the rows and the valid elements of a minibatch, of which this rank has `rows`; `valid` is by row of the rank.
+    /// Counts the rows and the valid elements of a minibatch, of which this rank has `rows`; `valid` is by row of this rank.
     ///
     /// # Errors
     /// The exchange between ranks failed.
@@ -92,10 +91,10 @@ impl MinibatchTotals {
 pub struct MicroBatch<'a> {
     /// Row indices.
     pub rows: &'a [usize],
-    /// Share of the rows of the minibatch, in (0, 1]: the factor of this part's mean loss, so that the gradient accumulated over the parts
-    /// of all ranks is the gradient of the minibatch's mean.
+    /// Share of the minibatch's rows, in (0, 1], the factor of this part's mean loss. The gradient accumulated over the parts of all
+    /// ranks is then the gradient of the minibatch's mean.
     pub weight: f64,
-    /// Share of the valid elements of the minibatch over `weight`: the factor of a mean over valid elements.
+    /// Share of the minibatch's valid elements divided by `weight`, the factor of a mean over valid elements.
     pub valid_share: f64,
 }
 

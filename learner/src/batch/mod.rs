@@ -1,4 +1,4 @@
-//! Episodes as tensors: what was seen, what an update learns from it, and which rows an optimizer step sees.
+//! Episodes as tensors: observations, labels, and the rows of an optimizer step.
 
 pub mod observation;
 pub mod minibatch;

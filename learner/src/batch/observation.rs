@@ -5,23 +5,23 @@ use tch::{Device, Kind, Tensor, kind::Element, no_grad};
 
 use crate::model::{ModelError, Pi0, Prefix, PrefixCache};
 
-/// Observations as the network reads them, still as bytes where they are pixels.
+/// Observations as the network reads them, with pixels as bytes.
 #[derive(Debug)]
 pub struct ObservationBatch {
     /// Pixels, u8 `[N, cameras, size, size, 3]`.
     pub images: Tensor,
-    /// Which cameras are there, bool `[N, cameras]`.
+    /// Presence of each camera, bool `[N, cameras]`.
     pub image_mask: Tensor,
     /// Prompt ids, i64 `[N, prompt_len]`.
     pub prompt: Tensor,
-    /// Which of them are valid, bool `[N, prompt_len]`.
+    /// Validity of each prompt id, bool `[N, prompt_len]`.
     pub prompt_mask: Tensor,
-    /// Normalised, padded state, f32 `[N, action_dim]`.
+    /// Normalized, padded state, f32 `[N, action_dim]`.
     pub state: Tensor,
 }
 
 impl ObservationBatch {
-    /// Lays out observations of a policy of these sizes as one batch in main memory.
+    /// Lays out observations of a policy with the sizes `dims` as one batch in main memory.
     pub fn of(inputs: &[ModelInput], dims: &PolicyDims) -> Self {
         let (n, cameras, side) = (inputs.len() as i64, dims.cameras as i64, dims.vision.image_size as i64);
         let (prompt_len, action_dim) = (dims.prompt_len as i64, dims.action_dim as i64);
@@ -34,17 +34,17 @@ impl ObservationBatch {
         }
     }
 
-    /// Number of observations.
+    /// Returns the number of observations.
     pub fn len(&self) -> i64 {
         self.prompt.size()[0]
     }
 
-    /// Whether there is none.
+    /// Returns whether the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The rows `[n]` (i64).
+    /// Returns the rows with the indices `rows`, i64 `[n]`.
     #[must_use]
     pub fn select(&self, rows: &Tensor) -> Self {
         let pick = |t: &Tensor| t.index_select(0, &rows.to_device(t.device()));
@@ -57,7 +57,7 @@ impl ObservationBatch {
         }
     }
 
-    /// The same on a device; tensors that are there already are shared.
+    /// Returns the batch on a device; tensors that are on the device already are shared.
     #[must_use]
     pub fn to_device(&self, device: Device) -> Self {
         Self {
@@ -69,27 +69,27 @@ impl ObservationBatch {
         }
     }
 
-    /// Pixels to `[-1, 1]`, f32 `[N, cameras, 3, size, size]`: `x / 255 * 2 - 1`.
+    /// Returns the pixels scaled to `[-1, 1]` by `x / 255 * 2 - 1`, f32 `[N, cameras, 3, size, size]`.
     pub fn pixels(&self) -> Tensor {
         (self.images.to_kind(Kind::Float) / 255.0 * 2.0 - 1.0)
             .permute([0, 1, 4, 2, 3])
             .contiguous()
     }
 
-    /// The prefix pass over these observations, on the policy's device.
+    /// Returns the prefix of these observations, computed on the policy's device.
     ///
     /// # Errors
-    /// A shape that does not fit the policy.
+    /// A shape does not fit the policy.
     pub fn prefix(&self, policy: &Pi0) -> Result<Prefix, ModelError> {
         let here = self.to_device(policy.device());
         policy.prefix(&here.pixels(), &here.image_mask, &here.prompt, &here.prompt_mask)
     }
 
     /// Returns cache and pooled output of these rows, computed in one pass without gradient. A single row is passed twice: a matrix of
-    /// one row is multiplied as a vector, which sums in another order, and a row's prefix must not depend on the other rows of its pass.
+    /// one row is multiplied as a vector, which sums in another order. A row's prefix must not depend on the other rows of its pass.
     ///
     /// # Errors
-    /// A shape that does not fit the policy.
+    /// A shape does not fit the policy.
     pub(crate) fn frozen_rows(&self, policy: &Pi0, rows: &[i64]) -> Result<(PrefixCache, Tensor), ModelError> {
         let padded = match rows {
             [one] => vec![*one, *one],
@@ -106,11 +106,11 @@ impl ObservationBatch {
         })
     }
 
-    /// The prefix of a frozen vision-language model for all rows: cache and pooled output `[N, vlm width]`, without gradient, in
-    /// parts of `batch` rows.
+    /// Returns the prefix of a frozen vision-language model for all rows: cache and pooled output `[N, vlm width]`. Computes the prefix
+    /// without gradient, in parts of `batch` rows.
     ///
     /// # Errors
-    /// A shape that does not fit the policy.
+    /// A shape does not fit the policy.
     pub fn frozen_prefix(&self, policy: &Pi0, batch: i64) -> Result<(PrefixCache, Tensor), ModelError> {
         let _guard = tch::no_grad_guard();
         let (mut k, mut v, mut mask, mut pooled) = (vec![], vec![], vec![], vec![]);
@@ -130,7 +130,7 @@ impl ObservationBatch {
     }
 }
 
-/// Returns one field of all inputs, one after another.
+/// Returns one field of all inputs, concatenated.
 fn rows<T: Element>(inputs: &[ModelInput], field: impl Fn(&ModelInput) -> &[T]) -> Tensor {
     Tensor::from_slice(&inputs.iter().map(field).collect::<Vec<_>>().concat())
 }

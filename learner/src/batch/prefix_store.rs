@@ -1,4 +1,4 @@
-//! The frozen prefixes of one iteration's records: each runs once and is kept, up to a bound, in memory or in a file.
+//! Frozen prefixes of one iteration's records: each is computed once and stored, up to a bound, in memory or in a file.
 
 use std::{
     fs::{File, OpenOptions},
@@ -15,21 +15,21 @@ use crate::{
     model::{Pi0, PrefixCache},
 };
 
-/// Most rows of one prefix pass, whatever the micro-batch.
+/// Most rows of one prefix pass, for any micro-batch size.
 pub(crate) const MAX_PASS_ROWS: usize = 256;
-/// Bytes of a number as it is kept: f32, so that a kept prefix is the computed one bit for bit.
+/// Bytes of a stored number: f32, so that a stored prefix equals the computed prefix bit for bit.
 const NUMBER: usize = 4;
 
-/// Prefixes of records by their number. The first records are kept, as many as the bound admits; the prefix of any other runs again
-/// each time that it is asked for.
+/// Prefixes of records by record number. The first records are stored, as many as the bound admits. The prefix of any other record
+/// is computed again for every request.
 #[derive(Debug)]
 pub struct PrefixStore<'a> {
     policy: &'a Pi0,
     observations: &'a ObservationBatch,
     layout: Layout,
-    /// Rows of one pass.
+    /// Most rows of one pass.
     pass: usize,
-    /// Records that are kept: those before this number.
+    /// Number of stored records, from record 0.
     held: i64,
     kept: Kept,
 }
@@ -43,10 +43,10 @@ enum Kept {
 }
 
 impl<'a> PrefixStore<'a> {
-    /// Runs the prefixes that are kept. Beside them no more than one pass, of at most `actor.micro_batch_size` rows, is in memory.
+    /// Computes and stores prefixes. In addition, at most one pass of up to `actor.micro_batch_size` rows is in memory.
     ///
     /// # Errors
-    /// A shape that does not fit the policy, or a file that cannot be written.
+    /// A shape does not fit the policy, or the file cannot be written.
     pub fn fill(plan: &RunPlan, policy: &'a Pi0, observations: &'a ObservationBatch) -> Result<Self> {
         let (place, bytes) = plan.prefix_cache();
         let layout = Layout::of(policy.dims());
@@ -79,10 +79,10 @@ impl<'a> PrefixStore<'a> {
         Ok(store)
     }
 
-    /// Returns keys, values and mask of these records (in any order, repeated or not), and what `V_vlm` reads, `[n, vlm width]`.
+    /// Returns keys, values and mask of these records, in any order and repeated or not, and the input of `V_vlm`, `[n, vlm width]`.
     ///
     /// # Errors
-    /// A file that cannot be read.
+    /// The file cannot be read.
     pub fn rows(&self, records: &[i64]) -> Result<(PrefixCache, Tensor)> {
         let packed = match &self.kept {
             Kept::Memory(all) if records.iter().all(|record| *record < self.held) => {
@@ -93,7 +93,7 @@ impl<'a> PrefixStore<'a> {
         self.layout.unpack(&packed.to_device(self.policy.device()))
     }
 
-    /// Each record once: kept ones first, as the numbers rise, then the others.
+    /// Returns the packed rows of `wanted`. Reads or computes each record once: stored records first, in rising order, then the others.
     fn gather(&self, wanted: &[i64]) -> Result<Tensor> {
         let mut distinct = wanted.to_vec();
         distinct.sort_unstable();
@@ -121,29 +121,29 @@ impl<'a> PrefixStore<'a> {
         if distinct == wanted {
             return Ok(all);
         }
-        // all of them are among the distinct ones: where a record stands is how many are below
+        // every record is in `distinct`, at a position equal to the number of smaller records
         let position = |record: &i64| distinct.partition_point(|other| other < record) as i64;
         let order: Vec<i64> = wanted.iter().map(position).collect();
         Ok(all.index_select(0, &Tensor::from_slice(&order)))
     }
 
-    /// Runs one pass; returns it packed, in main memory.
+    /// Computes one pass and returns the packed rows, in main memory.
     fn pass(&self, records: &[i64]) -> Result<Tensor> {
         let (cache, pooled) = self.observations.frozen_rows(self.policy, records)?;
         Ok(packed(&cache, &pooled).to_device(Device::Cpu))
     }
 
-    /// Rows of one pass.
+    /// Returns the most rows of one pass.
     pub(crate) fn pass_rows(&self) -> usize {
         self.pass
     }
 
-    /// Records that are kept.
+    /// Returns the number of stored records.
     pub fn held(&self) -> usize {
         self.held as usize
     }
 
-    /// Bytes that are kept.
+    /// Returns the number of stored bytes.
     ///
     /// # Errors
     /// The file cannot be examined.
@@ -155,23 +155,23 @@ impl<'a> PrefixStore<'a> {
         }
     }
 
-    /// Bytes that all records would take.
+    /// Returns the number of bytes that the prefixes of all records would take.
     pub fn wanted_bytes(&self) -> u64 {
         self.observations.len() as u64 * self.layout.bytes() as u64
     }
 }
 
-/// Bytes that the prefix of one record takes.
+/// Returns the number of bytes of one record's prefix.
 pub fn prefix_bytes(dims: &PolicyDims) -> usize {
     Layout::of(dims).bytes()
 }
 
-/// The file of `actor.prefix_cache = "disk"`.
+/// Returns the path of the file of `actor.prefix_cache = "disk"`.
 fn file(output_dir: &Path) -> PathBuf {
     output_dir.join("prefix_cache.bin")
 }
 
-/// How a record's prefix lies in a row of numbers: keys, values, pooled output, mask (0 or 1).
+/// Layout of a record's prefix in a row of numbers: keys, values, pooled output, mask (0 or 1).
 #[derive(Debug)]
 struct Layout {
     depth: usize,
@@ -220,13 +220,13 @@ impl Layout {
     }
 }
 
-/// Rows of [`Layout`], f32 `[n, numbers]`.
+/// Packs prefixes into rows of [`Layout`], f32 `[n, numbers]`.
 fn packed(cache: &PrefixCache, pooled: &Tensor) -> Tensor {
     let flat = |t: &Tensor| t.flatten(1, -1).to_kind(Kind::Float);
     Tensor::cat(&[flat(&cache.k), flat(&cache.v), flat(pooled), flat(&cache.mask)], 1)
 }
 
-/// A file that loses its name as soon as it is open, so that nothing of it stays, however the process ends.
+/// File that is unlinked as soon as it is open, so that nothing remains, however the process ends.
 #[derive(Debug)]
 struct Scratch {
     file: File,
@@ -264,7 +264,7 @@ impl Scratch {
         ))
     }
 
-    /// Rows of `numbers` each, f32 `[n, numbers]`.
+    /// Reads rows of `numbers` numbers each, f32 `[n, numbers]`.
     fn read(&self, records: &[i64], numbers: usize) -> Result<Tensor> {
         let row = numbers * NUMBER;
         let mut bytes = vec![0u8; records.len() * row];

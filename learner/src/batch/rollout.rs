@@ -1,4 +1,4 @@
-//! The records of an iteration's episodes, laid out as one batch.
+//! Records of an iteration's episodes, laid out as one batch.
 
 use policy::{config::LogprobType, plan::RunPlan};
 use tch::{Device, Kind, Tensor};
@@ -14,35 +14,35 @@ use crate::{
     ranks::Ranks,
 };
 
-/// All chunk records of a rank in an iteration, and the decisions to train on: `M` samples, each of one record.
+/// All chunk records of a rank in an iteration, and the `M` samples to train on, each of one record.
 ///
-/// A sample is a whole chunk, or a single denoise step of one when every step is a transition of its own (`mdp = "two_layer"`).
+/// A sample is a whole chunk, or a single denoise step of a chunk for a two-layer MDP (`mdp = "two_layer"`).
 #[derive(Debug)]
 pub struct RolloutBatch {
-    /// What was seen, `N` records.
+    /// Observations of `N` records.
     pub observations: ObservationBatch,
     /// `x` before each denoise step and after the last, f32 `[N, K + 1, H, A]`.
     pub chain: Tensor,
-    /// Which record, `[M]`.
+    /// Index of each sample's record, `[M]`.
     pub record: Vec<i64>,
-    /// Which stochastic denoise steps, i64 `[M, S]`; `S` is above 1 for joint likelihoods only.
+    /// Stochastic denoise steps of each sample, i64 `[M, S]`; `S` is above 1 only for joint likelihoods.
     pub step: Tensor,
     /// Log-probability at rollout per executed element (joined over the `S` steps), f32 `[M, action_chunk, env_action_dim]`.
     pub old_logprob: Tensor,
     /// Policy version that made the chunk, i64 `[M]`.
     pub version: Tensor,
-    /// Which episode each sample is of, `[M]`.
+    /// Index of each sample's episode, `[M]`.
     pub episode: Vec<usize>,
-    /// Whether that episode succeeded, `[M]`.
+    /// Success of each sample's episode, `[M]`.
     pub success: Vec<bool>,
-    /// Rows that the environment executed of each sample, `[M]`.
+    /// Number of rows of each sample that the environment executed, `[M]`.
     pub executed: Vec<usize>,
-    /// Version of the weights that these records train: one after the version that they are read at.
+    /// Version of the weights that these records train: the current version plus 1.
     pub trained_version: u64,
-    /// Elements that count in the policy loss, bool: `[M]` with one ratio per sample, else `[M, action_chunk]`: the rows that the
-    /// environment executed before the episode ended.
+    /// Elements that count in the policy loss: the rows that the environment executed before the episode ended. Bool, `[M]` with one
+    /// ratio per sample, otherwise `[M, action_chunk]`.
     pub mask: Tensor,
-    /// How many of them each sample has.
+    /// Number of elements of each sample that count in the policy loss, `[M]`.
     pub valid: Vec<u32>,
     /// Lengths of the samples' episodes in elements of `mask`.
     pub policy_episodes: EpisodeLengths,
@@ -50,39 +50,39 @@ pub struct RolloutBatch {
     pub value_episodes: EpisodeLengths,
     /// Value at rollout, f32 `[M]`; zeros without a critic.
     pub old_value: Tensor,
-    /// Advantages, normalized over the ranks when configured, f32 `[M]`, or `[M, action_chunk]` where rewards are at the action level.
+    /// Advantages, normalized over the ranks when configured, f32 `[M]`, or `[M, action_chunk]` for rewards at the action level.
     pub advantages: Tensor,
     /// Value targets, f32 `[M]`.
     pub returns: Tensor,
-    /// The batches of all ranks together.
+    /// Totals over the batches of all ranks.
     pub whole: WholeBatch,
 }
 
-/// What gives every episode the same weight in a mean over samples.
+/// Episode lengths that give every episode the same weight in a mean over samples.
 #[derive(Debug)]
 pub struct EpisodeLengths {
     /// Valid elements of the sample's episode, f32 `[M]`.
     pub len: Tensor,
-    /// Elements per episode of all ranks on average, valid or not.
+    /// Mean number of elements per episode over all ranks, valid or not.
     pub steps: f64,
 }
 
-/// The batches of all ranks in an iteration, taken together.
+/// Totals over the batches of all ranks in an iteration.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WholeBatch {
     /// Number of records.
     pub records: usize,
     /// Number of samples.
     pub samples: usize,
-    /// Samples of the ranks before this one.
+    /// Number of samples of the ranks before this rank.
     pub samples_before: usize,
-    /// Samples of an episode on average.
+    /// Mean number of samples per episode.
     pub samples_per_episode: f64,
     /// Whether any advantage differs from 0.
     pub informative: bool,
-    /// Mean number of versions that the samples are older than the one that they are read at; 0 in synchronous training.
+    /// Mean staleness of the samples, in versions; 0 in synchronous training.
     pub staleness_mean: f64,
-    /// The largest.
+    /// Largest staleness of a sample, in versions.
     pub staleness_max: u64,
     /// Mean magnitude of the executed actions.
     pub action_magnitude: f64,
@@ -115,11 +115,11 @@ impl WholeBatch {
 }
 
 impl RolloutBatch {
-    /// Checks every record against the plan and estimates the advantages. The weights are at `version`; records are of it, or
-    /// up to `rollout.max_staleness` versions older. A record is freed as soon as it is laid out.
+    /// Checks every record against the plan and estimates the advantages. The weights are at `version`; records are of `version` or up
+    /// to `rollout.max_staleness` versions older. A record is freed as soon as it is laid out.
     ///
     /// # Errors
-    /// Names the episode whose record does not fit, or the exchange between ranks failed.
+    /// A record does not fit (the error names its episode), or the exchange between ranks failed.
     pub fn new(plan: &RunPlan, mut trajectories: Vec<Trajectory>, version: u64, ranks: &dyn Ranks) -> Result<Self> {
         let records = trajectories.iter().map(|trajectory| trajectory.chunks.len()).sum();
         let mut rows = Rows::new(plan, records);
@@ -130,7 +130,7 @@ impl RolloutBatch {
             push_records(plan, trajectory, version, &mut rows)?;
             values.push(rows.value[from..].to_vec());
         }
-        // samples per chunk: its denoise steps, where each is a transition of its own
+        // samples per chunk: its denoise steps for a two-layer MDP, otherwise 1
         let inner = rows.record.len() / records.max(1);
         let estimated = estimate(plan, &trajectories, &values, inner)?;
         let labels = Labels::new(plan, &trajectories, &estimated, inner, ranks)?;
@@ -138,7 +138,7 @@ impl RolloutBatch {
         Ok(lay_out(plan, rows, labels, whole, version))
     }
 
-    /// The same on the device that trains on it; pixels and prompts stay where they are, their rows move as they are encoded.
+    /// Moves the batch to the device that trains. Pixels and prompts stay; each prefix pass moves its own rows.
     #[must_use]
     pub fn to_device(mut self, device: Device) -> Self {
         let lengths = [&mut self.policy_episodes.len, &mut self.value_episodes.len];
@@ -159,18 +159,18 @@ impl RolloutBatch {
         self
     }
 
-    /// Number of samples of this rank.
+    /// Returns the number of samples of this rank.
     pub fn len(&self) -> usize {
         self.record.len()
     }
 
-    /// Whether this rank has none.
+    /// Returns whether this rank has 0 samples.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Adds the records of an episode, whose chunks are full but for the last. They are taken out, so that their images are freed at once.
+/// Adds the records of an episode, whose chunks are full except the last. Takes the records out, so that the images are freed at once.
 fn push_records(plan: &RunPlan, trajectory: &mut Trajectory, version: u64, rows: &mut Rows) -> Result<()> {
     let Reset { env, episode, .. } = trajectory.reset;
     let chunks = trajectory.chunks.len();
@@ -187,7 +187,7 @@ fn push_records(plan: &RunPlan, trajectory: &mut Trajectory, version: u64, rows:
     Ok(())
 }
 
-/// Turns rows into tensors.
+/// Converts rows into tensors.
 fn lay_out(plan: &RunPlan, rows: Rows, labels: Labels, whole: WholeBatch, version: u64) -> RolloutBatch {
     let dims = &plan.dims;
     let model = &plan.config.actor.model;

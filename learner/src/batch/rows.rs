@@ -1,4 +1,4 @@
-//! Chunk records, checked against the plan and laid out row by row.
+//! Chunk records, checked against the plan and laid out by row.
 
 use policy::{
     config::JointLogprob,
@@ -12,7 +12,7 @@ use wire::messages::ChunkRecord;
 
 use crate::{error::RecordError, versions::check_version};
 
-/// Records by row, and the samples that they make.
+/// Records by row, and their samples.
 #[derive(Debug)]
 pub(super) struct Rows {
     /// Pixels, u8 `[records, cameras, size, size, 3]`.
@@ -22,9 +22,9 @@ pub(super) struct Rows {
     pub(super) prompt_mask: Vec<bool>,
     pub(super) state: Vec<f32>,
     pub(super) chain: Vec<f32>,
-    /// Records so far.
+    /// Number of records so far.
     pub(super) records: i64,
-    /// Which record each sample is of.
+    /// Index of each sample's record.
     pub(super) record: Vec<i64>,
     pub(super) step: Vec<i64>,
     pub(super) logprob: Vec<f32>,
@@ -35,19 +35,19 @@ pub(super) struct Rows {
     pub(super) magnitude: f64,
 }
 
-/// The numbers of a record, checked.
+/// Checked numbers of a record.
 struct Numbers {
     steps: Vec<i64>,
-    /// `[steps, action_chunk, env_action_dim]`; empty without stochastic steps, which have no density.
+    /// Log-probability `[steps, action_chunk, env_action_dim]`; empty for an ODE sample, which has no density.
     logprob: Vec<f32>,
-    /// One or one per step; one 0 without a critic.
+    /// One value, or one value per stochastic step; a single 0 without a critic.
     values: Vec<f32>,
     state: Vec<f32>,
-    /// `[num_steps + 1, action_horizon, action_dim]`.
+    /// Denoise chain `[num_steps + 1, action_horizon, action_dim]`.
     chain: Vec<f32>,
 }
 
-/// Checks that a chunk is of a version that an update of the weights at `version` may read, and full unless it is the last of its episode.
+/// Rejects a chunk of a version that an update at `version` may not read, and a partial chunk that is not the last of its episode.
 pub(super) fn check_chunk(
     plan: &RunPlan,
     record: &ChunkRecord,
@@ -69,7 +69,7 @@ pub(super) fn check_chunk(
 }
 
 impl Rows {
-    /// Makes room for the images of `records` records.
+    /// Allocates the images of `records` records.
     pub(super) fn new(plan: &RunPlan, records: usize) -> Self {
         let (side, cameras) = (plan.dims.vision.image_size as i64, plan.dims.cameras as i64);
         Self {
@@ -92,7 +92,7 @@ impl Rows {
     /// Adds a record.
     ///
     /// # Errors
-    /// Names the field that does not fit the plan.
+    /// A field does not fit the plan; the error names the field.
     pub(super) fn push(&mut self, plan: &RunPlan, record: &ChunkRecord) -> Result<(), RecordError> {
         let dims = &plan.dims;
         let side = dims.vision.image_size;
@@ -117,7 +117,7 @@ impl Rows {
         Ok(())
     }
 
-    /// Adds the samples of a record: the whole chunk, or each of its stochastic steps where every step is a transition of its own.
+    /// Adds the samples of a record: each of its stochastic steps for a two-layer MDP, otherwise the whole chunk.
     fn push_samples(&mut self, plan: &RunPlan, version: u64, numbers: &Numbers) {
         let model = &plan.config.actor.model;
         let (rows, cols, width) = (model.num_action_chunks, model.env_action_dim, plan.dims.action_dim);
@@ -216,11 +216,10 @@ fn check_length(field: &'static str, found: usize, expected: usize) -> Result<()
     }
 }
 
-/// Returns the log-probability per element of one decision from those of its stochastic steps, `logprob` `[steps, elements]`, and of the
-/// initial noise, `initial` `[elements]`.
+/// Returns the log-probability per element of one decision. `logprob` `[steps, elements]` is of the stochastic steps, `initial`
+/// `[elements]` of the initial noise.
 ///
-/// A mean is over all `num_steps` and the noise, where a step without density has none, as in the reference. Without a rule there is one
-/// step.
+/// A mean is over all `num_steps` and the noise, as in the reference; a step without density adds 0. Without a rule there is one step.
 fn joint(rule: Option<JointLogprob>, logprob: &[f32], num_steps: usize, initial: &[f32]) -> Vec<f32> {
     let elements = initial.len();
     initial

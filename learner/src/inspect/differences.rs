@@ -1,10 +1,10 @@
-//! Which rows of `docs/differences.md` apply to a configuration.
+//! Rows of `docs/differences.md` that apply to a configuration.
 
 use std::collections::BTreeMap;
 
 const DOCUMENT: &str = include_str!("../../../docs/differences.md");
 
-/// Whether a condition holds: `key` is there, or `key = value`.
+/// Returns whether a condition holds: `key` is present, or `key = value`.
 fn holds(condition: &str, keys: &BTreeMap<String, String>) -> bool {
     match condition.split_once(" = ") {
         Some((key, value)) => keys.get(key).is_some_and(|found| found == value),
@@ -15,7 +15,7 @@ fn holds(condition: &str, keys: &BTreeMap<String, String>) -> bool {
     }
 }
 
-/// A line for each row that applies: what, the reference's, ours.
+/// Returns a line for each row that applies: subject, the reference's behavior, the behavior here.
 pub(super) fn applying(keys: &BTreeMap<String, String>) -> Vec<String> {
     let rows = DOCUMENT.lines().filter(|line| line.starts_with("| "));
     rows.filter_map(|line| {
@@ -23,7 +23,7 @@ pub(super) fn applying(keys: &BTreeMap<String, String>) -> Vec<String> {
         let [what, applies, reference, ours, ..] = cells[..] else {
             return None;
         };
-        // heads of the tables and lines between have no condition
+        // table heads and separators have no condition
         let conditions = applies.split(", ").map(|condition| condition.trim_matches('`'));
         let applies = applies == "all" || (applies.starts_with('`') && conditions.into_iter().any(|c| holds(c, keys)));
         applies.then(|| format!("{what}: reference {reference}, here {ours}"))

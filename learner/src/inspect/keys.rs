@@ -1,16 +1,16 @@
-//! What the keys of a configuration mean, out of the tables that users read: `configs/README.md` is the one place where it is written.
+//! Meaning of configuration keys, read from the tables of `configs/README.md`, the only place that documents keys.
 
 const README: &str = include_str!("../../../configs/README.md");
 
-/// A key as the table writes it, in full; `*` stands for any section.
+/// Documented key with its full path; `*` stands for any section.
 struct Entry {
     path: String,
-    /// The loss that a key of a method belongs to.
+    /// Loss that the key belongs to; `None` for keys of every loss.
     of: Option<&'static str>,
     meaning: &'static str,
 }
 
-/// Words in backticks.
+/// Returns the words in backticks.
 fn quoted(text: &'static str) -> impl Iterator<Item = &'static str> {
     text.split('`').skip(1).step_by(2)
 }
@@ -21,7 +21,7 @@ fn entries() -> Vec<Entry> {
     for line in README.lines() {
         if let Some(heading) = line.strip_prefix("## ") {
             let names: Vec<&str> = quoted(heading).map(|name| name.trim_matches(['[', ']'])).collect();
-            // keys of several sections are written in full
+            // under a heading of several sections, keys have full paths
             section = if let [name] = names[..] { Some(name) } else { None };
             continue;
         }
@@ -34,7 +34,7 @@ fn entries() -> Vec<Entry> {
         let (keys, of) = keys.split_once(" of ").unwrap_or((keys, ""));
         let mut prefix = "";
         for key in quoted(keys) {
-            // `train.a`, `b` is train.a and train.b
+            // `train.a`, `b` means train.a and train.b
             let key = match key.rsplit_once('.') {
                 Some((own, _)) => {
                     prefix = own;
@@ -53,7 +53,7 @@ fn entries() -> Vec<Entry> {
     all
 }
 
-/// How well an entry fits a key: the length that they share; `None`: not at all.
+/// Returns the length of the path by which an entry matches a key; `None` without a match.
 fn fit(entry: &Entry, key: &str) -> Option<usize> {
     let rest = match entry.path.strip_prefix("*.") {
         Some(tail) => key.split_once('.')?.1.strip_prefix(tail)?,
@@ -62,7 +62,8 @@ fn fit(entry: &Entry, key: &str) -> Option<usize> {
     (rest.is_empty() || rest.starts_with('.')).then_some(entry.path.len())
 }
 
-/// The meaning of a dotted key in a run with this loss; a key inside a table that the document explains as a whole has the table's.
+/// Returns the meaning of a dotted key in a run with this loss. A key inside a table that is documented as a whole has the
+/// table's meaning.
 pub(super) fn meaning(key: &str, loss: &str) -> Option<&'static str> {
     entries()
         .iter()

@@ -1,5 +1,5 @@
-//! What a configuration amounts to, for a person, before anything starts: sizes, the arithmetic of batches, how chunks are sampled,
-//! what each key does and which file sets it, and where the run differs from the reference on purpose.
+//! Readable description of a configuration before a run: sizes, batch arithmetic, sampling of chunks, meaning and origin of each
+//! key, and deliberate differences from the reference.
 
 mod keys;
 mod differences;
@@ -20,15 +20,15 @@ use crate::{
     error::Result,
 };
 
-/// Bytes of an f32.
+/// Size of an f32 in bytes.
 const F32: usize = 4;
-/// Values longer than this push their explanation to the next line.
+/// Width of the value column in characters; longer values have their explanation on the next line.
 const VALUE_WIDTH: usize = 44;
 
-/// Describes a plan in full; `origins` are those of its configuration.
+/// Describes a plan in full; `origins` belong to the configuration of the plan.
 ///
 /// # Errors
-/// None for a plan that was made from a file.
+/// The keys cannot be listed, which is impossible for a plan loaded from a file.
 pub fn describe(plan: &RunPlan, origins: &Origins) -> Result<String> {
     let values = plan.config.keys()?;
     let mut lines = vec![format!("configuration digest {}", plan.config_digest)];
@@ -50,7 +50,7 @@ pub fn describe(plan: &RunPlan, origins: &Origins) -> Result<String> {
     Ok(lines.join("\n") + "\n")
 }
 
-/// Explains every key: a line with its value, where the value comes from, and what the key means.
+/// Explains every key in a line with value, origin and meaning.
 fn explained(plan: &RunPlan, values: &BTreeMap<String, String>, origins: &Origins) -> Vec<String> {
     let loss = plan.config.algorithm.loss_type.as_str();
     let rows: Vec<(String, String, &str)> = values
@@ -74,7 +74,7 @@ fn explained(plan: &RunPlan, values: &BTreeMap<String, String>, origins: &Origin
     lines
 }
 
-/// Names where a key has its value from; a file in the folder of the configuration is named relative to it.
+/// Names the origin of a key's value; a file in the folder of the configuration is named relative to the folder.
 fn origin(key: &str, origins: &Origins) -> String {
     let folder = origins.files().last().and_then(|file| file.parent());
     match origins.get(key) {
@@ -187,7 +187,7 @@ fn sampling(plan: &RunPlan) -> Vec<String> {
     for (k, row) in schedule.stochastic.iter().enumerate() {
         let std = match (&plan.heads.noise, k < schedule.drawable) {
             (_, false) => "deterministic".to_owned(),
-            (Some(head), true) => format!("std learnt, {} to {}", head.std_range[0], head.std_range[1]),
+            (Some(head), true) => format!("std learned, {} to {}", head.std_range[0], head.std_range[1]),
             (None, true) => format!("std {:.3} in model units", row.std),
         };
         lines.push(format!("step {k}: t {:.3} to {:.3}, {std}", row.t, row.t_next));
@@ -203,10 +203,10 @@ fn sampling(plan: &RunPlan) -> Vec<String> {
     lines
 }
 
-/// Numbers of an iteration; those of records are the most that can come, when the environment says how long an episode is.
+/// Sizes of an iteration. Numbers of records are upper bounds, known only if `env.params.max_episode_steps` is set.
 struct Arithmetic {
     episodes: usize,
-    /// Most chunks of an episode.
+    /// Largest number of chunks per episode.
     chunks: Option<usize>,
     /// Samples per record.
     samples: usize,
@@ -239,7 +239,7 @@ impl Arithmetic {
         }
     }
 
-    /// Optimizer steps of an epoch over so many samples.
+    /// Returns the number of optimizer steps of an epoch over `samples` samples.
     fn steps(plan: &RunPlan, samples: usize) -> usize {
         minibatch_count(samples, plan.config.actor.global_batch_size)
     }

@@ -1,4 +1,4 @@
-//! The description against numbers counted by hand, and every key of every recipe against its explanation.
+//! Tests of the description against numbers computed by hand, and of the explanation of every key of every recipe.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
 }
 
-/// The description of a recipe.
+/// Returns the description of a recipe.
 fn described(name: &str, overrides: &[&str]) -> String {
     let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
     let (config, origins) = RunConfig::load_with_origins(&configs().join(name), &overrides).expect("configuration");
@@ -109,7 +109,7 @@ fn the_arithmetic_is_that_of_the_published_recipes() {
 #[test]
 fn the_published_sizes_have_the_published_number_of_weights() {
     let text = described("libero_spatial_ppo_pi0.toml", &[]);
-    // openpi's pi0 less the expert's output head `[257152, 1024]`, which nothing reads, and the value head 1024-512-256-128-1
+    // openpi's pi0 without the expert's unused output head `[257152, 1024]`, and the value head 1024-512-256-128-1
     let value_head = (1024 + 1) * 512 + (512 + 1) * 256 + (256 + 1) * 128 + (128 + 1);
     let all = 3_501_372_176usize - 257_152 * 1024 + value_head;
     assert!(text.contains(&format!("{}  in all, ", grouped(all))), "{all}: {text}");
@@ -141,7 +141,7 @@ fn differences_are_those_of_the_configuration() {
     assert!(ppo.contains("an unknown or misplaced key") && !ppo.contains("GRPO with a group of 1"));
     assert!(grpo.contains("GRPO with a group of 1") && grpo.contains("`filter_rewards`: reference groups are masked"));
     assert!(!grpo.contains("V_vlm` over a padded prompt"));
-    assert!(ipo.contains("padded steps count"));
+    assert!(ipo.contains("padded steps included"));
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn every_value_has_its_origin() {
         .into_iter()
         .chain([published.display().to_string(), mine.display().to_string()]);
     assert_eq!(files, wanted.collect::<Vec<_>>());
-    // a recipe's own bases are named relative to it, values longer than their column come first
+    // bases in the recipe's folder are named relative to the folder; a value longer than its column has a line of its own
     let quickstart = described("quickstart.toml", &[]);
     let words = quickstart
         .lines()

@@ -1,4 +1,4 @@
-//! The sum of the losses of policy, critic and entropy.
+//! Weighted sum of the losses of policy, critic and entropy.
 
 use tch::Tensor;
 
@@ -13,7 +13,8 @@ use super::{
 
 type ActorLossFn = fn(&ActorInput<'_>, &ActorSettings) -> Result<ActorLoss>;
 
-/// `L = L_policy + value_coef L_value - entropy_bonus S` (Schulman et al. 2017, eq. 9); `L_policy` holds the KL penalty.
+/// Returns `L = L_policy + value_coef L_value - entropy_bonus S` (Schulman et al. 2017, eq. 9); `L_policy` includes the KL
+/// penalty.
 pub(super) fn combine(
     name: &'static str,
     input: &PolicyInput<'_>,

@@ -1,4 +1,4 @@
-//! `critic`: the clipped value loss, alone; what the critic's warm-up trains with.
+//! `critic`: the clipped value loss without a policy loss, used during the critic's warm-up.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -8,33 +8,33 @@ use super::{
 };
 use crate::ranks::{Ranks, RanksError};
 
-/// What the critic loss reads. All tensors fit `value` in the sense of [`align`].
+/// Inputs of the critic loss. All tensors fit `value` in the sense of [`align`].
 #[derive(Debug, Clone, Copy)]
 pub struct CriticInput<'a> {
     /// Value of each row's observation under the current weights, with gradient.
     pub value: &'a Tensor,
-    /// The same when the row was recorded.
+    /// Value of the same observation at recording time.
     pub old_value: &'a Tensor,
-    /// Target.
+    /// Value target of each row.
     pub returns: &'a Tensor,
-    /// Rows that count; all without it.
+    /// Valid rows; `None` if all rows are valid.
     pub mask: Option<&'a Tensor>,
     /// Valid elements of the row's episode, for [`super::episode_weighted_mean`].
     pub episode_len: Option<&'a Tensor>,
 }
 
-/// What the configuration says about the critic loss.
+/// Settings of the critic loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CriticSettings {
-    /// How far a value may move from the recorded one before the loss stops rewarding it; none: no clip.
+    /// Largest rewarded distance of a value from the recorded value, in units of return; `None` disables the clip.
     pub value_clip: Option<f64>,
-    /// Error at which the loss turns from squared to linear.
+    /// Absolute error at which the loss changes from quadratic to linear.
     pub huber_delta: f64,
-    /// See [`super::ActorSettings::episode_steps`].
+    /// Elements per episode, as [`super::ActorSettings::episode_steps`].
     pub episode_steps: Option<f64>,
 }
 
-/// Sums from which the explained variance of any union of batches follows, in f64.
+/// Sums in f64 that determine the explained variance of any union of batches.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct ExplainedVariance {
     /// Number of elements.
@@ -50,7 +50,7 @@ pub struct ExplainedVariance {
 }
 
 impl ExplainedVariance {
-    /// Adds another batch's sums.
+    /// Adds the sums of another batch.
     pub fn merge(&mut self, other: &Self) {
         self.count += other.count;
         self.returns_sum += other.returns_sum;
@@ -59,7 +59,7 @@ impl ExplainedVariance {
         self.errors_sq_sum += other.errors_sq_sum;
     }
 
-    /// Adds up the sums of the ranks.
+    /// Returns the total over all ranks.
     ///
     /// # Errors
     /// The exchange between ranks failed.
@@ -80,8 +80,8 @@ impl ExplainedVariance {
         })
     }
 
-    /// `1 - Var(return - value) / Var(return)`: 1 is a perfect critic, 0 one that knows only the mean. `None` where the
-    /// returns do not vary.
+    /// Returns `1 - Var(return - value) / Var(return)`: 1 for a perfect critic, 0 for a critic that predicts the mean. `None`
+    /// if the returns do not vary.
     pub fn value(&self) -> Option<f64> {
         let variance = |sum: f64, sq_sum: f64| sq_sum / self.count - (sum / self.count).powi(2);
         let returns = variance(self.returns_sum, self.returns_sq_sum);
@@ -90,34 +90,34 @@ impl ExplainedVariance {
     }
 }
 
-/// What happened in one critic loss.
+/// Metrics of one critic loss.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct CriticMetrics {
-    /// The loss itself.
+    /// Value of the loss.
     pub value_loss: f64,
-    /// Share of elements whose value had moved further than the clip, before it was clipped.
+    /// Fraction of elements whose value differs from the recorded value by more than the clip.
     pub value_clip_fraction: f64,
     /// Sums for the explained variance of the iteration.
     pub explained_variance: ExplainedVariance,
 }
 
-/// A critic loss and its metrics.
+/// Critic loss with its metrics.
 #[derive(Debug)]
 pub struct CriticLoss {
     /// Scalar with gradient.
     pub loss: Tensor,
-    /// Read once from the device.
+    /// Metrics of the loss, copied from the device in one transfer.
     pub metrics: CriticMetrics,
 }
 
-/// Huber loss per element (Huber 1964): `e^2 / 2` for `|e| < delta`, else `delta (|e| - delta / 2)`.
+/// Computes the Huber loss per element (Huber 1964): `e^2 / 2` for `|e| < delta`, else `delta (|e| - delta / 2)`.
 pub fn huber(value: &Tensor, target: &Tensor, delta: f64) -> Tensor {
     value.huber_loss(target, Reduction::None, delta)
 }
 
-/// Clipped Huber value loss (value clipping as in Schulman et al.'s PPO code, see Huang et al. 2022, "The 37
+/// Computes the clipped Huber value loss (value clipping as in Schulman et al.'s PPO code, see Huang et al. 2022, "The 37
 /// Implementation Details of PPO", detail 9): `max(huber(R - V), huber(R - V_clip))`,
-/// `V_clip = V_old + clip(V - V_old, -c, c)`. There is no factor 1/2 and no coefficient.
+/// `V_clip = V_old + clip(V - V_old, -c, c)`. The loss has neither a factor 1/2 nor a coefficient.
 pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Result<CriticLoss> {
     let value = input.value.to_kind(Kind::Float);
     let mask = match input.mask {
@@ -128,7 +128,7 @@ pub fn ppo_critic_loss(input: &CriticInput<'_>, settings: &CriticSettings) -> Re
         ),
         None => None,
     };
-    // an element that does not count may hold anything, in the backward pass too
+    // a masked element may hold any value: it must not reach the backward pass either
     let kept = |tensor: Tensor| match &mask {
         Some(mask) => tensor.masked_fill(&mask.logical_not(), 0.0),
         None => tensor,

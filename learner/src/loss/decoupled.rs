@@ -1,5 +1,5 @@
-//! `decoupled_actor` and `decoupled_actor_critic`: PPO whose clip is around a proximal policy that is not the one that acted, for rollouts of
-//! older versions.
+//! `decoupled_actor` and `decoupled_actor_critic`: PPO with the clip around a proximal policy instead of the behavior policy, for
+//! rollouts of older versions.
 
 use tch::Tensor;
 
@@ -8,10 +8,10 @@ use super::{
     surrogate::actor_loss,
 };
 
-/// The proximal log-probability between the behaviour policy and the current one, by policy versions (decoupled PPO,
+/// Interpolates the proximal log-probability between behavior policy and current policy by policy versions (decoupled PPO,
 /// Hilton et al. 2022, section 3): `old + alpha (current - old)` with
-/// `alpha = clamp((v - 1 - v_b) / (v - v_b), 0, 1)`, `v` the learner's version and `v_b` the one that acted. It carries
-/// no gradient; an unknown version (negative) gives the behaviour policy's own.
+/// `alpha = clamp((v - 1 - v_b) / (v - v_b), 0, 1)`, learner version `v` and behavior version `v_b`. The result has
+/// no gradient; an unknown version (negative) yields the log-probability of the behavior policy.
 pub fn interpolated_proximal(
     new_logprob: &Tensor,
     old_logprob: &Tensor,
@@ -25,21 +25,21 @@ pub fn interpolated_proximal(
         new_logprob,
     )?;
     let lag = versions.neg() + current;
-    // a lag of 0 means the current policy acted: alpha is then clamped to 0 from minus infinity
+    // at lag 0 the current policy acted: alpha is then clamped to 0 from a large negative number
     let alpha = ((&lag - 1.0) / lag.clamp_min(1e-6))
         .clamp(0.0, 1.0)
         .masked_fill(&versions.lt(0), 0.0);
     Ok((old_logprob + alpha * (new_logprob.detach() - old_logprob)).detach())
 }
 
-/// Decoupled PPO (Hilton et al. 2022, eq. 4): the surrogate clips against the proximal policy and each element is
-/// weighted by the ratio of the proximal policy to the one that acted. Elements whose weight exceeds
+/// Computes the loss of decoupled PPO (Hilton et al. 2022, eq. 4): the surrogate clips against the proximal policy. Each element
+/// is weighted by the ratio of the proximal policy to the behavior policy. Elements whose weight exceeds
 /// [`ActorSettings::behave_weight_threshold`] add nothing.
 pub fn decoupled_actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
     actor_loss(input, settings)
 }
 
-/// The policy alone.
+/// `decoupled_actor`, a loss without a critic.
 pub(super) const ACTOR: PolicyLossSpec = PolicyLossSpec {
     loss_type: "decoupled_actor",
     loss: |input, settings| combine(ACTOR.loss_type, input, settings, Some(decoupled_actor_loss), false),
@@ -47,7 +47,7 @@ pub(super) const ACTOR: PolicyLossSpec = PolicyLossSpec {
     proximal: true,
 };
 
-/// Policy and critic.
+/// `decoupled_actor_critic`, a loss of policy and critic.
 pub(super) const ACTOR_CRITIC: PolicyLossSpec = PolicyLossSpec {
     loss_type: "decoupled_actor_critic",
     loss: |input, settings| {
@@ -69,14 +69,14 @@ mod tests {
 
     #[test]
     fn the_proximal_policy_moves_from_the_one_that_acted_towards_the_current_one() {
-        // the weights being trained will be version 8
+        // the update in progress publishes version 8
         let versions = Tensor::from_slice(&[7i64, 6, 4, 8, 9, -1]);
         let logprob = Tensor::from_slice(&[1.0f32; 6]).set_requires_grad(true);
         let old = Tensor::from_slice(&[0.0f32; 6]);
         let proximal = interpolated_proximal(&logprob, &old, &versions, 8.0).unwrap();
         assert!(!proximal.requires_grad());
         let got: Vec<f32> = Vec::try_from(proximal).unwrap();
-        // on policy: 0/1; one late: 1/2; three late: 3/4; from the present or the future, or unknown: the one that acted
+        // alpha at lag 1 is 0/1, at lag 2 1/2, at lag 4 3/4; lag 0, a negative lag or an unknown version: the behavior policy
         assert_eq!(got, [0.0, 0.5, 0.75, 0.0, 0.0, 0.0]);
     }
 
@@ -106,7 +106,7 @@ mod tests {
         let loss = decoupled_actor_loss(&input, &settings).unwrap();
         loss.loss.backward();
         let gradient: Vec<f32> = Vec::try_from(logprob.grad()).unwrap();
-        // ratio to the proximal policy 1, weight e^0.5, of two rows; the other's weight e^2 is above 3
+        // mean of two rows: the first has ratio 1 to the proximal policy and weight e^0.5, the second's weight e^2 exceeds 3
         assert!((gradient[0] + 0.5f32.exp() / 2.0).abs() < 1e-6, "{gradient:?}");
         assert!(gradient[1].abs() < f32::EPSILON, "{gradient:?}");
         assert!((loss.metrics.behaviour_clip_fraction - 0.5).abs() < 1e-9);

@@ -1,4 +1,4 @@
-//! The entropy bonus (Schulman et al. 2017, eq. 9).
+//! Entropy bonus (Schulman et al. 2017, eq. 9).
 
 use tch::{Kind, Tensor};
 
@@ -7,8 +7,8 @@ use super::{
     reduce::{align, masked_mean},
 };
 
-/// Mean entropy of the valid elements. The mask is spread over the entropy's trailing dimensions, never over rows; where
-/// it is finer than the entropy (one per action for an entropy per record), a record with any valid element counts.
+/// Returns the mean entropy of the valid elements. The mask is broadcast over the entropy's trailing dimensions, never over rows.
+/// If the mask is finer than the entropy (per action for an entropy per record), a record with any valid element is valid.
 pub fn mean_entropy(entropy: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let Some(mask) = mask else {
         return Ok(masked_mean(entropy, None));

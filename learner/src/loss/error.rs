@@ -1,29 +1,29 @@
-//! What can be wrong with the tensors given to a loss.
+//! Errors of the losses.
 
 use thiserror::Error;
 
-/// What can be wrong with the tensors given to a loss.
+/// Reason for rejecting the inputs of a loss, or for a failed read of its metrics.
 #[derive(Debug, Error)]
 pub enum LossError {
-    /// A tensor does not fit the one it accompanies.
+    /// A tensor does not fit the tensor that it accompanies.
     #[error("`{name}` of shape {found:?} does not fit `{like}` of shape {expected:?}: leading sizes must be equal")]
     Shape {
-        /// The tensor that does not fit.
+        /// Name of the tensor that does not fit.
         name: &'static str,
-        /// Its shape.
+        /// Shape of the tensor that does not fit.
         found: Vec<i64>,
-        /// The tensor it accompanies.
+        /// Name of the accompanied tensor.
         like: &'static str,
-        /// That one's shape.
+        /// Shape of the accompanied tensor.
         expected: Vec<i64>,
     },
-    /// The log-probabilities are not per action element.
+    /// The log-probabilities do not have one entry per action element.
     #[error("`logprob` needs shape [rows, actions, action dim], found {found:?}")]
     NotElementwise {
         /// Shape found.
         found: Vec<i64>,
     },
-    /// The loss needs an input that is not there.
+    /// A required input is missing.
     #[error("policy loss `{loss}` needs the `{input}` input")]
     Missing {
         /// Name of the loss.
@@ -34,7 +34,7 @@ pub enum LossError {
     /// The metrics could not be read from the device.
     #[error("reading the loss metrics: {source}")]
     Metrics {
-        /// What libtorch said.
+        /// Error of libtorch.
         source: tch::TchError,
     },
 }

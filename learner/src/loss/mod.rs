@@ -1,10 +1,9 @@
-//! Losses of the policy and the critic on tensors with gradients, one file per loss, and metrics that say what their
-//! names say.
+//! Losses of the policy and the critic on tensors with gradients, one file per loss, and their metrics.
 //!
-//! Shapes: `N` rows (chunks), `C` executed actions per chunk, `D` action dimensions. A tensor that accompanies another
-//! one (advantage, mask, episode length) may miss trailing dimensions or have size 1 there; it is spread over them, and
-//! every mean is taken over the elements it was spread to. Nothing is ever spread over leading dimensions, so that a
-//! `[N]` tensor never meets an `[N, 1]` one as `[N, N]`.
+//! Shapes: `N` rows (chunks), `C` executed actions per chunk, `D` action dimensions. A companion tensor (advantage, mask,
+//! episode length) may lack trailing dimensions or have size 1 there. Companions are broadcast over trailing dimensions, and
+//! every mean is taken over the broadcast elements. Leading dimensions are never broadcast, so that
+//! `[N]` and `[N, 1]` never combine to `[N, N]`.
 
 mod error;
 mod reduce;
@@ -30,7 +29,7 @@ pub use surrogate::{ActorInput, ActorLoss, ActorMetrics, ActorSettings, clipped_
 
 use combine::combine;
 
-/// The one table of policy losses.
+/// Registry of policy losses, one entry per `algorithm.loss_type`.
 pub const POLICY_LOSSES: &[PolicyLossSpec] = &[
     actor::SPEC,
     actor_critic::SPEC,
@@ -38,10 +37,10 @@ pub const POLICY_LOSSES: &[PolicyLossSpec] = &[
     decoupled::ACTOR_CRITIC,
 ];
 
-/// The loss of the critic's warm-up: the policy stays as it is.
+/// Loss of the critic's warm-up, which leaves the policy unchanged.
 pub const WARM_UP: PolicyLossFn = |input, settings| combine("critic", input, settings, None, true);
 
-/// The policy loss of this name; see [`POLICY_LOSSES`].
+/// Looks up a policy loss of [`POLICY_LOSSES`] by name.
 pub fn policy_loss(name: &str) -> Option<PolicyLossFn> {
     POLICY_LOSSES
         .iter()
@@ -80,15 +79,15 @@ mod tests {
 
     #[test]
     fn the_entropy_bonus_is_a_mean_whatever_the_masks_shape() {
-        // defect of the reference: [rows] entropy times [rows, 1] mask is [rows, rows], and the quotient is the sum of
-        // the entropies instead of their mean
+        // defect of the reference: [rows] entropy times [rows, 1] mask is [rows, rows], so that the quotient is the sum of
+        // the entropies instead of the mean
         let entropy = f(&[1.0, 2.0, 3.0, 4.0]);
         let mask = f(&[1.0, 1.0, 1.0, 0.0]).to_kind(Kind::Bool).reshape([4, 1]);
         let reference = ((&entropy * &mask).sum(Kind::Float) / mask.sum(Kind::Float)).double_value(&[]);
         assert!((reference - 10.0).abs() < 1e-6, "the reference's number {reference}");
         let ours = mean_entropy(&entropy, Some(&mask)).unwrap().double_value(&[]);
         assert!((ours - 2.0).abs() < 1e-6, "ours {ours}");
-        // a mask per action for an entropy per record: a record with any valid action counts
+        // mask per action, entropy per record: a record with any valid action is valid
         let per_action = f(&[1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
             .to_kind(Kind::Bool)
             .reshape([4, 2]);

@@ -1,12 +1,12 @@
-//! How elements become ratios and losses become one number: levels of the log-probability, companions, masked means.
+//! Reductions of the losses: levels of the log-probability, companion tensors, masked means.
 
 use policy::config::LogprobType;
 use tch::{Kind, Tensor};
 
 use super::{LossError, Result};
 
-/// Sums element-wise log-probabilities (or entropies) `[N, C, D]` to the level's shape: the joint density of
-/// independent elements is the product of theirs.
+/// Sums element-wise log-probabilities (or entropies) `[N, C, D]` to the level's shape `[N, C, D]`, `[N, C]` or `[N]`: the joint
+/// density of independent elements is the product of the elements' densities.
 pub fn aggregate_logprob(logprob: &Tensor, level: LogprobType) -> Result<Tensor> {
     if logprob.dim() != 3 {
         return Err(LossError::NotElementwise { found: logprob.size() });
@@ -19,8 +19,8 @@ pub fn aggregate_logprob(logprob: &Tensor, level: LogprobType) -> Result<Tensor>
     })
 }
 
-/// The companion tensor with `like`'s rank: trailing sizes of 1 dropped, the rest equal to the front of `like`'s shape,
-/// trailing sizes of 1 appended. What it then meets in an operation is only ever spread over trailing dimensions.
+/// Reshapes a companion tensor to the rank of `like`, so that later operations broadcast over trailing dimensions only.
+/// Without trailing sizes of 1 the shape must be a prefix of `like`'s shape; sizes of 1 are then appended.
 pub fn align(name: &'static str, tensor: &Tensor, like_name: &'static str, like: &Tensor) -> Result<Tensor> {
     let (found, expected) = (tensor.size(), like.size());
     let mut shape = found.clone();
@@ -39,8 +39,8 @@ pub fn align(name: &'static str, tensor: &Tensor, like_name: &'static str, like:
     Ok(tensor.reshape(shape))
 }
 
-/// Mean over the elements whose mask is set, the mask spread over `values` first; 0 with no such element. `mask` has
-/// the rank of `values`. Masked elements do not reach the result even if they are not finite.
+/// Returns the mean over the elements whose mask is set, 0 without such an element. `mask` has the rank of `values` and is
+/// broadcast over `values`. Masked elements do not reach the result even if they are not finite.
 pub fn masked_mean(values: &Tensor, mask: Option<&Tensor>) -> Tensor {
     let Some(mask) = mask else {
         return values.mean(values.kind());
@@ -50,8 +50,8 @@ pub fn masked_mean(values: &Tensor, mask: Option<&Tensor>) -> Tensor {
     values.masked_fill(&mask.logical_not(), 0.0).sum(values.kind()) / count
 }
 
-/// Mean over all elements of `values * mask * episode_steps / episode_len`: every episode weighs the same, whatever its
-/// length, when the rows of a lock-step rollout (valid or not) are all there. Elements of an episode of length 0 count
+/// Returns the mean over all elements of `values * mask * episode_steps / episode_len`. Every episode has the same weight,
+/// whatever its length, if all rows of a lock-step rollout (valid or not) are present. Elements of an episode of length 0 count
 /// as masked.
 pub fn episode_weighted_mean(values: &Tensor, mask: &Tensor, episode_len: &Tensor, episode_steps: f64) -> Tensor {
     let episode_len = episode_len.to_kind(values.kind());
@@ -63,7 +63,7 @@ pub fn episode_weighted_mean(values: &Tensor, mask: &Tensor, episode_len: &Tenso
     weighted.masked_fill(&valid.logical_not(), 0.0).mean(values.kind())
 }
 
-/// [`episode_weighted_mean`] where mask, lengths and longest episode are there, else [`masked_mean`].
+/// Reduces by [`episode_weighted_mean`] if mask, episode lengths and `episode_steps` are given, else by [`masked_mean`].
 pub(super) fn aggregate(
     values: &Tensor,
     mask: Option<&Tensor>,
@@ -79,7 +79,7 @@ pub(super) fn aggregate(
     })
 }
 
-/// Scalars to the host in one transfer.
+/// Copies scalars to the host in one transfer.
 pub(super) fn read_metrics<const N: usize>(scalars: &[Tensor; N]) -> Result<[f64; N]> {
     let scalars: Vec<Tensor> = scalars
         .iter()

@@ -1,4 +1,4 @@
-//! A policy loss, what it reads, what it gives and what it asks of a run.
+//! Entry of the policy loss registry: inputs, settings, result and requirements on a run.
 
 use tch::Tensor;
 
@@ -8,26 +8,27 @@ use super::{
     surrogate::{ActorInput, ActorMetrics, ActorSettings},
 };
 
-/// What a policy loss of the registry reads.
+/// Inputs of a policy loss of the registry.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PolicyInput<'a> {
-    /// The policy's part.
+    /// Inputs of the policy loss.
     pub actor: Option<ActorInput<'a>>,
-    /// The critic's part.
+    /// Inputs of the critic loss.
     pub critic: Option<CriticInput<'a>>,
-    /// Entropy of the policy per row (or per element), with gradient; masked as the policy's part is.
+    /// Entropy of the policy per row (or per element), with gradient; masked as [`PolicyInput::actor`].
     pub entropy: Option<&'a Tensor>,
-    /// Factors of the means over the valid elements; 1 without.
+    /// Factors of the means over the valid elements, 1 by default.
     pub share: Share,
 }
 
-/// A part of a minibatch is weighed by its rows; its means over valid elements have its share of the minibatch's valid elements over its
-/// share of the rows as a factor, so that the parts add up to the minibatch's means.
+/// Factors of the means of one part of a minibatch, so that the weighted parts add up to the means of the minibatch.
+///
+/// A part is weighted by its rows. Each factor is the part's share of the minibatch's valid elements over its share of the rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Share {
-    /// Of the policy's mean; 1 where that is by episodes, which counts all elements.
+    /// Factor of the policy loss; 1 for a mean by episodes, which counts all elements.
     pub surrogate: f64,
-    /// Of the mean entropy, which is over valid elements whatever the policy's is.
+    /// Factor of the mean entropy, which is always a mean over valid elements.
     pub entropy: f64,
 }
 
@@ -40,44 +41,44 @@ impl Default for Share {
     }
 }
 
-/// What the configuration says about the whole loss.
+/// Settings of the whole loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PolicySettings {
-    /// The policy's part.
+    /// Settings of the policy loss.
     pub actor: ActorSettings,
-    /// The critic's part.
+    /// Settings of the critic loss.
     pub critic: CriticSettings,
     /// Factor of the critic loss in the sum.
     pub value_coef: f64,
-    /// Factor of the mean entropy that is subtracted; none: the entropy is only reported.
+    /// Factor of the subtracted mean entropy; with `None` the entropy is only reported.
     pub entropy_bonus: Option<f64>,
 }
 
-/// A whole loss and its metrics; a part that the loss does not have is `None`.
+/// Whole loss with its metrics; a part that the loss lacks is `None`.
 #[derive(Debug)]
 pub struct PolicyLoss {
     /// Scalar with gradient.
     pub loss: Tensor,
-    /// The policy's part.
+    /// Metrics of the policy loss.
     pub actor: Option<ActorMetrics>,
-    /// The critic's part.
+    /// Metrics of the critic loss.
     pub critic: Option<CriticMetrics>,
-    /// Mean entropy.
+    /// Mean entropy in nats, without factor.
     pub entropy: Option<f64>,
 }
 
-/// A loss of the registry.
+/// Function of a policy loss.
 pub type PolicyLossFn = fn(&PolicyInput<'_>, &PolicySettings) -> Result<PolicyLoss>;
 
-/// A loss of the registry with what it asks of a run.
+/// Policy loss of the registry with its requirements on a run.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyLossSpec {
     /// `algorithm.loss_type` of the configuration.
     pub loss_type: &'static str,
-    /// The loss.
+    /// Function that computes the loss.
     pub loss: PolicyLossFn,
-    /// Whether it trains a value head.
+    /// Whether the loss trains a value head.
     pub critic: bool,
-    /// Whether it clips around a proximal policy of its own, and so may read records of older versions.
+    /// Whether the loss clips around a proximal policy, and so accepts records of older versions.
     pub proximal: bool,
 }

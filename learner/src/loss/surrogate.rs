@@ -1,4 +1,4 @@
-//! The clipped surrogate that the policy losses share: inputs, settings, metrics and the loss itself.
+//! Clipped surrogate that the policy losses share: inputs, settings, metrics and the loss itself.
 
 use tch::{Kind, Tensor};
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::ranks::{Ranks, RanksError};
 
-/// PPO's clipped surrogate as a loss per element (Schulman et al. 2017, eq. 7, with separate bounds):
+/// Computes PPO's clipped surrogate as a loss per element (Schulman et al. 2017, eq. 7, with separate bounds):
 /// `max(-A r, -A clip(r, 1 - low, 1 + high))`.
 pub fn clipped_surrogate(ratio: &Tensor, advantages: &Tensor, clip_ratio_low: f64, clip_ratio_high: f64) -> Tensor {
     let unclipped = -(advantages * ratio);
@@ -16,26 +16,26 @@ pub fn clipped_surrogate(ratio: &Tensor, advantages: &Tensor, clip_ratio_low: f6
     unclipped.maximum(&clipped)
 }
 
-/// Bounds the loss of an action that was bad and has become likely by `c |A|` (dual clip, Ye et al. 2020, eq. 5).
-/// Where the advantage is positive the loss is negative and the bound does nothing.
+/// Bounds the loss by `c |A|` (dual clip, Ye et al. 2020, eq. 5). The bound acts where the advantage is negative and the ratio is
+/// large. At a positive advantage the loss is negative and the bound has no effect.
 pub fn dual_clip(surrogate: &Tensor, advantages: &Tensor, clip_ratio_c: f64) -> Tensor {
     surrogate.minimum(&(advantages.abs() * clip_ratio_c))
 }
 
-/// What the policy losses read. All tensors fit `new_logprob` in the sense of [`align`].
+/// Inputs of the policy losses. All tensors fit `new_logprob` in the sense of [`align`].
 #[derive(Debug, Clone, Copy)]
 pub struct ActorInput<'a> {
     /// Log-probability of the recorded action under the current weights, at the configured level, with gradient.
     pub new_logprob: &'a Tensor,
-    /// The same under the weights that acted.
+    /// Log-probability of the recorded action under the behavior policy.
     pub old_logprob: &'a Tensor,
-    /// The same under the policy that the update stays close to; without it that is the one that acted.
+    /// Log-probability under the proximal policy, the center of the clip; `None` for the behavior policy.
     pub proximal_logprob: Option<&'a Tensor>,
-    /// The same under a reference policy, for the KL penalty; without it the penalty is against the policy that acted.
+    /// Log-probability under the reference policy of the KL penalty; `None` for the behavior policy.
     pub reference_logprob: Option<&'a Tensor>,
     /// Advantage of each row.
     pub advantages: &'a Tensor,
-    /// Rows (or elements) that count; all without it.
+    /// Valid rows (or elements); `None` if all are valid.
     pub mask: Option<&'a Tensor>,
     /// Valid elements of the row's episode, for [`super::episode_weighted_mean`].
     pub episode_len: Option<&'a Tensor>,
@@ -44,31 +44,31 @@ pub struct ActorInput<'a> {
 /// Settings of the policy loss, under the names of the configuration's keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ActorSettings {
-    /// The ratio is clipped below `1 - clip_ratio_low`.
+    /// Distance of the lower bound of the ratio from 1.
     pub clip_ratio_low: f64,
-    /// The ratio is clipped above `1 + clip_ratio_high`.
+    /// Distance of the upper bound of the ratio from 1.
     pub clip_ratio_high: f64,
-    /// Factor of [`dual_clip`]'s bound, above 1; none: no bound.
+    /// Factor of [`dual_clip`]'s bound, above 1; `None` disables the bound.
     pub clip_ratio_c: Option<f64>,
-    /// Bounds of the log-ratio; without them a log-ratio above 88 overflows to an infinite loss.
+    /// Bounds of the log-ratio. With `None` a log-ratio above 88 overflows to an infinite loss.
     pub clip_log_ratio: Option<(f64, f64)>,
-    /// Elements per episode, valid or not: with it, and with mask and episode lengths, rows are weighted by
+    /// Elements per episode, valid or not. Given together with mask and episode lengths, rows are weighted by
     /// [`super::episode_weighted_mean`].
     pub episode_steps: Option<f64>,
-    /// Factor of the KL penalty [`super::k3`] against the reference policy, or without one against the policy that acted; none: no
-    /// penalty.
+    /// Factor of the KL penalty [`super::k3`] against the reference policy, or the behavior policy without a reference; `None`
+    /// disables the penalty.
     pub kl_beta: Option<f64>,
-    /// Decoupled loss only: elements whose ratio of proximal to behaviour policy exceeds this add nothing to the mean. They stay in its
-    /// count, so that the parts of a minibatch add up to the whole.
+    /// Largest ratio of proximal to behavior policy, for the decoupled loss only. Elements above the threshold add nothing to the
+    /// sum, but stay in the count of the mean, so that the parts of a minibatch add up to the whole.
     pub behave_weight_threshold: Option<f64>,
 }
 
-/// What happened in one policy loss; all means over the valid elements, the ratio after the configured clamp.
+/// Metrics of one policy loss: means over the valid elements, with the ratio after the configured clamp.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct ActorMetrics {
-    /// The loss without the KL penalty.
+    /// Policy loss without the KL penalty.
     pub policy_loss: f64,
-    /// Mean of the KL penalty before its factor; 0 where none is configured.
+    /// Mean of the KL penalty before its factor; 0 without a configured penalty.
     pub kl_penalty: f64,
     /// Mean ratio of new to old (decoupled: proximal) probability.
     pub ratio: f64,
@@ -76,21 +76,21 @@ pub struct ActorMetrics {
     pub ratio_deviation: f64,
     /// Largest `|r - 1|`.
     pub ratio_deviation_max: f64,
-    /// `mean((r - 1) - log r)` with `r` the ratio to the policy that acted, not clamped; never negative (Schulman 2020, "Approximating
+    /// `mean((r - 1) - log r)` with `r` the unclamped ratio to the behavior policy; not negative (Schulman 2020, "Approximating
     /// KL Divergence", estimator k3).
     pub approx_kl: f64,
-    /// `mean(-log r)` of the same: unbiased, may be negative (estimator k1).
+    /// `mean(-log r)` with the same `r`: unbiased, may be negative (estimator k1).
     pub approx_kl_k1: f64,
-    /// Share of elements where the clip decided the loss.
+    /// Fraction of elements where the clip determines the loss.
     pub clip_fraction: f64,
-    /// Share of elements where the dual clip decided the loss.
+    /// Fraction of elements where the dual clip determines the loss.
     pub dual_clip_fraction: f64,
-    /// Share of elements left out because the proximal policy is too far from the one that acted.
+    /// Fraction of elements dropped because the ratio of proximal to behavior policy exceeds the threshold.
     pub behaviour_clip_fraction: f64,
 }
 
 impl ActorMetrics {
-    /// `self += weight * one`; the largest deviation is a maximum, not a mean.
+    /// Adds `weight * one`; the largest deviation is a maximum, not a mean.
     pub fn add(&mut self, one: &Self, weight: f64) {
         self.policy_loss += weight * one.policy_loss;
         self.kl_penalty += weight * one.kl_penalty;
@@ -104,7 +104,7 @@ impl ActorMetrics {
         self.behaviour_clip_fraction += weight * one.behaviour_clip_fraction;
     }
 
-    /// Adds up what the ranks added; the largest deviation is the largest of all.
+    /// Returns the total over all ranks; the largest deviation is the maximum over the ranks.
     ///
     /// # Errors
     /// The exchange between ranks failed.
@@ -145,23 +145,23 @@ impl ActorMetrics {
     }
 }
 
-/// A policy loss and its metrics.
+/// Policy loss with its metrics.
 #[derive(Debug)]
 pub struct ActorLoss {
     /// Scalar with gradient.
     pub loss: Tensor,
-    /// Read once from the device.
+    /// Metrics of the loss, copied from the device in one transfer.
     pub metrics: ActorMetrics,
 }
 
-/// The inputs in f32, spread over `new_logprob`, without gradient except its own.
+/// Inputs in f32, broadcast to `new_logprob`; only `new_logprob` has a gradient.
 struct Elements {
     new_logprob: Tensor,
     old_logprob: Tensor,
-    /// `old_logprob` where there is no proximal policy.
+    /// `old_logprob` without a proximal policy.
     proximal_logprob: Tensor,
     advantages: Tensor,
-    /// Elements that the mask admits, bool.
+    /// Elements whose mask is set, bool.
     valid: Tensor,
     invalid: Tensor,
 }
@@ -181,7 +181,7 @@ impl Elements {
             None => new_logprob.ones_like().to_kind(Kind::Bool).detach(),
         };
         let invalid = valid.logical_not();
-        // an element that does not count may hold anything, in the backward pass too
+        // a masked element may hold any value: it must not reach the backward pass either
         let advantages = companion("advantages", input.advantages, &new_logprob)?
             .expand_as(&new_logprob)
             .masked_fill(&invalid, 0.0);
@@ -200,7 +200,7 @@ fn companion(name: &'static str, tensor: &Tensor, new_logprob: &Tensor) -> Resul
     Ok(align(name, &tensor.to_kind(Kind::Float), "new_logprob", new_logprob)?.detach())
 }
 
-/// The policy loss of PPO and of decoupled PPO; without a proximal policy the ratio is to the policy that acted.
+/// Computes the policy loss of PPO and of decoupled PPO; without a proximal policy the ratio is to the behavior policy.
 pub(super) fn actor_loss(input: &ActorInput<'_>, settings: &ActorSettings) -> Result<ActorLoss> {
     let elements = Elements::new(input)?;
     let Elements {

@@ -1,7 +1,7 @@
 //! `AdamW` with a float32 master copy, parameter groups and a global gradient-norm clip.
 //!
-//! A parameter that is not float32 itself (bfloat16) has a float32 master: the step changes the master and the
-//! parameter receives it rounded. Updates far smaller than a bfloat16 ulp therefore add up instead of being lost. A
+//! A parameter of another type than float32 (bfloat16) has a float32 master: the step changes the master, whose rounded value is
+//! copied to the parameter. Updates far smaller than a bfloat16 ulp therefore add up instead of being lost. A
 //! float32 parameter is its own master.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,16 +11,16 @@ use tch::{Kind, TchError, Tensor};
 use super::{OptimError, Result};
 use crate::ranks::Ranks;
 
-/// What the configuration says about the optimizer as a whole.
+/// Settings of the optimizer that all groups share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWSettings {
     /// Decay of the first moment, in [0, 1).
     pub beta1: f64,
     /// Decay of the second moment, in [0, 1).
     pub beta2: f64,
-    /// Added to the root of the second moment, above 0.
+    /// Summand of the root of the second moment, above 0.
     pub eps: f64,
-    /// Largest L2 norm of the gradient of all groups together; none: no clip (the norm is still reported).
+    /// Largest L2 norm of the gradient of all groups together; `None` disables the clip, and the norm is still reported.
     pub clip_norm: Option<f64>,
 }
 
@@ -52,7 +52,7 @@ impl AdamWSettings {
 /// Parameters that share a learning rate.
 #[derive(Debug)]
 pub struct ParamGroup {
-    /// Its name, for instance `actor` or `value_head`.
+    /// Name of the group, for instance `actor` or `value_head`.
     pub name: String,
     /// Learning rate before the schedule's factor.
     pub lr: f64,
@@ -62,12 +62,12 @@ pub struct ParamGroup {
     pub params: Vec<(String, Tensor)>,
 }
 
-/// What one step did.
+/// Result of one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepReport {
     /// L2 norm of the gradient of all groups, before the clip.
     pub grad_norm: f64,
-    /// The norm was not finite and nothing was changed.
+    /// Whether the step was skipped: the norm was not finite, parameters and moments are unchanged.
     pub skipped: bool,
 }
 
@@ -79,7 +79,7 @@ struct Slot {
     master: Option<Tensor>,
     m: Tensor,
     v: Tensor,
-    /// Steps this parameter has taken; parameters without a gradient do not step.
+    /// Steps of this parameter; parameters without a gradient do not step.
     steps: i64,
 }
 
@@ -100,7 +100,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// An optimizer of these parameters with zero moments. The tensors are leaves whose values it changes in place.
+    /// Creates an optimizer with zero moments. The parameters are leaf tensors, updated in place.
     pub fn new(settings: AdamWSettings, groups: Vec<ParamGroup>) -> Result<Self> {
         settings.check()?;
         let mut names = BTreeSet::new();
@@ -136,19 +136,20 @@ impl AdamW {
         })
     }
 
-    /// Steps taken; skipped ones are not among them.
+    /// Returns the number of optimizer steps, without skipped steps.
     pub fn updates(&self) -> u64 {
         self.updates.unsigned_abs()
     }
 
-    /// Forgets the gradients of all parameters.
+    /// Resets the gradients of all parameters.
     pub fn zero_grad(&mut self) {
         for slot in self.groups.iter_mut().flat_map(|group| &mut group.slots) {
             slot.param.zero_grad();
         }
     }
 
-    /// Sums the gradients over the ranks. A parameter that a backward pass reached on any rank has a gradient on all of them afterwards.
+    /// Sums the gradients over the ranks. A parameter that a backward pass reached on any rank has a gradient on all ranks
+    /// afterwards.
     ///
     /// # Errors
     /// The exchange between ranks or a tensor operation failed.
@@ -165,14 +166,14 @@ impl AdamW {
         Ok(ranks.sum(&mut gradients)?)
     }
 
-    /// L2 norm of the gradient of all groups together; 0 where there is none.
+    /// Returns the L2 norm of the gradient of all groups together; 0 without any gradient.
     pub fn grad_norm(&self) -> Result<f64> {
         let norms = self
             .groups
             .iter()
             .flat_map(|group| &group.slots)
             .filter_map(Slot::grad)
-            // each tensor's own norm in float32, their sum of squares in float64: one transfer from the device
+            // norm of each tensor in float32, sum of squares in float64: one transfer from the device
             .map(|grad| grad.f_to_kind(Kind::Float)?.f_norm()?.f_to_kind(Kind::Double))
             .collect::<Result<Vec<_>, TchError>>()?;
         if norms.is_empty() {
@@ -182,11 +183,11 @@ impl AdamW {
         Ok(squares.f_double_value(&[])?.sqrt())
     }
 
-    /// One update with the gradients that are there; `lr_factor` is the schedule's factor of this step.
+    /// Updates the parameters with their current gradients; `lr_factor` is the schedule's factor of this step.
     ///
-    /// The gradient is scaled by `min(1, clip_norm / (norm + 1e-6))`. With a norm that is not finite nothing changes
-    /// and the step counts as skipped. A parameter that no backward pass has reached yet stays as it is. The
-    /// gradients are left for [`AdamW::zero_grad`].
+    /// The gradient is scaled by `min(1, clip_norm / (norm + 1e-6))`. If the norm is not finite, nothing changes
+    /// and the step counts as skipped. A parameter that no backward pass has reached yet is unchanged. The
+    /// gradients are kept until [`AdamW::zero_grad`].
     pub fn step(&mut self, lr_factor: f64) -> Result<StepReport> {
         let grad_norm = self.grad_norm()?;
         if !grad_norm.is_finite() {
@@ -221,10 +222,10 @@ impl AdamW {
         })
     }
 
-    /// Everything that the next step depends on beside the parameters: `m.NAME`, `v.NAME`, `steps.NAME`,
+    /// Returns the state on which the next step depends in addition to the parameters: `m.NAME`, `v.NAME`, `steps.NAME`,
     /// `master.NAME` (of parameters that are not float32), and `updates`, `skipped`.
     ///
-    /// The tensors are views of the live state: write them before the next step.
+    /// The tensors are views of the live state, which the next step changes.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for slot in self.groups.iter().flat_map(|group| &group.slots) {
@@ -240,8 +241,8 @@ impl AdamW {
         state
     }
 
-    /// Takes over what [`AdamW::state`] gave, bit for bit. The set of names, the types and the shapes must be exactly
-    /// this optimizer's; on an error nothing is changed. A parameter with a master receives it rounded.
+    /// Restores a state that [`AdamW::state`] returned, bit for bit. The set of names, the types and the shapes must equal
+    /// this optimizer's; a rejected state changes nothing. A parameter with a master is set to the rounded master.
     pub fn load_state(&mut self, saved: &BTreeMap<String, Tensor>) -> Result<()> {
         let own = self.state();
         for (name, tensor) in &own {
@@ -309,7 +310,8 @@ impl Slot {
         grad.defined().then_some(grad)
     }
 
-    /// The gradient, made of zeros where no backward pass has reached the parameter: libtorch makes one in a backward pass only.
+    /// Returns the gradient. If no backward pass has reached the parameter, creates a gradient of zeros by a backward pass:
+    /// libtorch offers no other way.
     fn grad_or_zeros(&self) -> Result<Tensor, TchError> {
         if let Some(grad) = self.grad() {
             return Ok(grad);
@@ -318,7 +320,7 @@ impl Slot {
         Ok(self.param.grad())
     }
 
-    /// Loshchilov and Hutter 2019, algorithm 2, lines 5 to 12, with the bias corrections folded into the step size.
+    /// Applies Loshchilov and Hutter 2019, algorithm 2, lines 5 to 12, with the bias corrections folded into the step size.
     fn step(&mut self, settings: &AdamWSettings, lr: f64, weight_decay: f64, scale: f64) -> Result<(), TchError> {
         let Some(grad) = self.grad() else { return Ok(()) };
         let mut grad = grad.f_to_kind(Kind::Float)?;
@@ -383,7 +385,7 @@ mod tests {
 
     #[test]
     fn steps_below_a_bfloat16_ulp_add_up_in_the_master() {
-        // ulp of bfloat16 at 1.0 is 2^-7; 100 steps of 1e-4 move the weight by 0.01, one alone is rounded away
+        // the ulp of bfloat16 at 1.0 is 2^-7; 100 steps of 1e-4 change the weight by 0.01, a single step is lost in rounding
         let weight = leaf(&[1.0], Kind::BFloat16);
         let mut optimizer = adamw(1e-4, vec![("w", &weight)]);
         for step in 1..=100 {

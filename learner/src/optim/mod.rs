@@ -1,4 +1,4 @@
-//! The optimizer and its learning-rate schedules.
+//! Optimizer and its learning-rate schedules.
 
 mod adamw;
 mod schedule;
@@ -13,43 +13,43 @@ pub use self::{
     schedule::{Decay, Schedule},
 };
 
-/// What can go wrong in building, stepping or restoring an optimizer.
+/// Error in building, stepping or restoring an optimizer.
 #[derive(Debug, Error)]
 pub enum OptimError {
-    /// Two parameters have one name.
+    /// Two parameters have the same name.
     #[error("parameter `{name}` is registered twice")]
     Duplicate {
-        /// The name.
+        /// Name of both parameters.
         name: String,
     },
     /// A setting is outside its range.
     #[error("optimizer setting `{name}` must be {range}, found {found}")]
     Setting {
-        /// Which.
+        /// Name of the setting.
         name: &'static str,
-        /// The range in words.
+        /// Valid range in words.
         range: &'static str,
-        /// What was given.
+        /// Value found.
         found: f64,
     },
-    /// The saved state lacks a tensor.
+    /// A tensor is missing from the saved state.
     #[error("optimizer state has no tensor `{name}`: the checkpoint belongs to another set of parameters")]
     MissingState {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
     },
-    /// The saved state has a tensor that belongs to no parameter.
+    /// The saved state has a tensor that does not belong to any parameter.
     #[error("optimizer state has the unknown tensor `{name}`: the checkpoint belongs to another set of parameters")]
     UnknownState {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
     },
     /// A saved tensor has another type or shape.
     #[error("optimizer state `{name}` needs {expected}, found {found}")]
     StateShape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// Type and shape of ours.
+        /// Type and shape of the optimizer.
         expected: String,
         /// Type and shape saved.
         found: String,
@@ -57,15 +57,15 @@ pub enum OptimError {
     /// A tensor operation failed.
     #[error("failed to update parameter `{name}`")]
     Update {
-        /// The parameter.
+        /// Name of the parameter.
         name: String,
-        /// What libtorch said.
+        /// Error of libtorch.
         source: TchError,
     },
-    /// A norm or a gradient could not be computed, or a tensor not be made.
+    /// A norm or a gradient could not be computed, or a tensor could not be created.
     #[error("failed to compute on optimizer tensors")]
     Torch(#[from] TchError),
-    /// Gradients could not be summed.
+    /// The gradients could not be summed over the ranks.
     #[error(transparent)]
     Ranks(#[from] RanksError),
 }

@@ -1,11 +1,11 @@
 //! Learning-rate schedules: a linear rise, then a constant or half a cosine.
 
-/// How the learning rate moves after the warm-up.
+/// Learning-rate schedule after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Decay {
-    /// It stays.
+    /// Factor 1.
     Constant,
-    /// Half a cosine from 1 at the end of the warm-up to `min_factor` at `total_steps`, and `min_factor` from there on.
+    /// Half a cosine from 1 at the end of the warm-up to `min_factor` at `total_steps`, and `min_factor` afterwards.
     Cosine {
         /// Steps of the whole run, warm-up included.
         total_steps: u64,
@@ -19,14 +19,15 @@ pub enum Decay {
 pub struct Schedule {
     /// Steps of linear rise.
     pub warmup_steps: u64,
-    /// Factor of the first step of the rise, in [0, 1]. 0 spends one step on nothing.
+    /// Factor of the first step of the rise, in [0, 1]. With 0 the first step has no effect.
     pub warmup_start: f64,
-    /// What follows.
+    /// Schedule after the warm-up.
     pub decay: Decay,
 }
 
 impl Schedule {
-    /// A linear rise over `warmup_steps` steps that begins at `1 / (warmup_steps + 1)`, so that the first step counts.
+    /// Creates a schedule with a linear rise over `warmup_steps` steps from `1 / (warmup_steps + 1)`, so that the first step has
+    /// an effect.
     pub fn warmup(warmup_steps: u64, decay: Decay) -> Self {
         Self {
             warmup_steps,
@@ -35,7 +36,7 @@ impl Schedule {
         }
     }
 
-    /// Factor of the learning rate at the optimizer step `step`, counted from 0.
+    /// Returns the factor of the learning rate at optimizer step `step`, counted from 0.
     pub fn factor(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             let progress = step as f64 / self.warmup_steps as f64;

@@ -1,7 +1,7 @@
-//! The learner's side of the wire: announces versions, serves their files, hands out orders, takes trajectories.
+//! The learner's side of the wire: announces versions, serves their files, sends orders, receives trajectories.
 //!
-//! One thread owns the socket. Trajectories are acknowledged when they have been handed to the training thread; one that comes
-//! twice is dropped. An engine that comes back (or a new one) gets the newest announce and what is left of the order.
+//! One thread owns the socket. A trajectory is acknowledged after the hand-over to the training thread; a repeated trajectory is
+//! dropped. A new or reconnected engine gets the newest announce and the open episodes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,49 +34,49 @@ use crate::{
 
 /// Bytes of a file per message.
 const PART_BYTES: usize = 4 << 20;
-/// Parts that wait to be read, of all engines.
+/// Most file parts that wait to be read, over all engines.
 const MAX_PARTS: usize = 1024;
-/// Bytes that an engine, and all of them, may send per second: trajectories with their images, read as fast as they come.
+/// Most bytes per second from one engine, and from all engines: trajectories with their images, read as fast as they arrive.
 const ENGINE_BYTES_PER_SECOND: usize = 1 << 30;
-/// An engine's state reaches the training thread when it changes, and otherwise no more often than this.
+/// Shortest time between two forwards of an engine's unchanged state; a changed state is forwarded at once.
 const STATE_INTERVAL: Duration = Duration::from_millis(500);
-/// Reload reports of one connection that reach the training thread, per announced version.
+/// Most reload reports of one connection that reach the training thread, per announced version.
 const MAX_REPORTS: u32 = 16;
 /// Longest reason of a reload report, in characters.
 const MAX_REASON: usize = 4096;
-/// States and reports that wait for the training thread; beyond that they are dropped. Trajectories never are: they are ordered.
+/// Waiting events above which states and reports are dropped. Trajectories are never dropped, because each was ordered.
 const MAX_WAITING: usize = 65_536;
 
-/// What engines report.
+/// Event from an engine.
 #[derive(Debug)]
 pub enum HubEvent {
-    /// An engine is there.
+    /// State of a connected engine.
     State(EngineState),
-    /// An engine closed its connection.
+    /// Closed connection of an engine.
     Gone,
-    /// A reload went live or was refused.
+    /// Result of a reload: live or rejected.
     Reload(ReloadReport),
-    /// An episode that is wanted.
+    /// Ordered episode.
     Trajectory(Box<Trajectory>),
-    /// An episode with a chunk of a version that it may not have: it is left out and ordered again.
+    /// Dropped episode with a chunk of a version that its batch does not allow; the episode is ordered again.
     Stale,
 }
 
 enum Command {
     Announce(Box<(Announce, PathBuf)>),
-    /// Takes the place of all that is wanted.
+    /// Replaces all open batches.
     Order(Batch),
-    /// Is wanted too.
+    /// Is added to the open batches.
     Add(Batch),
 }
 
-/// A handle to the hub's thread.
+/// Handle to the hub's thread.
 #[derive(Debug)]
 pub struct Hub {
     commands: mpsc::UnboundedSender<Command>,
     events: std_mpsc::Receiver<HubEvent>,
     waiting: Arc<AtomicUsize>,
-    /// Where engines connect.
+    /// Endpoint where engines connect.
     pub endpoint: String,
 }
 
@@ -86,12 +86,12 @@ fn episode_key(reset: &Reset) -> EpisodeKey {
     (reset.seed, reset.env, reset.episode)
 }
 
-/// A batch and who makes it.
+/// Batch whose episodes have not all arrived.
 struct Wanted {
     oldest: u64,
     newest: u64,
     mode: Mode,
-    /// Episodes still wanted, which engine has them and since which order.
+    /// Open episodes, each with its engine and the number of the order that assigned the engine; `None` while unassigned.
     episodes: BTreeMap<EpisodeKey, (Reset, Option<(Peer, u64)>)>,
 }
 
@@ -109,8 +109,8 @@ impl Wanted {
         }
     }
 
-    /// Rejects an episode with a chunk of a version that the batch does not allow, or newer than the announced one: an engine may have
-    /// such a version from a learner that was replaced.
+    /// Rejects an episode with a chunk of a version that the batch does not allow or that is newer than the announced version. An engine
+    /// may have a newer version from a learner that was replaced.
     fn check(&self, trajectory: &Trajectory, announced: u64) -> Result<(), VersionError> {
         let versions = self.oldest..=self.newest.min(announced);
         // the chunks of an evaluation have no record
@@ -122,9 +122,9 @@ impl Wanted {
 /// A connected engine.
 struct Engine {
     state: EngineState,
-    /// When its state last went to the training thread.
+    /// Time when the training thread last got the state.
     forwarded: Instant,
-    /// Reports since the last announce.
+    /// Reload reports since the last announce.
     reports: u32,
 }
 
@@ -132,29 +132,29 @@ struct State {
     sender: RouterSender,
     parts: Parts,
     events: std_mpsc::Sender<HubEvent>,
-    /// Events that the training thread has not taken.
+    /// Events that the training thread has not received.
     waiting: Arc<AtomicUsize>,
     engines: BTreeMap<Peer, Engine>,
     announce: Option<(Announce, PathBuf)>,
-    /// What is wanted, the first first; evaluations stand before training.
+    /// Open batches by priority, highest first; evaluations come before training.
     wanted: Vec<Wanted>,
     orders: u64,
-    /// Engines that know what is wanted from them: they are told only what is wanted beside it, so that an episode whose
-    /// trajectory is on its way is not made twice.
+    /// Engines with a current order. Such an engine gets only the additional episodes, so that an episode whose trajectory is on its way
+    /// is not made twice.
     told: BTreeSet<Peer>,
-    /// Acknowledged trajectories by engine session, to drop repetitions.
+    /// Acknowledged trajectories as engine session and trajectory id, to drop repetitions.
     seen: BTreeSet<(String, u64)>,
 }
 
-/// A part that an engine asked for.
+/// File part that an engine requested.
 struct Asked {
     peer: Peer,
     fetch: Fetch,
-    /// Where the file is; `None`: it is not part of the announced version.
+    /// Path of the file; `None` for a file outside the announced version.
     path: Option<PathBuf>,
 }
 
-/// The thread that reads parts of files, so that nobody waits for the disk but the engine that asked.
+/// Thread that reads file parts, so that only the requesting engine waits for the disk.
 struct Parts {
     asked: std_mpsc::SyncSender<Asked>,
     /// Engines whose part is being read.
@@ -179,7 +179,7 @@ impl Parts {
         Ok(Self { asked, reading })
     }
 
-    /// Returns whether the part will be read: one at a time for an engine, [`MAX_PARTS`] for all.
+    /// Queues a part and returns true. Returns false while the engine's last part is being read, or while [`MAX_PARTS`] parts wait.
     fn ask(&self, asked: Asked) -> bool {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let peer = asked.peer;
@@ -223,7 +223,7 @@ impl Hub {
     /// Binds the endpoint and starts the thread.
     ///
     /// # Errors
-    /// The endpoint is wrong or in use.
+    /// The endpoint is invalid or in use.
     pub fn start(listen: &str) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -243,8 +243,8 @@ impl Hub {
             "starting the thread for file parts of",
             std::path::Path::new(listen),
         ))?;
-        // without capacities, for neither side may wait for the other: commands are calls of the training thread; events are the episodes
-        // that it ordered, once each, and at most `MAX_WAITING` others
+        // both channels are unbounded, because neither thread may wait for the other: commands are calls of the training thread; events are
+        // the ordered episodes, once each, and at most `MAX_WAITING` others
         let waiting = Arc::new(AtomicUsize::new(0));
         let (commands, command_receiver) = mpsc::unbounded_channel();
         let (event_sender, events) = std_mpsc::channel();
@@ -285,7 +285,7 @@ impl Hub {
         self.command(Command::Announce(Box::new((announce, bundle.dir().to_owned()))))
     }
 
-    /// Orders episodes from a version; replaces what was wanted before.
+    /// Orders episodes from a version; replaces all open batches.
     ///
     /// # Errors
     /// The network thread has ended.
@@ -298,7 +298,7 @@ impl Hub {
         }))
     }
 
-    /// Orders episodes beside those that are wanted already: an evaluation before, training after them.
+    /// Orders episodes in addition to the open batches; an evaluation goes to the front, training to the end.
     ///
     /// # Errors
     /// The network thread has ended.
@@ -388,7 +388,7 @@ impl State {
             }
             ToLearner::Trajectory(trajectory) => {
                 let (id, name) = (trajectory.id, (trajectory.engine.clone(), trajectory.id));
-                // only what is wanted is remembered: nobody can make the learner remember without end
+                // only ordered episodes are stored, so that no engine can make `seen` grow without bound
                 if !self.seen.contains(&name)
                     && let Some(event) = self.claim(trajectory)
                 {
@@ -428,7 +428,7 @@ impl State {
         self.forward(HubEvent::State(state))
     }
 
-    /// Passes a state or a report on, unless too many wait.
+    /// Forwards a state or a report, unless too many events wait.
     fn forward(&self, event: HubEvent) -> Result<(), std_mpsc::SendError<HubEvent>> {
         if self.waiting.load(Ordering::Relaxed) > MAX_WAITING {
             tracing::warn!("an engine's report is dropped: {MAX_WAITING} wait for the training thread");
@@ -446,12 +446,12 @@ impl State {
         if self.engines.remove(&peer).is_some() {
             self.release(peer);
             self.hand_out();
-            // the training thread decides whether an engine less ends the run
+            // the training thread decides whether the loss of an engine ends the run
             drop(self.forward(HubEvent::Gone));
         }
     }
 
-    /// What a new trajectory is to the training thread; `None`: nobody wants it, or no version has been announced.
+    /// Converts a new trajectory into an event; returns `None` if the episode is not open or no version has been announced.
     fn claim(&mut self, trajectory: Box<Trajectory>) -> Option<HubEvent> {
         let key = episode_key(&trajectory.reset);
         let (announce, _) = self.announce.as_ref()?;
@@ -476,7 +476,7 @@ impl State {
         Some(HubEvent::Trajectory(trajectory))
     }
 
-    /// What an engine had is wanted from others.
+    /// Unassigns the episodes of an engine, so that other engines can make these episodes.
     fn release(&mut self, peer: Peer) {
         self.told.remove(&peer);
         for (_, owner) in self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut()) {
@@ -486,7 +486,7 @@ impl State {
         }
     }
 
-    /// Spreads the episodes that no engine has over the engines that are there, and sends each its order.
+    /// Assigns the unassigned episodes to the connected engines in turn, and sends each engine its order.
     fn hand_out(&mut self) {
         let peers: Vec<Peer> = self.engines.keys().copied().collect();
         let all = self.wanted.iter_mut().flat_map(|batch| batch.episodes.values_mut());
@@ -536,8 +536,8 @@ impl State {
         }
     }
 
-    /// Has a part of a file of the announced version read and sent; anything else is answered with no bytes. An engine that asks for
-    /// more before it took the last is not served: it asks again when the part does not come.
+    /// Queues the reading and sending of a part of the announced version; any other request gets an empty part. An engine that requests
+    /// more before it received the last part is not served, and must request the part again.
     fn send_part(&self, peer: Peer, fetch: Fetch) {
         let path = self
             .announce

@@ -1,4 +1,4 @@
-//! `launch = "local"`: engine and env workers as child processes, with their logs, taken down with this process.
+//! `launch = "local"`: engine and env workers as child processes with logs, terminated with this process.
 
 use std::{
     fs::File,
@@ -13,13 +13,13 @@ use policy::plan::RunPlan;
 use super::native;
 use crate::error::{LearnerError, Result, io};
 
-/// How long a child may take to finish after it was asked to.
+/// Time for a child to finish after SIGTERM.
 const GRACE: Duration = Duration::from_secs(8);
-/// How long the engine may take to open its endpoints.
+/// Time for the engine to open its endpoints.
 const START: Duration = Duration::from_mins(1);
-/// How often a wait looks again.
+/// Interval between two polls.
 const POLL: Duration = Duration::from_millis(20);
-/// Lines of a log that an error shows.
+/// Number of a log's last lines that an error shows.
 const TAIL_LINES: usize = 20;
 
 struct Running {
@@ -28,7 +28,7 @@ struct Running {
     child: Child,
 }
 
-/// The child processes of a run; dropping it takes them all down.
+/// Child processes of a run; dropping this value terminates all child processes.
 #[derive(Default)]
 pub struct Children {
     running: Vec<Running>,
@@ -40,10 +40,10 @@ impl std::fmt::Debug for Children {
     }
 }
 
-/// A program of this release: beside this executable.
+/// Returns the path of a program of this release, in the folder of this executable.
 fn sibling(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(io("finding this executable", Path::new("learner")))?;
-    // a test binary lies one folder deeper
+    // a test binary is one folder deeper
     let found = own
         .ancestors()
         .skip(1)
@@ -56,7 +56,7 @@ fn sibling(name: &str) -> Result<PathBuf> {
     })
 }
 
-/// The Python that has the simulator, with the package on its path.
+/// Returns a command of the Python that has the simulator, with the worker package on `PYTHONPATH`.
 fn python(env: &EnvConfig) -> Result<Command> {
     let own = std::env::current_exe().map_err(io("finding this executable", Path::new("learner")))?;
     let root = own
@@ -96,7 +96,7 @@ fn tail(log: &Path) -> String {
         .join("\n")
 }
 
-/// Parameters of the environment as JSON for the Python worker, as TOML for ours.
+/// Returns the environment's parameters as JSON for the Python worker, as TOML for the Rust worker.
 fn params(kind: WorkerKind, table: &toml::Table) -> Result<String> {
     match kind {
         WorkerKind::Rust => toml::to_string(table).map_err(|e| LearnerError::Params(e.into())),
@@ -122,10 +122,10 @@ impl Children {
         Ok(())
     }
 
-    /// Starts the engine and waits until its endpoints are open; returns the one for env workers.
+    /// Starts the engine, waits until its endpoints are open, and returns the endpoint for env workers.
     ///
     /// # Errors
-    /// It cannot be started or ends; the error carries its log.
+    /// The engine cannot be started, ends, or opens no endpoints in time; the error carries the end of the log.
     pub fn engine(&mut self, config: &Path, learner: &str, dir: &Path) -> Result<String> {
         let endpoints = dir.join("engine").join("endpoints.json");
         if endpoints.exists() {
@@ -167,7 +167,7 @@ impl Children {
     /// Starts the env workers.
     ///
     /// # Errors
-    /// One cannot be started.
+    /// A worker cannot be started.
     pub fn workers(&mut self, plan: &RunPlan, engine: &str, dir: &Path) -> Result<()> {
         let env = &plan.config.env;
         let (total, workers) = (env.train.total_num_envs, env.train.workers);
@@ -195,10 +195,10 @@ impl Children {
         Ok(())
     }
 
-    /// Runs `env-worker` (or the Python worker) to the end, to write a data set.
+    /// Writes a data set: runs `env-worker` or the Python worker to its end.
     ///
     /// # Errors
-    /// It fails; the error carries its log.
+    /// The worker fails; the error carries the end of the log.
     pub fn write_data(&mut self, plan: &RunPlan, what: &str, args: &[String], dir: &Path) -> Result<()> {
         let env = &plan.config.env;
         let mut table = env.params.clone();
@@ -206,7 +206,7 @@ impl Children {
         if what == "demos" {
             match env.worker {
                 WorkerKind::Rust => table.extend(env.demo_params.clone()),
-                // the Python worker takes what concerns the demonstrator as options
+                // the Python worker takes the demonstrator's parameters as options
                 WorkerKind::Python => {
                     for (name, value) in &env.demo_params {
                         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -248,10 +248,10 @@ impl Children {
         })
     }
 
-    /// Whether all children still run.
+    /// Checks that all children still run.
     ///
     /// # Errors
-    /// One has ended: nothing is restarted silently.
+    /// A child has ended; no child is restarted.
     pub fn check(&mut self) -> Result<()> {
         for running in &mut self.running {
             if let Some(status) = running
@@ -271,7 +271,7 @@ impl Children {
     }
 }
 
-/// Lets time pass between two looks at a child: there is no event to wait for.
+/// Sleeps between two polls of a child, because the start of a child sends no event.
 #[expect(clippy::disallowed_methods, reason = "a child's start can only be polled")]
 fn wait(pause: Duration) {
     std::thread::sleep(pause);
@@ -279,7 +279,7 @@ fn wait(pause: Duration) {
 
 impl Drop for Children {
     fn drop(&mut self) {
-        // workers first: the engine then has nothing more to finish
+        // workers first, so that the engine has nothing left to finish
         for running in self.running.iter().rev() {
             native::terminate(running.child.id());
         }

@@ -11,19 +11,19 @@ use policy::{config::Launch, plan::RunPlan};
 use self::{hub::Hub, launch::Children};
 use crate::error::Result;
 
-/// The processes around the learner, for as long as it lives.
+/// Hub and child processes of a run.
 pub(crate) struct Ring {
-    /// Where engines connect.
+    /// Hub where engines connect.
     pub(crate) hub: Hub,
-    /// The processes that this one started; they end with it.
+    /// Child processes, terminated when this value is dropped.
     pub(crate) children: Children,
 }
 
 impl Ring {
-    /// Opens the hub and, where the configuration says so, starts engine and env workers with `config`; their logs are in `dir`.
+    /// Opens the hub; for `launch = "local"`, also starts engine and env workers with `config`. Logs are in `dir`.
     ///
     /// # Errors
-    /// The endpoint cannot be bound or a process not be started.
+    /// The endpoint cannot be bound or a process cannot be started.
     pub(crate) fn start(plan: &RunPlan, dir: &Path, config: &Path) -> Result<Self> {
         let hub = Hub::start(&plan.config.learner.listen)?;
         let mut children = Children::default();

@@ -1,4 +1,5 @@
-//! Data sets on disk: demonstrations and scenes in safetensors files (layout at the env workers that write them), read row by row.
+//! Data sets on disk: demonstrations and scenes in safetensors files (layout documented at the env workers that write the files),
+//! read row by row.
 
 use std::{
     collections::BTreeMap,
@@ -19,19 +20,19 @@ use serde::Deserialize;
 use super::source::{Demo, DemoSource};
 use crate::error::{DatasetError, LearnerError, Result};
 
-/// Longest header, as safetensors itself has it.
+/// Longest header in bytes, the limit of safetensors.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Bytes of the header's length, in front of it.
+/// Size of the length field before the header, in bytes.
 const LENGTH_BYTES: u64 = 8;
-/// Bytes that are read at once to check a tensor.
+/// Size of a block in the check of a tensor, in bytes.
 const BLOCK_BYTES: usize = 1 << 20;
 
-/// An open data set. Only its header is in memory.
+/// Open data set, of which only the header is in memory.
 #[derive(Debug)]
 pub struct DataFile {
     path: PathBuf,
     file: File,
-    /// Length and time of the last change at the opening.
+    /// Length in bytes and modification time when the file was opened.
     stamp: (u64, SystemTime),
     rows: usize,
     /// Names of the cameras, in the order of the file's images.
@@ -45,11 +46,11 @@ pub struct DataFile {
     target: Column,
 }
 
-/// A tensor with one entry per row.
+/// Tensor with one entry per row.
 #[derive(Debug)]
 struct Column {
     name: &'static str,
-    /// Of the first row, from the start of the file.
+    /// Offset of the first row from the start of the file, in bytes.
     offset: u64,
     row_bytes: usize,
 }
@@ -61,10 +62,10 @@ struct Meta {
 
 impl DataFile {
     /// Opens a file with `images`, `state`, `prompt_id` and the named targets (`actions` or `keypoints`) for the policy of a plan.
-    /// All of it but the images is read once, to find a number that cannot be used before the training begins.
+    /// Reads everything except the images once, so that an unusable number is found before training.
     ///
     /// # Errors
-    /// The file is missing, not a whole safetensors file, holds NaN or infinity, or its tensors do not fit the policy.
+    /// The file is missing, truncated, not a safetensors file or contains NaN or infinity, or the tensors do not fit the policy.
     pub fn open(path: &Path, targets: &'static str, plan: &RunPlan) -> Result<Self> {
         Self::open_file(path, targets, plan).map_err(|source| LearnerError::Dataset {
             path: path.to_owned(),
@@ -161,7 +162,7 @@ impl DataFile {
         Ok(())
     }
 
-    /// Calls `check` with every element of a tensor and its place, in blocks of bounded size.
+    /// Calls `check` with index and bytes of every element of a tensor, read in blocks of [`BLOCK_BYTES`].
     fn scan<const N: usize>(
         &self,
         column: &Column,
@@ -273,8 +274,8 @@ fn stamp(file: &File) -> Result<(u64, SystemTime), DatasetError> {
     Ok((metadata.len(), metadata.modified().map_err(DatasetError::Read)?))
 }
 
-/// Reads the header of a file of this length; returns the offset of the first tensor, too. Checks that each tensor begins where the one
-/// before ends, and that the last ends with the file.
+/// Reads the header of a file of this length in bytes. Returns the header and the offset of the first tensor. Checks that the
+/// tensors follow each other without gaps and that the last tensor ends with the file.
 fn read_header(file: &File, length: u64) -> Result<(Metadata, u64), DatasetError> {
     let limit = length.saturating_sub(LENGTH_BYTES).min(MAX_HEADER_BYTES);
     let mut found = [0; 8];

@@ -1,4 +1,4 @@
-//! Minibatches of a data set in model units; the next is read while the last is trained on.
+//! Minibatches of a data set in model units. The next minibatch is read during the training step on the current one.
 
 use std::{sync::mpsc::sync_channel, thread};
 
@@ -18,14 +18,14 @@ use crate::{
 /// Kind of a data set's targets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Targets {
-    /// The next actions.
+    /// Action chunk that follows the observation.
     Actions,
-    /// This many points in the images.
+    /// Key points in the images, with their number over all cameras.
     KeyPoints(usize),
 }
 
 impl Targets {
-    /// Returns the tensor's name in a data set.
+    /// Returns the name of the target tensor in a data set.
     pub fn name(self) -> &'static str {
         match self {
             Self::Actions => "actions",
@@ -34,10 +34,10 @@ impl Targets {
     }
 }
 
-/// Some rows of a data set, in main memory.
+/// Rows of a data set, in main memory.
 #[derive(Debug)]
 pub struct Minibatch {
-    /// Numbers of the rows.
+    /// Row numbers in the data set.
     pub rows: Vec<usize>,
     /// Observations in model units.
     pub observations: ObservationBatch,
@@ -45,7 +45,7 @@ pub struct Minibatch {
     pub targets: Tensor,
 }
 
-/// Reads minibatches of a data set for a policy.
+/// Reader of minibatches of a data set for a policy.
 pub struct Loader<'a> {
     source: &'a dyn DemoSource,
     transform: &'a Transform,
@@ -54,10 +54,10 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// Checks that a data set fits the policy of a plan: rows, prompts, and the shape of the targets.
+    /// Creates a loader after a check that the data set fits the policy of a plan: rows, prompts and shape of the targets.
     ///
     /// # Errors
-    /// Names what does not fit.
+    /// The data set is empty, or a prompt or the shape of the targets does not fit.
     pub fn new(
         plan: &'a RunPlan,
         transform: &'a Transform,
@@ -115,10 +115,10 @@ impl<'a> Loader<'a> {
         self.source.len()
     }
 
-    /// Reads rows of the data set, in this order.
+    /// Reads rows of the data set, in the given order.
     ///
     /// # Errors
-    /// A row that cannot be read, or that the policy cannot be trained on.
+    /// A row cannot be read or does not fit the policy.
     pub fn load(&self, rows: Vec<usize>) -> Result<Minibatch> {
         let (inputs, targets) = self.read(&rows).map_err(|e| self.error(e))?;
         let n = rows.len() as i64;
@@ -134,7 +134,7 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// Returns observations and targets in model units, the targets one after another.
+    /// Reads observations and targets in model units; the targets are concatenated.
     fn read(&self, rows: &[usize]) -> Result<(Vec<ModelInput>, Vec<f32>), DatasetError> {
         let [length, width] = self.source.target_shape();
         let (mut inputs, mut targets) = (Vec::with_capacity(rows.len()), Vec::new());
@@ -175,18 +175,18 @@ impl<'a> Loader<'a> {
         Ok((inputs, targets))
     }
 
-    /// Calls `step` with the minibatch of each draw, which is rows and a value for `step`. Another thread loads the next minibatch
-    /// meanwhile: at most two are in memory, whatever the size of the data set.
+    /// Calls `step` with the minibatch of each draw. A draw consists of rows and a value for `step`. Another thread loads the
+    /// next minibatch at the same time: at most two minibatches are in memory, whatever the size of the data set.
     ///
     /// # Errors
-    /// The first error of a minibatch that cannot be loaded, or of `step`.
+    /// A minibatch cannot be loaded, or `step` fails; the first error is returned.
     pub fn for_each<D: Send>(
         &self,
         draws: impl Iterator<Item = (Vec<usize>, D)> + Send,
         mut step: impl FnMut(Minibatch, D) -> Result<()>,
     ) -> Result<()> {
         thread::scope(|scope| {
-            // without a place in the channel the thread waits with one minibatch in hand
+            // the channel has no buffer: the thread holds one minibatch until it is received
             let (sender, minibatches) = sync_channel(0);
             scope.spawn(move || {
                 for (rows, drawn) in draws {

@@ -36,19 +36,20 @@ use crate::{
     ring::launch::Children,
 };
 
-/// Seeds of the data sets, apart from the run's own.
+/// Seed of the scenes, distinct from the run's seed.
 const SCENES_SEED: u64 = 1_000_003;
+/// Seed of the demonstrations, distinct from the run's seed.
 const DEMOS_SEED: u64 = 2_000_003;
 
-/// Where SFT leaves its weights.
+/// Returns the path of the SFT weights in a run's folder.
 pub fn sft_checkpoint(dir: &Path) -> PathBuf {
     dir.join("sft/model.safetensors")
 }
 
-/// Pre-training (when configured) and SFT; writes `sft/model.safetensors` under openpi's names.
+/// Runs pre-training (if configured) and SFT. Writes `sft/model.safetensors` with openpi's parameter names.
 ///
 /// # Errors
-/// Data, network or file errors.
+/// The data sets cannot be written or read, do not fit the policy, or a file operation fails.
 pub fn supervised(plan: &RunPlan) -> Result<()> {
     check_seed(plan)?;
     let (dir, _) = prepare(plan)?;
@@ -90,7 +91,7 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
         let scenes = DataFile::open(&path, targets.name(), plan)?;
         let scenes = Loader::new(plan, &transform, &scenes, targets)?;
         let error = pretrain(&policy, stage, &scenes, config.runner.seed, &mut log)?;
-        tracing::info!("pre-training: mean localisation error {error:.4} of the image");
+        tracing::info!("pre-training: mean localization error {error:.4} of the image");
     }
     let args = [
         flag("episodes", sft_config.demos.to_string()),

@@ -1,4 +1,4 @@
-//! The frozen prefixes of a data set's rows, kept for the next time that a row is drawn, up to a bound.
+//! Cache of the frozen prefixes of a data set's rows, up to a bound, for rows that are drawn again.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -17,20 +17,20 @@ use crate::{
     model::{Pi0, PrefixCache},
 };
 
-/// Prefixes by row. The first rows that are drawn are kept, as many as the bound admits; the prefix of any other runs each time. No
-/// kept row gives way to another: all are drawn with the same probability.
+/// Cache of prefixes by row. The first drawn rows are kept, up to the bound; the prefix of any other row is computed at each
+/// draw. Kept rows are never evicted, because all rows are drawn with the same probability.
 pub(crate) struct Prefixes<'a> {
     policy: &'a Pi0,
-    /// Rows that are kept at most.
+    /// Largest number of kept rows.
     capacity: usize,
-    /// Where the kept rows lie.
+    /// Slot of each kept row in `kept`.
     slots: HashMap<usize, i64>,
-    /// Keys, values and masks, `[capacity, ..]` in main memory, of which the system gives pages as rows are written.
+    /// Keys, values and masks, `[capacity, ..]` in main memory, whose pages the system commits as rows are written.
     kept: [Tensor; 3],
 }
 
 impl<'a> Prefixes<'a> {
-    /// Keeps at most `bytes` of a data set of this many rows.
+    /// Creates an empty cache of at most `bytes` for a data set of `rows` rows.
     pub(crate) fn new(policy: &'a Pi0, rows: usize, bytes: u64) -> Self {
         let dims = policy.dims();
         let capacity = (bytes / prefix_bytes(dims) as u64).min(rows as u64) as usize;
@@ -45,13 +45,13 @@ impl<'a> Prefixes<'a> {
         }
     }
 
-    /// Returns the prefixes of these rows of the data set, on the policy's device; `observations` are the rows' own.
+    /// Returns the prefixes of these rows on the policy's device, from `observations` of the same rows if they are not kept.
     ///
     /// # Errors
-    /// A shape that does not fit the policy.
+    /// A shape does not fit the policy.
     pub(crate) fn of(&mut self, rows: &[usize], observations: &ObservationBatch) -> Result<PrefixCache> {
         let device = self.policy.device();
-        // each row once, with its first place in the minibatch
+        // each row once, with the place of its first occurrence in the minibatch
         let mut places = BTreeMap::new();
         for (place, row) in rows.iter().enumerate() {
             places.entry(*row).or_insert(place as i64);
@@ -88,8 +88,8 @@ impl<'a> Prefixes<'a> {
     }
 }
 
-/// Returns how many bytes of prefixes SFT may keep in main memory: the bound of `actor.prefix_cache_mb`, with `actor.prefix_cache =
-/// "disk"` at most the default bound.
+/// Returns the bound of the prefixes that SFT keeps in main memory, in bytes: `actor.prefix_cache_mb`. With `actor.prefix_cache =
+/// "disk"` the bound is at most the default.
 pub(crate) fn bound(plan: &RunPlan) -> u64 {
     match plan.prefix_cache() {
         (PrefixCachePlace::Disk, bytes) => bytes.min(DEFAULT_PREFIX_CACHE_MB * 1_000_000),

@@ -1,4 +1,4 @@
-//! What every command does before it begins: libtorch, the run's folder, statistics and weights from files.
+//! Preparation of every command: libtorch, the run's folder, statistics and weights from files.
 
 use std::path::{Path, PathBuf};
 
@@ -9,12 +9,13 @@ use crate::{
     model::{ModelError, Pi0},
 };
 
-/// Gives libtorch its threads.
+/// Sets the number of libtorch threads to `actor.threads`.
 pub(crate) fn libtorch(plan: &RunPlan) {
     tch::set_num_threads(plan.config.actor.threads as i32);
 }
 
-/// Prepares libtorch and puts `config.toml` (effective) into the run's folder; returns the folder and that file.
+/// Prepares libtorch and writes the effective configuration to `config.toml` in the run's folder. Returns the paths of folder and
+/// file.
 pub(crate) fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
     libtorch(plan);
     let dir = plan.config.runner.output_dir.clone();
@@ -23,13 +24,13 @@ pub(crate) fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
     Ok((dir, config))
 }
 
-/// The statistics of the configuration, where it names some.
+/// Loads the statistics of `actor.model.norm_stats`; `None` without the key.
 pub(crate) fn norm_stats(plan: &RunPlan) -> Result<Option<NormStats>> {
     let path = plan.config.actor.model.norm_stats.as_deref();
     Ok(path.map(NormStats::load).transpose()?)
 }
 
-/// Fills parts of a policy from a checkpoint under openpi's names.
+/// Loads parts of a policy from a checkpoint with openpi's parameter names.
 pub(crate) fn load(policy: &Pi0, path: &Path, parts: &[Part]) -> Result<()> {
     let weights = |source| LearnerError::Weights {
         path: path.to_owned(),

@@ -1,6 +1,6 @@
-//! Vision-language pre-training by referring localisation: where are the named object, the goal and the gripper?
+//! Vision-language pre-training by referring localization of the named object, the goal and the gripper.
 //!
-//! A flow loss alone does not teach a small vision tower to localise. Three read-outs of the same points are trained together:
+//! A flow loss alone does not teach a small vision tower to localize. Three read-outs of the same points are trained together:
 //! soft-argmax over the image tokens of the prefix output, learned queries on the KV cache of every layer but the first (what the
 //! action expert reads), and a linear map of the pooled output (what `V_vlm` reads). The read-outs are dropped afterwards.
 
@@ -20,9 +20,9 @@ use crate::{
 
 /// Weight of the pooled read-out in the loss.
 const POOLED_WEIGHT: f64 = 0.2;
-/// Threshold of the smooth L1 loss, in units of half a quarter image.
+/// Threshold of the smooth L1 loss in trained units, each a quarter of the image side.
 const SMOOTH_L1_BETA: f64 = 0.1;
-/// Coordinates `[0, 1]` are trained as `4 p - 2`.
+/// Length of the trained range: coordinates `p` in `[0, 1]` are trained as `4 p - 2`.
 const SCALE: f64 = 4.0;
 
 struct ReadOuts {
@@ -31,13 +31,13 @@ struct ReadOuts {
     cameras: i64,
     /// Image tokens of one camera.
     tokens: i64,
-    /// Scores and offsets per image token for the points of its own camera, `[3 P / cameras, width]` and bias.
+    /// Scores and offsets per image token for the points of the same camera, `[3 P / cameras, width]` and bias.
     token: [Tensor; 2],
-    /// Queries per layer, `[L, P, kv hd]`, read-out `[L, P, kv hd, 2]`, bias `[L, P, 2]`.
+    /// Queries per layer `[L, P, kv hd]`, read-out `[L, P, kv hd, 2]` and bias `[L, P, 2]`.
     probe: [Tensor; 3],
-    /// `[2 P, width]` and bias.
+    /// Linear map of the pooled output, `[2 P, width]` and bias.
     pooled: [Tensor; 2],
-    /// Patch centres in trained units, `[tokens, 2]`.
+    /// Patch centers in trained units, `[tokens, 2]`.
     centres: Tensor,
 }
 
@@ -93,7 +93,8 @@ impl ReadOuts {
             .collect()
     }
 
-    /// Read-outs `[B, P, 2]` in trained units: per image token, per probed layer, pooled.
+    /// Computes the read-outs in trained units: from image tokens `[B, P, 2]`, per probed layer `[B, L, P, 2]`, pooled
+    /// `[B, P, 2]`.
     fn forward(&self, policy: &Pi0, prefix: &Prefix) -> (Tensor, Tensor, Tensor) {
         let points = self.points;
         let image = prefix.out.narrow(1, 0, self.cameras * self.tokens);
@@ -123,11 +124,11 @@ impl ReadOuts {
     }
 }
 
-/// Trains image tower, projector and language model on scenes; returns the mean localisation error of the last batch in units of
+/// Trains image tower, projector and language model on scenes. Returns the mean localization error of the last batch in units of
 /// the image side.
 ///
 /// # Errors
-/// A row that cannot be read, shapes that do not fit, or a metrics file that cannot be written.
+/// A row cannot be read, a shape does not fit, or the metrics file cannot be written.
 pub fn pretrain(
     policy: &Pi0,
     config: &PretrainConfig,

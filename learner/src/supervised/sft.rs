@@ -11,11 +11,11 @@ use tch::{Kind, Tensor};
 use super::{loader::Loader, prefixes::Prefixes, stage::Stage};
 use crate::{error::Result, metrics::MetricsLog, model::Pi0};
 
-/// Trains the expert on demonstrations; returns the mean loss of the last steps. At most `kept_bytes` of prefixes are kept, so that a row
-/// that is drawn again does not run again; the bound changes no result.
+/// Trains the expert on demonstrations. Returns the mean loss of the last logging interval of at most 50 steps. At most
+/// `kept_bytes` of prefixes are kept for rows that are drawn again; the bound does not change the result.
 ///
 /// # Errors
-/// A row that cannot be read, shapes that do not fit, or a metrics file that cannot be written.
+/// A row cannot be read, a shape does not fit, or the metrics file cannot be written.
 pub fn sft(
     policy: &Pi0,
     config: &SftConfig,

@@ -1,4 +1,4 @@
-//! One supervised stage: its optimizer, learning-rate schedule and progress bar.
+//! Optimizer, learning-rate schedule and progress bar of one supervised stage.
 
 use indicatif::ProgressBar;
 use policy::config::StageOptim;
@@ -10,20 +10,20 @@ use crate::{
     progress::progress_style,
 };
 
-/// Decay rates of `AdamW`'s moments in the supervised stages: the second is short, the stages have a few thousand steps.
+/// Decay rates of `AdamW`'s moments in the supervised stages. The second is small because a stage has only a few thousand steps.
 const BETAS: [f64; 2] = [0.9, 0.95];
 
-/// Trains one group of weights: linear rise, cosine to `min_lr_ratio`.
+/// Training of one group of weights; the learning rate rises linearly, then follows a cosine to `min_lr_ratio`.
 #[derive(Debug)]
 pub(crate) struct Stage {
     optimizer: AdamW,
     schedule: Schedule,
-    /// Shows the steps done.
+    /// Bar of the completed steps.
     pub(crate) bar: ProgressBar,
 }
 
 impl Stage {
-    /// A stage called `label` on `params`.
+    /// Creates a stage named `label` that trains `params`.
     pub(crate) fn new(label: &'static str, config: &StageOptim, params: Vec<(String, Tensor)>) -> Result<Self> {
         let settings = AdamWSettings {
             beta1: BETAS[0],
@@ -50,7 +50,7 @@ impl Stage {
         })
     }
 
-    /// One optimizer step down the gradient of `loss`.
+    /// Performs one optimizer step on the gradient of `loss`.
     pub(crate) fn step(&mut self, loss: &Tensor) -> Result<StepReport> {
         self.optimizer.zero_grad();
         loss.backward();

@@ -1,4 +1,4 @@
-//! Data sets on disk and in memory: which bits come of them, what is refused, and how much of them is in memory.
+//! Tests of data sets on disk and in memory: bits of the minibatches, rejected files, and memory use.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,17 +37,17 @@ use crate::{
     model::{ExportedParam, ParamStore, Pi0},
 };
 
-/// A change of one row.
+/// Change of one row.
 type Change = fn(&mut Demo);
 
 const PROMPTS: [&str; 3] = ["pick red", "pick", "pick blue"];
-/// A network of one image token, so that a data set of many rows is small.
+/// Keys of a network with one image token, so that a data set of many rows is small.
 const SMALL: [&str; 1] = ["actor.model.vision.image_size=8"];
 const STATS: &str = r#"{"norm_stats": {
     "state": {"mean": [0.1, -0.2, 0.3, 0.05], "std": [1.5, 0.7, 0.9, 2.0], "q01": [-2.1, -2.2, -1.9, -3.0], "q99": [2.2, 2.0, 2.5, 2.9]},
     "actions": {"mean": [0.3, 0.0, -0.1], "std": [0.8, 1.1, 1.3], "q01": [-2.3, -1.9, -2.6], "q99": [2.4, 2.1, 2.2]}}}"#;
 
-/// The quickstart's plan with words enough for a state, and other values.
+/// Returns the quickstart's plan with a vocabulary that covers the state, and with the given keys.
 fn plan(overrides: &[&str]) -> RunPlan {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
     let words = ["pick", "red", "blue", "Task", ":", ",", "State", ";", "Action"].map(str::to_owned);
@@ -68,7 +68,7 @@ fn transform(plan: &RunPlan, stats: Option<&str>) -> Transform {
     Transform::of_config(&plan.config.actor.model, stats).expect("transform")
 }
 
-/// A data set of the env workers' layout, drawn from a seed.
+/// Data set in the env workers' layout, drawn from a seed.
 struct Drawn {
     rows: usize,
     cameras: usize,
@@ -77,7 +77,7 @@ struct Drawn {
     target: (&'static str, [usize; 2]),
 }
 
-/// Demonstrations of the quickstart's policy.
+/// Demonstrations for the quickstart's policy.
 const DEMOS: Drawn = Drawn {
     rows: 7,
     cameras: 1,
@@ -116,17 +116,17 @@ impl Drawn {
     }
 }
 
-/// A data set in memory.
+/// Data set in memory.
 struct Listed {
     demos: Vec<Demo>,
     prompts: Vec<String>,
     target_shape: [usize; 2],
-    /// Minibatches that were read.
+    /// Number of minibatches read.
     reads: AtomicUsize,
 }
 
 impl Listed {
-    /// One row of the quickstart's policy per prompt, state and actions.
+    /// Creates one row for the quickstart's policy per prompt, state and actions.
     fn of(rows: &[(&str, [f32; 4], [f32; 24])], side: usize) -> Self {
         let demo = |(prompt, state, actions): &(&str, [f32; 4], [f32; 24])| Demo {
             observation: RawObservation {
@@ -180,7 +180,7 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1)).expect("f32")
 }
 
-/// SHA-256 over the tensors of minibatches that follow each other.
+/// Returns the SHA-256 over the tensors of consecutive minibatches.
 fn digest(dir: &Path, minibatches: &[Minibatch]) -> String {
     let tensors = |minibatch: &Minibatch| {
         let o = &minibatch.observations;
@@ -208,7 +208,7 @@ fn digest(dir: &Path, minibatches: &[Minibatch]) -> String {
     policy::bundle::describe_file(&path).expect("digest").sha256
 }
 
-/// The digests were recorded from the code that read, normalized and tokenized whole data sets by itself.
+/// Compares with digests recorded from an implementation that read, normalized and tokenized whole data sets.
 #[test]
 fn rows_that_are_read_in_parts_have_the_bits_of_a_data_set_read_at_once() {
     let dir = tempfile::tempdir().expect("folder");
@@ -347,7 +347,7 @@ fn actions_become_differences_as_openpi_makes_them() {
     );
 }
 
-/// A file whose header is this text.
+/// Returns the bytes of a file with this header and data.
 fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
 }
@@ -467,7 +467,7 @@ fn a_number_that_cannot_be_used_is_named_by_row_and_column() {
     let dir = tempfile::tempdir().expect("folder");
     let path = dir.path().join("data.safetensors");
     let plan = plan(&SMALL);
-    // several blocks of every tensor that is checked
+    // every checked tensor has several blocks
     let rows = 150_000;
     let small = |target| {
         let drawn = Drawn {
@@ -549,7 +549,7 @@ fn a_file_that_changes_while_it_is_read_is_refused() {
     }
     std::fs::write(&path, &bytes).expect("written");
     let file = DataFile::open(&path, "actions", &plan).expect("opens");
-    // a new file under the name is another file: the open one is read on
+    // a new file with the same name is another file: reads continue on the open file
     let beside: PathBuf = dir.path().join("new");
     std::fs::write(&beside, b"new").expect("written");
     std::fs::rename(&beside, &path).expect("renamed");
@@ -558,7 +558,7 @@ fn a_file_that_changes_while_it_is_read_is_refused() {
     assert!(matches!(error, DatasetError::NoRow { row: 7, rows: 7 }), "{error:?}");
 }
 
-/// Whatever the source says of itself, no number reaches the network that it could not be trained on.
+/// Checks that no unusable number reaches the network, even if the source describes its rows wrongly.
 #[test]
 fn rows_of_any_source_are_checked_when_they_are_read() {
     let plan = plan(&[]);
@@ -605,7 +605,7 @@ fn minibatches_come_in_their_order_and_no_more_than_two_are_in_memory() {
     let mut steps = 0;
     loader
         .for_each(draws(40), |minibatch, drawn| {
-            // the one in hand and the one that was read ahead
+            // the current minibatch and the one read ahead
             assert!(reads() <= steps + 2, "{} minibatches read at step {steps}", reads());
             assert_eq!(drawn, steps);
             assert_eq!(minibatch.rows, [steps % 5, (steps + 1) % 5]);
@@ -617,7 +617,7 @@ fn minibatches_come_in_their_order_and_no_more_than_two_are_in_memory() {
         .expect("all rows are there");
     assert_eq!((steps, reads()), (40, 40));
 
-    // an error comes in its place, and ends both sides
+    // an error arrives in the order of the minibatches and stops both threads
     let (mut done, bad) = (0, (0..9).map(|i| (vec![if i == 3 { 99 } else { 0 }], ())));
     let error = loader.for_each(bad, |_, ()| {
         done += 1;
@@ -676,13 +676,13 @@ fn a_prefix_has_the_same_bits_kept_or_not_and_in_any_company() {
     }
 }
 
-/// The weights as they are written.
+/// Returns the bytes of the written weights.
 fn weights(policy: &Pi0) -> Vec<ExportedParam> {
     let store = policy.store();
     [store.export(Part::Vlm), store.export(Part::Expert)].concat()
 }
 
-/// The weights after a few steps of both stages.
+/// Returns the weights after a few steps of both stages.
 fn trained(plan: &RunPlan, scenes: &Loader<'_>, demos: &Loader<'_>, kept_bytes: u64) -> Vec<ExportedParam> {
     let dir = tempfile::tempdir().expect("folder");
     let mut log = MetricsLog::open(dir.path()).expect("log");

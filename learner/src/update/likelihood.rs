@@ -1,5 +1,5 @@
-//! The pass of an update whose loss is on probability ratios: log-probabilities and values of recorded denoise transitions under the
-//! current weights, then the loss.
+//! Pass of an update whose loss is on probability ratios. Recomputes log-probabilities and values of recorded denoise transitions
+//! under the current weights, then computes the loss.
 
 use policy::{
     config::{JointLogprob, LogprobType, LossAgg},
@@ -24,7 +24,7 @@ use crate::{
     model::Pi0,
 };
 
-/// A loss on probability ratios with its settings, and the reference of its KL penalty.
+/// Loss on probability ratios with its settings, and the reference of its KL penalty.
 #[derive(Debug)]
 pub(super) struct LikelihoodObjective {
     loss: PolicyLossSpec,
@@ -39,18 +39,18 @@ pub(super) struct LikelihoodObjective {
     pub(super) reference: Option<Reference>,
 }
 
-/// What the policy says of `M` samples.
+/// Recomputed numbers of `M` samples.
 struct Recomputed {
-    /// At the configured level, with gradient.
+    /// Log-probability at the configured level, with gradient.
     new_logprob: Tensor,
-    /// Per executed element, `[M, action_chunk, env_action_dim]`; `None` where it does not depend on the weights.
+    /// Entropy per executed element, `[M, action_chunk, env_action_dim]`; `None` if the entropy does not depend on the weights.
     entropy: Option<Tensor>,
     /// `V_expert` at the stochastic steps, `[M]`.
     value: Option<Tensor>,
 }
 
 impl LikelihoodObjective {
-    /// Reads the settings of a plan; a reference is made beside `policy`.
+    /// Reads the settings of a plan and creates the reference of `policy` that the plan configures.
     ///
     /// # Errors
     /// The sizes do not fit together.
@@ -116,7 +116,7 @@ impl LikelihoodObjective {
     }
 }
 
-/// The passes of one iteration.
+/// Passes of one iteration.
 pub(super) struct LikelihoodPasses<'a> {
     objective: &'a LikelihoodObjective,
     policy: &'a Pi0,
@@ -124,12 +124,12 @@ pub(super) struct LikelihoodPasses<'a> {
     prefixes: &'a PrefixStore<'a>,
     table: StepTable,
     settings: PolicySettings,
-    /// The critic trains alone.
+    /// Whether only the critic trains.
     pub(super) critic_warmup: bool,
 }
 
 impl LikelihoodPasses<'_> {
-    /// Computes the loss of a part of a minibatch. With `compare` recomputed numbers are compared with recorded ones.
+    /// Computes the loss of a part of a minibatch. With `compare`, also compares recomputed numbers with recorded numbers.
     pub(super) fn pass(&self, part: MicroBatch<'_>, compare: bool) -> Result<Pass> {
         let Self {
             objective,
@@ -201,7 +201,7 @@ impl LikelihoodPasses<'_> {
         })
     }
 
-    /// Computes the log-probability that a decoupled loss clips around; `None` with another loss or without a policy's part.
+    /// Computes the log-probability that a decoupled loss clips around; `None` with another loss or during the critic's warm-up.
     fn proximal_logprob(
         &self,
         samples: &Samples<'_>,
@@ -223,7 +223,7 @@ impl LikelihoodPasses<'_> {
         )?))
     }
 
-    /// Computes the log-probability under the reference of the KL penalty; `None` without one or without a policy's part.
+    /// Computes the log-probability under the reference of the KL penalty; `None` without a reference or during the critic's warm-up.
     fn reference_logprob(&self, samples: &Samples<'_>, trained: Option<&Recomputed>) -> Result<Option<Tensor>> {
         let Some(reference) = self.objective.reference.as_ref().filter(|_| trained.is_some()) else {
             return Ok(None);
@@ -232,13 +232,13 @@ impl LikelihoodPasses<'_> {
         Ok(Some(recomputed.new_logprob))
     }
 
-    /// The value head, when it reads the expert at these steps.
+    /// Returns the value head if it reads the expert at these steps.
     fn value_head(&self, steps: ValueSteps) -> Option<&ValueHeadDims> {
         let head = self.policy.value_head()?;
         (head.input == CriticReads::Expert && head.steps == steps).then_some(head)
     }
 
-    /// Computes the value of each sample's observation where its head reads it; `None` without a critic.
+    /// Computes each sample's value from the input of the value head; `None` without a critic.
     fn value(
         &self,
         samples: &Samples<'_>,
@@ -265,7 +265,7 @@ impl LikelihoodPasses<'_> {
         Ok(recomputed.and_then(|new| new.value.as_ref()).map(Tensor::shallow_clone))
     }
 
-    /// Computes each sample's `S` stochastic steps under the weights of `policy`, as rows of their own, and joins their log-probabilities.
+    /// Computes each sample's `S` stochastic steps under the weights of `policy`, as separate rows, and joins the log-probabilities.
     fn recompute(&self, policy: &Pi0, samples: &Samples<'_>, detach_critic_input: bool) -> Result<Recomputed> {
         let Self { objective, batch, .. } = *self;
         let step = samples.of_samples(&batch.step);
@@ -335,7 +335,7 @@ impl LikelihoodPasses<'_> {
     }
 }
 
-/// Returns how far recomputed numbers are from recorded ones, pair by pair, over samples of the version in training.
+/// Returns the largest gaps between recomputed and recorded numbers, pair by pair, over samples of the version in training.
 fn compare_to_records(
     samples: &Samples<'_>,
     logprob: Option<(&Tensor, &Tensor)>,
@@ -363,7 +363,7 @@ fn compare_to_records(
     }
 }
 
-/// Turns the metrics of a part into its addends to the minibatch's; the largest deviation stays.
+/// Converts the metrics of a part into addends of the minibatch's metrics; the largest deviation is unchanged.
 fn shared(metrics: &ActorMetrics, share: Share) -> ActorMetrics {
     let mut out = ActorMetrics::default();
     out.add(metrics, share.entropy);

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::model::{ModelError, Pi0, PrefixCache, check_shape};
 
-/// The stochastic rows of a schedule as tensors, made once per schedule.
+/// Stochastic rows of a schedule as tensors, made once per schedule.
 #[derive(Debug)]
 pub struct StepTable {
     /// `c_x` of the mean, f32 `[K]`.
@@ -21,12 +21,12 @@ pub struct StepTable {
     /// Time embedding, f32 `[K, expert width]`.
     time_emb: Tensor,
     drawable: usize,
-    /// Use the reference's safe log-probability.
+    /// Whether to use the reference's safe log-probability, `-(x_next - mean)^2`.
     safe: bool,
 }
 
 impl StepTable {
-    /// The table of `schedule` for an expert of width `expert_width`.
+    /// Returns the table of `schedule` for an expert of width `expert_width`.
     pub fn new(schedule: &Schedule, expert_width: usize, device: Device) -> Self {
         let rows = &schedule.stochastic;
         let column = |values: Vec<f32>| Tensor::from_slice(&values).to_device(device);
@@ -41,7 +41,7 @@ impl StepTable {
         }
     }
 
-    /// The table of a policy version.
+    /// Returns the table of a policy version's sampling.
     pub fn of(sampling: &Sampling, expert_width: usize, device: Device) -> Self {
         Self {
             safe: sampling.safe_logprob,
@@ -49,36 +49,36 @@ impl StepTable {
         }
     }
 
-    /// Number of denoise steps.
+    /// Returns the number of denoise steps.
     pub fn num_steps(&self) -> i64 {
         self.time_emb.size()[0]
     }
 }
 
-/// A batch of recorded transitions.
+/// Batch of recorded transitions.
 #[derive(Debug, Clone, Copy)]
 pub struct TransitionBatch<'a> {
     /// State `[B, A]`, pi0 only.
     pub state: Option<&'a Tensor>,
     /// `x` before the stochastic step, `[B, H, A]`.
     pub x: &'a Tensor,
-    /// `x` after it, `[B, H, A]`.
+    /// `x` after the stochastic step, `[B, H, A]`.
     pub x_next: &'a Tensor,
-    /// Which step was stochastic, i64 `[B]`.
+    /// Index of the stochastic step, i64 `[B]`.
     pub step: &'a Tensor,
 }
 
-/// The part of a chunk that the environment executes: only it enters the log-probability.
+/// Part of a chunk that the environment executes; only this part enters the log-probability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
-    /// Rows executed.
+    /// Number of executed rows.
     pub action_chunk: usize,
     /// Action width of the environment.
     pub env_action_dim: usize,
 }
 
 impl Executed {
-    /// That of a plan.
+    /// Returns the executed part of a plan's chunks.
     pub fn of(plan: &RunPlan) -> Self {
         let model = &plan.config.actor.model;
         Self {
@@ -88,12 +88,12 @@ impl Executed {
     }
 }
 
-/// What the policy says of recorded transitions.
+/// Recomputed numbers of recorded transitions.
 #[derive(Debug)]
 pub struct Transition {
     /// Log-probability per executed element, f32 `[B, action_chunk, env_action_dim]`.
     pub logprob: Tensor,
-    /// Entropy per executed element, f32 `[B, action_chunk, env_action_dim]`; `None` where it does not depend on the weights.
+    /// Entropy per executed element, f32 `[B, action_chunk, env_action_dim]`; `None` if the entropy does not depend on the weights.
     pub entropy: Option<Tensor>,
     /// `V_expert` at the stochastic step, f32 `[B]`; `None` without an expert value head.
     pub value: Option<Tensor>,
@@ -101,22 +101,22 @@ pub struct Transition {
     pub v_t: Tensor,
 }
 
-/// Log-density per element of `x_next` under `N(mean, std^2)`: `policy::logprob::gaussian` on tensors.
+/// Returns the log-density per element of `x_next` under `N(mean, std^2)`: `policy::logprob::gaussian` on tensors.
 pub fn gaussian(x_next: &Tensor, mean: &Tensor, std: &Tensor) -> Tensor {
     let z = (x_next - mean) / std;
     z.square() * -0.5 - (std.log() + f64::from(LN_SQRT_TWO_PI))
 }
 
-/// Entropy of `N(0, 1)`: `ln sqrt(2 pi e)`.
+/// Returns the entropy of `N(0, 1)`: `ln sqrt(2 pi e)`.
 pub fn standard_normal_entropy() -> f64 {
     0.5 + f64::from(LN_SQRT_TWO_PI)
 }
 
-/// Recomputes the log-probability of each transition and, with an expert value head, the value at the same step: one expert
-/// pass for the whole batch. With `detach_critic_input` the value's gradient stops at the head.
+/// Recomputes the log-probability of each transition and, with an expert value head, the value at the same step. Runs one expert pass
+/// for the whole batch. With `detach_critic_input` the value's gradient stops at the head.
 ///
 /// # Errors
-/// A shape that does not fit, or a step outside the ones that can be drawn.
+/// A shape does not fit, or a step cannot be drawn.
 pub fn transition(
     policy: &Pi0,
     table: &StepTable,
@@ -174,11 +174,11 @@ pub fn transition(
     })
 }
 
-/// `V_expert` as the mean over all denoise steps of the recorded paths `chain` `[B, K + 1, H, A]`, f32 `[B]`; `None` without an expert value
-/// head. With `detach_critic_input` the gradient stops at the head.
+/// Returns `V_expert` as the mean over all denoise steps of the recorded paths `chain` `[B, K + 1, H, A]`, f32 `[B]`; `None` without an
+/// expert value head. With `detach_critic_input` the gradient stops at the head.
 ///
 /// # Errors
-/// A shape that does not fit.
+/// A shape does not fit.
 pub fn path_value(
     policy: &Pi0,
     table: &StepTable,

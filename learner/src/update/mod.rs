@@ -1,6 +1,6 @@
-//! One RL iteration's updates: epochs over minibatches of chunk records, PPO on actor and critic.
+//! Updates of one RL iteration: epochs over minibatches of chunk records, PPO on actor and critic.
 //!
-//! [`Updater::update`] is where to start reading; the loop over epochs, minibatches and micro-batches is in `updater.rs`, the pass that
+//! [`Updater::update`] is the entry point. The loop over epochs, minibatches and micro-batches is in `updater.rs`, the pass that
 //! recomputes log-probabilities in `likelihood.rs`, the clipped surrogate in [`crate::loss`].
 
 pub mod logprob;

@@ -1,4 +1,4 @@
-//! What an update descends: a loss on probability ratios or on the velocity.
+//! Loss that an update minimizes, on probability ratios or on the velocity.
 
 use policy::plan::RunPlan;
 
@@ -18,7 +18,7 @@ use crate::{
     ranks::Ranks,
 };
 
-/// The loss of a run, with its reference policy.
+/// Loss of a run, with its reference policy.
 #[derive(Debug)]
 pub(super) enum Objective {
     Likelihood(Box<LikelihoodObjective>),
@@ -39,7 +39,7 @@ impl Objective {
         })
     }
 
-    /// The reference policy, where the loss has one.
+    /// Returns the reference policy; `None` for a loss without reference.
     pub(super) fn reference(&mut self) -> Option<&mut Reference> {
         match self {
             Self::Velocity(velocity) => Some(&mut velocity.reference),
@@ -47,7 +47,7 @@ impl Objective {
         }
     }
 
-    /// Whether records can teach the policy anything; a critic learns from all.
+    /// Returns whether the records can change the policy; a critic trains on all records.
     pub(super) fn teaches(&self, batch: &RolloutBatch) -> bool {
         match self {
             Self::Velocity(velocity) => velocity.teaches(batch),
@@ -58,7 +58,7 @@ impl Objective {
     /// Prepares the passes of an iteration.
     ///
     /// # Errors
-    /// Shapes that do not fit the policy.
+    /// A shape does not fit the policy.
     pub(super) fn passes<'a>(
         &'a self,
         plan: &RunPlan,
@@ -81,18 +81,18 @@ impl Objective {
     }
 }
 
-/// The passes of one iteration.
+/// Passes of one iteration.
 pub(super) enum Passes<'a> {
     Likelihood(LikelihoodPasses<'a>),
     Velocity(VelocityPasses<'a>),
 }
 
 impl Passes<'_> {
-    /// Computes the loss of a part of a minibatch. With `compare` recomputed numbers are compared with recorded ones, where the loss reads
-    /// any.
+    /// Computes the loss of a part of a minibatch. With `compare`, a loss on probability ratios also compares recomputed numbers with
+    /// recorded numbers.
     ///
     /// # Errors
-    /// Shapes that do not fit the policy.
+    /// A shape does not fit the policy.
     pub(super) fn pass(&self, part: MicroBatch<'_>, epoch: u32, compare: bool) -> Result<Pass> {
         match self {
             Self::Likelihood(likelihood) => likelihood.pass(part, compare),
@@ -100,7 +100,7 @@ impl Passes<'_> {
         }
     }
 
-    /// Whether the critic trains alone.
+    /// Returns whether only the critic trains.
     pub(super) fn critic_warmup(&self) -> bool {
         match self {
             Self::Likelihood(likelihood) => likelihood.critic_warmup,
@@ -108,7 +108,7 @@ impl Passes<'_> {
         }
     }
 
-    /// What the chunks were worth to a loss on the velocity.
+    /// Returns the credit of the chunks; `None` for a loss on probability ratios.
     pub(super) fn credit(&self) -> Option<CreditReport> {
         match self {
             Self::Likelihood(_) => None,

@@ -1,4 +1,4 @@
-//! The actor's and the critic's optimizer. Each clips its own gradient, so that a cold critic does not slow the actor.
+//! Optimizers of actor and critic. Each optimizer clips its own gradient, so that a cold critic does not slow the actor.
 
 use policy::{
     config::OptimConfig,
@@ -18,14 +18,14 @@ pub(super) struct Optimizers {
     pub(super) actor: AdamW,
     pub(super) critic: Option<AdamW>,
     lr: f64,
-    /// Factor of the learning rate by updates: an iteration's number of updates varies with the episodes' lengths.
+    /// Factor of the learning rate by updates, because an iteration's number of updates varies with the episodes' lengths.
     warmup: Schedule,
     /// Factor of the learning rate by iterations.
     decay: Schedule,
 }
 
 impl Optimizers {
-    /// Makes optimizers for the trained weights of a policy, in a run of `iterations` iterations.
+    /// Creates optimizers for the trained weights of a policy, in a run of `iterations` iterations.
     ///
     /// # Errors
     /// A setting is out of range.
@@ -64,7 +64,7 @@ impl Optimizers {
         })
     }
 
-    /// Forgets all gradients.
+    /// Clears all gradients.
     pub(super) fn zero_grad(&mut self) {
         self.actor.zero_grad();
         if let Some(critic) = &mut self.critic {
@@ -81,12 +81,12 @@ impl Optimizers {
         Ok(())
     }
 
-    /// Clips the critic's gradient and steps, where there is a critic.
+    /// Clips the critic's gradient and takes a step; `None` without a critic.
     pub(super) fn step_critic(&mut self) -> Result<Option<StepReport>> {
         Ok(self.critic.as_mut().map(|critic| critic.step(1.0)).transpose()?)
     }
 
-    /// Clips the actor's gradient and steps; returns the learning rate too.
+    /// Clips the actor's gradient and takes a step. Returns the step's report and the learning rate.
     pub(super) fn step_actor(&mut self, iteration: u32) -> Result<(StepReport, f64)> {
         let factor = self.warmup.factor(self.actor.updates()) * self.decay.factor(u64::from(iteration));
         Ok((self.actor.step(factor)?, self.lr * factor))

@@ -1,4 +1,4 @@
-//! A second set of the trained weights that losses compare with; the frozen vision-language model is shared.
+//! Second set of the trained weights, the reference of a loss; the frozen vision-language model is shared.
 
 use std::collections::BTreeMap;
 
@@ -13,24 +13,24 @@ use crate::{
     model::Pi0,
 };
 
-/// What is trained of a policy that acts, and so what a reference has of its own.
+/// Trained parts of a policy that acts, which a reference copies.
 const OWN: [Part; 2] = [Part::Expert, Part::NoiseHead];
 
 fn own(policy: &Pi0) -> impl Iterator<Item = (&str, &Tensor)> {
     OWN.into_iter().flat_map(|part| policy.store().part(part))
 }
 
-/// The reference policy of a run.
+/// Reference policy of a run.
 #[derive(Debug)]
 pub struct Reference {
     config: ReferenceConfig,
     policy: Pi0,
-    /// Whether it holds weights already: the run's first, or a checkpoint's.
+    /// Whether the weights are set, from the run's first update or from a checkpoint.
     filled: bool,
 }
 
 impl Reference {
-    /// A reference beside `policy`; it takes its weights at the start of the first update.
+    /// Returns a reference of `policy` that copies the trained weights at the start of the first update.
     ///
     /// # Errors
     /// The sizes do not fit together.
@@ -47,12 +47,12 @@ impl Reference {
         })
     }
 
-    /// The policy with the reference's weights, without a value head.
+    /// Returns the policy with the reference's weights, without a value head.
     pub fn policy(&self) -> &Pi0 {
         &self.policy
     }
 
-    /// Takes the trained weights at the begin of an iteration's updates, where the reference is made of them.
+    /// Copies the trained weights at the start of an iteration's updates; except for an acting reference, only if none are set.
     pub fn begin(&mut self, trained: &Pi0) {
         if !self.filled || matches!(self.config, ReferenceConfig::Acting {}) {
             self.mix(trained, 0.0);
@@ -60,7 +60,7 @@ impl Reference {
         }
     }
 
-    /// Moves the weights at the end of an iteration's updates: `ref <- decay ref + (1 - decay) trained` where the reference is a mean.
+    /// Updates a moving-average reference at the end of an iteration's updates: `ref <- decay ref + (1 - decay) trained`.
     pub fn end(&mut self, trained: &Pi0) {
         if let ReferenceConfig::Ema { decay } = self.config {
             self.mix(trained, decay);
@@ -80,7 +80,7 @@ impl Reference {
         });
     }
 
-    /// Its weights by name, for a checkpoint; none where the next update makes them anew.
+    /// Returns the weights by name, for a checkpoint; empty if the next update overwrites the weights.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         if !self.filled || matches!(self.config, ReferenceConfig::Acting {}) {
             return BTreeMap::new();
@@ -90,10 +90,10 @@ impl Reference {
             .collect()
     }
 
-    /// Puts the weights of a checkpoint back.
+    /// Restores the weights of a checkpoint; an empty `state` changes nothing.
     ///
     /// # Errors
-    /// A tensor is missing, extra or misshapen; names it.
+    /// A tensor is missing, unknown or has a wrong shape; the error names the tensor.
     pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<(), ReferenceError> {
         if state.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! Chunk records made in libtorch by the reference sampler, as an engine makes them: for benchmarks and for tests of the learner alone.
+//! Chunk records made in libtorch by the reference sampler as by an engine, for benchmarks and for tests of the learner alone.
 
 use policy::{
     flow::Schedule,
@@ -19,10 +19,10 @@ use crate::{
     model::{ModelError, Pi0},
 };
 
-/// The records of one chunk for each observation, with the noise that `keys` names, by policy version `version` in training mode.
+/// Returns the record of one chunk for each observation, with the noise of `keys`, by policy version `version` in training mode.
 ///
 /// # Errors
-/// Another number of keys than observations, or a shape that does not fit the policy.
+/// The numbers of keys and observations differ, or a shape does not fit the policy.
 pub fn act(
     plan: &RunPlan,
     policy: &Pi0,
@@ -132,7 +132,7 @@ pub fn act(
         .collect()
 }
 
-/// A terminated training episode of one chunk, begun from reset state `start`, which paid `rewards`.
+/// Returns a terminated training episode of one chunk, with reset state `start` and the rewards `rewards`.
 pub fn episode(record: ChunkRecord, start: u64, rewards: Vec<f32>, success: bool) -> Trajectory {
     let NoiseKey { seed, env, episode, .. } = record.key;
     Trajectory {

@@ -1,4 +1,4 @@
-//! The samples of a micro-batch.
+//! Samples of a micro-batch.
 
 use tch::{Device, Tensor};
 
@@ -11,20 +11,20 @@ use crate::{
 /// `M` samples of a batch on the device, each with the prefix of its record.
 pub(super) struct Samples<'a> {
     pub(super) batch: &'a RolloutBatch,
-    /// i64 `[M]`.
+    /// Index of each sample in the batch, i64 `[M]`.
     rows: Tensor,
-    /// The record of each, i64 `[M]`.
+    /// Index of each sample's record, i64 `[M]`.
     pub(super) record: Tensor,
     pub(super) cache: PrefixCache,
-    /// What `V_vlm` reads.
+    /// Input of `V_vlm`, `[M, vlm width]`.
     pub(super) pooled: Tensor,
 }
 
 impl<'a> Samples<'a> {
-    /// Looks the samples `rows` up.
+    /// Reads the samples with the indices `rows`.
     ///
     /// # Errors
-    /// Their prefixes cannot be read.
+    /// The prefixes of the samples cannot be read.
     pub(super) fn read(
         batch: &'a RolloutBatch,
         prefixes: &PrefixStore<'_>,
@@ -43,12 +43,12 @@ impl<'a> Samples<'a> {
         })
     }
 
-    /// The samples' rows of a tensor that has one per sample of the batch.
+    /// Returns the samples' rows of a tensor that has one row per sample of the batch.
     pub(super) fn of_samples(&self, tensor: &Tensor) -> Tensor {
         tensor.index_select(0, &self.rows)
     }
 
-    /// The samples' rows of a tensor that has one per record of the batch.
+    /// Returns the samples' rows of a tensor that has one row per record of the batch.
     pub(super) fn of_records(&self, tensor: &Tensor) -> Tensor {
         tensor.index_select(0, &self.record)
     }

@@ -1,4 +1,4 @@
-//! The running sums of an iteration's updates.
+//! Running sums of an iteration's updates.
 
 use tch::Tensor;
 
@@ -10,10 +10,10 @@ use crate::{
     ranks::Ranks,
 };
 
-/// Loss and metrics of one micro-batch. Factors that make the parts of a minibatch add up to the whole are in, except the share of the
-/// rows.
+/// Loss and metrics of one micro-batch. The numbers contain the factors that make the parts of a minibatch add up to the whole,
+/// except the share of the rows.
 pub(super) struct Pass {
-    /// With gradient.
+    /// Loss with gradient.
     pub(super) loss: Tensor,
     pub(super) actor: Option<ActorMetrics>,
     pub(super) critic: Option<CriticMetrics>,
@@ -21,7 +21,7 @@ pub(super) struct Pass {
     pub(super) gaps: Option<Gaps>,
 }
 
-/// Distance of recomputed numbers from recorded ones, over records of the version in training; 0 without any.
+/// Largest gaps between recomputed and recorded numbers, over records of the version in training; 0 without such records.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Gaps {
     /// Largest `|logprob - recorded logprob|`.
@@ -46,11 +46,11 @@ impl Gaps {
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     minibatches: f64,
-    /// This rank's part of the minibatch that is not complete.
+    /// This rank's part of the incomplete minibatch.
     minibatch: ActorMetrics,
     /// Sum over the minibatches of all ranks.
     actor: ActorMetrics,
-    /// These sums are over the minibatches of this rank.
+    /// Sum over the minibatches of this rank, like `value_loss` and `value_clip_fraction`.
     entropy: f64,
     value_loss: f64,
     value_clip_fraction: f64,
@@ -65,12 +65,12 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Whether no minibatch is complete, so that the weights are those that the iteration began with.
+    /// Returns whether no minibatch is complete, so that the weights are unchanged since the iteration's start.
     pub(super) fn in_first_minibatch(&self) -> bool {
         self.minibatches == 0.0
     }
 
-    /// Adds a micro-batch with its share of the minibatch's rows.
+    /// Adds a micro-batch, whose share of the minibatch's rows is `weight`.
     pub(super) fn add_pass(&mut self, pass: &Pass, weight: f64, epoch: u32) {
         if let Some(gaps) = pass.gaps {
             self.gaps = self.gaps.max(gaps);
@@ -116,7 +116,7 @@ impl Tally {
         self.stopped_early = true;
     }
 
-    /// Turns the sums of all ranks into means.
+    /// Converts the sums of all ranks into means.
     pub(super) fn finish(self, ranks: &dyn Ranks) -> Result<UpdateReport> {
         let count = self.minibatches.max(1.0);
         let [entropy, value_loss, value_clip_fraction] =

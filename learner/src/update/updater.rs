@@ -1,4 +1,4 @@
-//! The update of an iteration: epochs, minibatches, micro-batches, gradients, steps.
+//! Update of an iteration: epochs, minibatches, micro-batches, gradients, optimizer steps.
 
 use std::time::Instant;
 
@@ -23,10 +23,10 @@ use crate::{
     ranks::Ranks,
 };
 
-/// What an update trains.
+/// Trained parts of the policy.
 const TRAINED: [Part; 3] = [Part::Expert, Part::NoiseHead, Part::ValueHead];
 
-/// Trains one policy on rollouts, together with the other ranks.
+/// Training of one policy on rollouts, together with the other ranks.
 #[derive(Debug)]
 pub struct Updater<'a> {
     plan: &'a RunPlan,
@@ -34,15 +34,15 @@ pub struct Updater<'a> {
     ranks: &'a dyn Ranks,
     objective: Objective,
     optimizers: Optimizers,
-    /// Largest size of an iteration's prefixes that a warning has named.
+    /// Largest size of an iteration's prefixes that a warning has reported, in bytes.
     warned_of: u64,
 }
 
 impl<'a> Updater<'a> {
-    /// Makes the loss of a plan and the optimizers of a policy. The trained weights of rank 0 become those of all ranks.
+    /// Builds the loss of a plan and the optimizers of a policy. Copies the trained weights of rank 0 to all ranks.
     ///
     /// # Errors
-    /// An unknown loss name or optimizer setting, or the exchange between ranks failed.
+    /// A loss name or an optimizer setting is invalid, or the exchange between ranks failed.
     pub fn new(plan: &'a RunPlan, policy: &'a Pi0, ranks: &'a dyn Ranks) -> Result<Self> {
         let mut weights: Vec<_> = TRAINED
             .iter()
@@ -61,27 +61,26 @@ impl<'a> Updater<'a> {
         })
     }
 
-    /// The policy that is trained.
+    /// Returns the trained policy.
     pub fn policy(&self) -> &'a Pi0 {
         self.policy
     }
 
-    /// The reference policy, where the loss has one, for checkpoints.
+    /// Returns the reference policy, for checkpoints; `None` for a loss without reference.
     pub fn reference(&mut self) -> Option<&mut Reference> {
         self.objective.reference()
     }
 
-    /// The actor's and the critic's optimizer, for checkpoints.
+    /// Returns the optimizers of actor and critic, for checkpoints.
     pub fn optimizers(&mut self) -> (&mut AdamW, Option<&mut AdamW>) {
         (&mut self.optimizers.actor, self.optimizers.critic.as_mut())
     }
 
-    /// Trains on one iteration's records. During the critic's warm-up the policy stays as it is. Without a critic, records
-    /// whose advantages are all 0 (or no records) teach nothing: no optimizer takes a step, so that neither momentum nor
-    /// weight decay moves the weights.
+    /// Trains on one iteration's records. During the critic's warm-up the policy is unchanged. Without a critic, 0 records or records
+    /// whose advantages are all 0 cause no optimizer step, so that neither momentum nor weight decay moves the weights.
     ///
     /// # Errors
-    /// Shapes that do not fit the policy, or the exchange between ranks failed.
+    /// A shape does not fit the policy, or the exchange between ranks failed.
     pub fn update(&mut self, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
         if let Some(reference) = self.objective.reference() {
             reference.begin(self.policy);
@@ -107,7 +106,7 @@ impl<'a> Updater<'a> {
         Ok(report)
     }
 
-    /// Keeps the prefixes, then optimizes.
+    /// Stores the prefixes, then optimizes.
     fn train(&mut self, batch: &RolloutBatch, iteration: u32) -> Result<UpdateReport> {
         let begin = Instant::now();
         let prefixes = PrefixStore::fill(self.plan, self.policy, &batch.observations)?;
@@ -130,7 +129,7 @@ impl<'a> Updater<'a> {
         })
     }
 
-    /// Warns of records that the prefix cache has no place for, when there are more than ever before.
+    /// Warns if the prefixes exceed the prefix cache's bound and the largest size of an earlier warning.
     fn warn_of_bound(&mut self, prefixes: &PrefixStore<'_>) {
         let (place, bound) = self.plan.prefix_cache();
         let wanted = prefixes.wanted_bytes();
@@ -148,7 +147,7 @@ impl<'a> Updater<'a> {
     }
 }
 
-/// Proximal policy optimization (Schulman et al. 2017, algorithm 1): epochs of minibatch steps on the records of one iteration.
+/// Runs proximal policy optimization (Schulman et al. 2017, algorithm 1): epochs of minibatch steps on the records of one iteration.
 fn optimize(
     plan: &RunPlan,
     optimizers: &mut Optimizers,

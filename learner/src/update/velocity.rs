@@ -1,4 +1,4 @@
-//! The passes of an update whose loss is on the velocity: credit once per iteration, then one pass of the trained and the reference
+//! Passes of an update whose loss is on the velocity: credit once per iteration, then one pass of the trained and the reference
 //! policy per sample and epoch.
 
 use policy::{
@@ -19,7 +19,7 @@ use crate::{
     velocity::{Episodes, Velocities, VelocityLoss},
 };
 
-/// A method without likelihood, with its reference.
+/// Loss on the velocity, with its reference.
 #[derive(Debug)]
 pub(super) struct VelocityObjective {
     method: Box<dyn VelocityLoss>,
@@ -27,17 +27,17 @@ pub(super) struct VelocityObjective {
     by_episode: bool,
 }
 
-/// What an iteration's chunks are worth to the method.
+/// Credit of an iteration's samples.
 struct Credit {
-    /// By sample, f32 `[M]`.
+    /// Credit by sample, f32 `[M]`.
     by_sample: Tensor,
-    /// Which elements were executed, bool `[M, H, A]`.
+    /// Executed elements, bool `[M, H, A]`.
     executed: Tensor,
     report: CreditReport,
 }
 
 impl VelocityObjective {
-    /// Makes the method's reference beside `policy`.
+    /// Creates the reference of `policy` for the method.
     ///
     /// # Errors
     /// The sizes do not fit together.
@@ -54,12 +54,12 @@ impl VelocityObjective {
         })
     }
 
-    /// Whether the records can teach anything.
+    /// Returns whether the records can change the policy.
     pub(super) fn teaches(&self, batch: &RolloutBatch) -> bool {
         batch.whole.informative || !self.method.reads_advantages()
     }
 
-    /// Prepares the passes over a batch: gives credit to its samples. The reference acts on the recorded initial noise, by ODE.
+    /// Prepares the passes over a batch and computes the credit of its samples. The reference acts by ODE on the recorded initial noise.
     pub(super) fn passes<'a>(
         &'a self,
         plan: &RunPlan,
@@ -118,7 +118,7 @@ impl VelocityObjective {
         })
     }
 
-    /// Measures how far each sample's executed actions are from the reference's.
+    /// Returns the distance of each sample's executed actions from the reference's actions, in model units.
     fn displacement(
         &self,
         plan: &RunPlan,
@@ -151,7 +151,7 @@ impl VelocityObjective {
     }
 }
 
-/// Marks the elements of each sample that the environment executed, bool `[M, H, A]`.
+/// Returns the elements of each sample that the environment executed, bool `[M, H, A]`.
 fn executed_elements(plan: &RunPlan, batch: &RolloutBatch) -> Tensor {
     let width = plan.config.actor.model.env_action_dim;
     let (horizon, action_dim) = (plan.dims.action_horizon, plan.dims.action_dim);
@@ -166,7 +166,7 @@ fn executed_elements(plan: &RunPlan, batch: &RolloutBatch) -> Tensor {
         .to_device(batch.chain.device())
 }
 
-/// The passes of one iteration.
+/// Passes of one iteration.
 pub(super) struct VelocityPasses<'a> {
     objective: &'a VelocityObjective,
     policy: &'a Pi0,
@@ -198,8 +198,8 @@ impl VelocityPasses<'_> {
         })
     }
 
-    /// Computes the mean loss of the samples `rows`. Flow time and noise of a sample are keyed by (seed, iteration, epoch, sample of all
-    /// ranks).
+    /// Computes the mean loss of the samples `rows`. Flow time and noise of a sample are keyed by (seed, iteration, epoch, index of the
+    /// sample over all ranks).
     fn loss(&self, rows: &[usize], epoch: u64) -> Result<Tensor> {
         let Self {
             objective,

@@ -1,12 +1,12 @@
-//! Nothing recorded is left out unseen: every tensor of the golden files is read by a test, or stands here with the reason why not.
+//! Every tensor of the golden files is read by a test, or is listed here with a reason.
 
 use integration_tests::{Golden, golden_dir};
 
 use crate::differences::of_the_committed_set;
 
-/// A file, by its name without `MODE_`, and what tests read of it. `*` is one part of a dotted name, `**` all that is left.
+/// Files, by the name without `MODE_`, and the tensors that tests read. `*` is one part of a dotted name, `**` any remaining parts.
 const READ: &[(&str, &[&str])] = &[
-    // loading is strict, and gradients are taken off a list that must end empty
+    // loading is strict, and checked gradients are removed from a list that must end empty
     ("weights", &["**"]),
     ("vlmvalue_weights", &["**"]),
     ("rl_heads", &["**"]),
@@ -78,7 +78,7 @@ const READ: &[(&str, &[&str])] = &[
     ),
     ("vlmvalue_rlsampler", &["masked_mean.value", "slot_mean.value"]),
     ("real_geom", &["time.t", "time.emb1024", "time.emb1024_f64"]),
-    // by a list of its own
+    // by a separate list
     ("preproc", &["**"]),
     ("rlinf_advantages", &["*.in.**", "*.out.advantages", "*.out.returns"]),
     ("rlinf_helpers", &["*.in.**", "*.out.out"]),
@@ -106,7 +106,7 @@ const READ: &[(&str, &[&str])] = &[
     ("rlinf_policy_loss", LOSSES),
 ];
 
-/// Of the files by noise method: step grids, rollouts, and what the actor says of them by the same and by moved weights.
+/// Tensors of the files by noise method: step grids, rollouts, and the actor's outputs for the same and for perturbed weights.
 const RL: &[&str] = &[
     "grid4.*",
     "grid10.*",
@@ -127,7 +127,7 @@ const RL: &[&str] = &[
     "*.grad_scalar",
 ];
 
-/// A variant's name may have a dot: `k1.flow_sde`.
+/// Tensors of the variants, whose names may have a dot: `k1.flow_sde`.
 const VARIANTS: &[&str] = &[
     "rtc.noise",
     "rtc.prev_model_actions",
@@ -168,7 +168,7 @@ const LOSSES: &[&str] = &[
     "*.out.metric.critic/value_clip_ratio",
 ];
 
-/// What no test reads, and why.
+/// Tensors that no test reads, each with the reason.
 const NOT_READ: &[(&str, &str, &str)] = &[
     (
         "model",
@@ -195,7 +195,7 @@ const NOT_READ: &[(&str, &str, &str)] = &[
     (
         "rl_variants",
         "rtc.denoise_inds",
-        "a guided chunk is no sample: it has no log-probability",
+        "a guided chunk is not a sample: it has no log-probability",
     ),
     ("rl_variants", "rtc.prev_logprobs", "as above"),
     ("rl_variants", "rtc.prev_values", "as above"),
@@ -214,7 +214,7 @@ const NOT_READ: &[(&str, &str, &str)] = &[
         "*.out.pre.loss_mask_sum",
         "lock-step layout of the reference",
     ),
-    // the cases of `preprocess_embodied_batch` put rollouts side by side: the tests go on from what comes out
+    // the cases of `preprocess_embodied_batch` put rollouts side by side: the tests start from the result
     (
         "rlinf_embodied_pipeline",
         "c021.in.*",

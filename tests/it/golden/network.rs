@@ -1,5 +1,5 @@
-//! The network against the golden tensors: prefix, suffix, velocity, ODE, flow-matching loss and gradients, for pi0 and pi0.5. All sizes
-//! are read from the files.
+//! Compares the network with the golden tensors: prefix, suffix, velocity, ODE, flow-matching loss and gradients, for pi0 and pi0.5. All
+//! sizes are read from the files.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -23,9 +23,9 @@ use policy::{
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-/// Absolute error of the flow-matching loss.
+/// Absolute tolerance of the flow-matching loss.
 const LOSS: f64 = 1e-5;
-/// Gradients, relative to the largest element of their tensor.
+/// Tolerance of gradients, relative to the largest element of the tensor.
 pub(super) const GRADIENT: f64 = 1e-3;
 
 pub(super) const MODES: [&str; 2] = ["pi0", "pi05"];
@@ -37,7 +37,7 @@ fn size(dims: &Value, key: &str) -> usize {
         .unwrap_or_else(|| panic!("dims.json: `{key}`")) as usize
 }
 
-/// The sizes of a golden file as a policy.
+/// Returns the policy's sizes of a golden file.
 pub(super) fn policy_dims(file: &str) -> (PolicyDims, ValueHeadDims, Executed) {
     let dims = golden_dims(file);
     let hidden = dims["dims"]["vh"]
@@ -119,13 +119,13 @@ pub(super) fn close(what: &str, got: &Tensor, want: &Array, tolerance: f64) {
     assert_close(what, &values(got), want, tolerance);
 }
 
-/// A network output.
+/// Asserts that a network output is within the tolerance of the golden output.
 #[track_caller]
 pub(super) fn close_output(what: &str, got: &Tensor, want: &Array) {
     close(what, got, want, output_tolerance(want));
 }
 
-/// Element `index` of the leading axis.
+/// Returns element `index` of the leading axis.
 pub(super) fn at(array: &Array, index: usize) -> Array {
     let len = array.data.len() / array.shape[0];
     Array {
@@ -135,7 +135,7 @@ pub(super) fn at(array: &Array, index: usize) -> Array {
     }
 }
 
-/// The noise head of `MODE_rl_heads`.
+/// Returns the noise head's sizes of `MODE_rl_heads`.
 pub(super) fn noise_head(mode: &str) -> NoiseHeadDims {
     let heads = Golden::open(&format!("{mode}_rl_heads"));
     // a head has a few layers
@@ -153,7 +153,7 @@ pub(super) fn noise_head(mode: &str) -> NoiseHeadDims {
     }
 }
 
-/// A policy with the weights of `MODE_weights` and those of `heads` from `MODE_rl_heads`.
+/// Returns a policy with the weights of `MODE_weights`, and of `heads` from `MODE_rl_heads`.
 pub(super) fn golden_policy(mode: &str, heads: &Heads) -> Pi0 {
     let (dims, _, _) = policy_dims(&format!("{mode}_model"));
     let store = ParamStore::zeros(&dims, heads, Device::Cpu).expect("sizes");
@@ -168,13 +168,13 @@ pub(super) fn golden_policy(mode: &str, heads: &Heads) -> Pi0 {
     Pi0::new(dims, heads, store).expect("network")
 }
 
-/// The golden policy with its value head.
+/// Returns the golden policy with its value head.
 fn with_value_head(mode: &str) -> Pi0 {
     let (_, head, _) = policy_dims(&format!("{mode}_model"));
     golden_policy(mode, &Heads::value(head))
 }
 
-/// The observation of a golden file, images under `{images}.{camera}`.
+/// Encodes the observation of a golden file, with images under `{images}.{camera}`.
 pub(super) fn encode(policy: &Pi0, golden: &Golden, images: &str) -> Prefix {
     let stack = |prefix: &str, read: fn(&Array) -> Tensor| {
         let all: Vec<Tensor> = CAMERAS
@@ -237,8 +237,8 @@ fn image_tower_and_prefix() {
                 );
             }
         }
-        // joint pass of the reference: a valid prefix token never sees the suffix, so its output is the same; a padded one is a
-        // mean over all keys, there the suffix's too
+        // joint pass of the reference: a valid prefix token never sees the suffix, so its output is equal; a padded token is a mean over
+        // all keys, in the joint pass including the suffix
         let joint = golden.get("train.joint_prefix_out");
         let gap = (&prefix.out - float(&joint)).abs() * prefix.cache.mask.to_kind(Kind::Float).unsqueeze(-1);
         let gap = gap.max().double_value(&[]);
@@ -320,7 +320,7 @@ fn ode_paths_with_the_accumulated_times() {
     }
 }
 
-/// A checkpoint in bf16 is read and widened; the reference then computes in bf16 too, ours in f32.
+/// A bf16 checkpoint is read and widened to f32; the reference computes in bf16.
 #[test]
 fn a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16() {
     let dir = tempfile::tempdir().expect("folder");
@@ -348,7 +348,7 @@ fn a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16() {
         let input = |name: &str| float(&golden.get(name));
         let (state, x, t) = (input("in.state"), input("step.x_t"), input("step.t"));
         let velocity = policy.velocity(&prefix.cache, Some(&state), &x, &t).expect("velocity");
-        // what the golden set says of its own f32 against its bf16, in which activations have 8 bits
+        // the golden set's own difference of f32 and bf16, whose activations have 8 bits
         let tolerance = 5e-2;
         close(
             &format!("{mode} v_t"),
@@ -369,8 +369,8 @@ fn a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16() {
     }
 }
 
-/// Checks every gradient of the store against `{prefix}{name}` of a golden file; parameters that the file leaves out must get
-/// none, save those that `skip` names.
+/// Compares every gradient of the store with `{prefix}{name}` of a golden file. Parameters that the file lacks must have no gradient,
+/// except those that `skip` selects.
 pub(super) fn check_gradients(policy: &Pi0, golden: &Golden, prefix: &str, skip: impl Fn(&str) -> bool) -> usize {
     let mut left: BTreeSet<String> = golden.names().into_iter().filter(|n| n.starts_with(prefix)).collect();
     let mut checked = 0;
@@ -382,7 +382,7 @@ pub(super) fn check_gradients(policy: &Pi0, golden: &Golden, prefix: &str, skip:
         let grad = tensor.grad();
         if left.remove(&key) {
             let want = golden.get(&key);
-            // a recorded gradient of exactly zero (the last layer's query of the prefix) is one that nothing reads
+            // a recorded gradient of exactly zero (the last layer's query of the prefix) belongs to an unused parameter
             let got = if grad.defined() {
                 values(&grad)
             } else {
@@ -438,8 +438,8 @@ fn flow_matching_loss_and_all_its_gradients() {
         );
         close(&format!("{mode} x_t"), &result.x_t, &golden.get("train.x_t"), 1e-6);
         close(&format!("{mode} u_t"), &result.u_t, &golden.get("train.u_t"), 1e-6);
-        // elements square the velocity's error and reach 20, where the reference's own error against f64 is above 1e-5: they are
-        // held relative to the largest, the mean to the loss tolerance
+        // elements square the velocity's error and reach 20, where the reference's own error against f64 is above 1e-5: elements have a
+        // tolerance relative to the largest, the mean has the loss tolerance
         assert_close_relative(
             &format!("{mode} loss"),
             &values(&result.loss),
@@ -463,7 +463,7 @@ fn flow_matching_loss_and_all_its_gradients() {
     }
 }
 
-/// A golden policy with its observation encoded.
+/// A golden policy with its encoded observation.
 pub(super) struct Setup {
     pub(super) policy: Pi0,
     pub(super) prefix: Prefix,
@@ -484,7 +484,7 @@ pub(super) fn setup(mode: &str, heads: &Heads) -> Setup {
     }
 }
 
-/// Without padding no attention mask is built: the short way must give what the long way gives.
+/// Without padding no attention mask is built; the result must equal the result with a mask.
 #[test]
 fn full_prefix_without_mask_equals_masked() {
     for mode in MODES {
@@ -494,7 +494,7 @@ fn full_prefix_without_mask_equals_masked() {
         let x = float(&golden.get("step.x_t"));
         let t = float(&golden.get("step.t"));
         let len = s.prefix.cache.len();
-        // one sample alone is fully valid after cutting its padding; a batch with a padded neighbour takes the long way
+        // a single sample is fully valid without its padding; a batch with a padded neighbor builds a mask
         let cut = len - 1;
         let (k, v) = (s.prefix.cache.k.narrow(3, 0, cut), s.prefix.cache.v.narrow(3, 0, cut));
         let short = PrefixCache::new(k, v, Tensor::ones([batch, cut], (Kind::Bool, Device::Cpu))).expect("cache");

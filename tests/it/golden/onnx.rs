@@ -1,4 +1,5 @@
-//! The network goldens through the exported graphs in ONNX Runtime: pi0 and pi0.5, both weight modes, fixed and symbolic batch.
+//! Compares the exported graphs in ONNX Runtime with the network's golden tensors: pi0 and pi0.5, both weight modes, fixed and symbolic
+//! batch.
 #![expect(
     clippy::expect_used,
     clippy::panic,
@@ -51,7 +52,7 @@ fn session(path: &Path) -> Session {
         .unwrap_or_else(|e| panic!("loading {}: {e}", path.display()))
 }
 
-/// The model sizes of a golden file, with the cameras counted in `model`.
+/// Returns the model sizes of a golden file, with the number of cameras in `model`.
 fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueHeadDims) {
     let entry = golden_dims(file);
     let size = |key: &str| {
@@ -111,7 +112,7 @@ fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueH
     )
 }
 
-/// Camera names; their alphabetical order is the order of the observation.
+/// Returns the camera names in alphabetical order, which is the order of the observation.
 fn cameras(model: &Golden) -> Vec<String> {
     model
         .names()
@@ -122,7 +123,7 @@ fn cameras(model: &Golden) -> Vec<String> {
 
 type Weights = BTreeMap<String, Weight>;
 
-/// The weights of a golden file, the value head from `heads`.
+/// Returns the weights of a golden file, with the value head from `heads`.
 fn weights(file: &str, heads: &str, dims: &PolicyDims, head: &ValueHeadDims) -> Weights {
     let files = [file, heads]
         .map(|name| WeightFile::open(&golden_dir().join(format!("{name}.safetensors"))).expect("golden weights"));
@@ -138,7 +139,7 @@ fn weights(file: &str, heads: &str, dims: &PolicyDims, head: &ValueHeadDims) -> 
     params(dims, &Heads::value(head.clone())).iter().map(read).collect()
 }
 
-/// What one run of a graph gave, as f64.
+/// Outputs of one run of a graph, as f64.
 type Outputs = BTreeMap<String, Array>;
 
 fn run(session: &mut Session, inputs: Vec<(String, SessionInputValue<'_>)>) -> Outputs {
@@ -227,7 +228,7 @@ impl Graphs {
         }
     }
 
-    /// `images`: preprocessed, per camera `[B, 3, size, size]` under `PREFIX.NAME`.
+    /// Runs the prefix graph; `images` is the prefix of preprocessed images, per camera `[B, 3, size, size]` under `PREFIX.NAME`.
     fn prefix(&mut self, model: &Golden, images: &str) -> Outputs {
         let names = cameras(model);
         let per_camera: Vec<Array> = names.iter().map(|n| model.get(&format!("{images}.{n}"))).collect();
@@ -295,7 +296,7 @@ impl Graphs {
     }
 }
 
-/// One denoise step for a batch: time per sample, coefficients for all.
+/// One denoise step of a batch, with a time per sample and common coefficients.
 struct Step<'a> {
     x: &'a [f32],
     t: Vec<f64>,
@@ -304,7 +305,7 @@ struct Step<'a> {
     z: &'a [f32],
 }
 
-/// The `index`-th entry of an array's first axis.
+/// Returns the `index`-th entry of an array's first axis.
 fn at(array: &Array, index: usize) -> Array {
     let shape = array.shape[1..].to_vec();
     let length: usize = shape.iter().product();
@@ -315,7 +316,7 @@ fn at(array: &Array, index: usize) -> Array {
     }
 }
 
-/// Layer `l` of a cache `[B, depth, ...]`.
+/// Returns layer `l` of a cache `[B, depth, ...]`.
 fn layer(cache: &Array, l: usize) -> Array {
     let samples: Vec<Array> = (0..cache.shape[0]).map(|b| at(&at(cache, b), l)).collect();
     let shape = [vec![cache.shape[0]], samples[0].shape.clone()].concat();
@@ -326,7 +327,7 @@ fn layer(cache: &Array, l: usize) -> Array {
     }
 }
 
-/// Compares and gives the error.
+/// Asserts that two arrays are within `tolerance` and returns the largest error.
 #[track_caller]
 fn close(what: &str, got: &Array, want: &Array, tolerance: f64) -> f64 {
     assert_eq!(got.shape, want.shape, "{what}: shape");
@@ -338,7 +339,7 @@ fn close(what: &str, got: &Array, want: &Array, tolerance: f64) -> f64 {
     diff
 }
 
-/// Compares a network output and gives the error.
+/// Asserts that a network output is within its tolerance and returns the largest error.
 #[track_caller]
 fn close_output(what: &str, got: &Array, want: &Array) -> f64 {
     close(what, got, want, output_tolerance(want))
@@ -535,7 +536,7 @@ fn value_of_the_prefix_is_the_masked_mean_of_the_reference() {
     }
 }
 
-/// Grouped heads have no golden: a policy whose two kv heads hold the same numbers is the golden one with a single kv head.
+/// No golden file has grouped heads. A policy with two equal kv heads equals the golden policy with a single kv head.
 #[test]
 fn two_equal_kv_heads_are_one() {
     for mode in MODES {

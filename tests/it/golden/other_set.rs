@@ -1,4 +1,4 @@
-//! Another golden set in the place of the committed one.
+//! Another golden set instead of the committed set.
 
 use std::{os::unix::fs::symlink, process::Command};
 
@@ -6,7 +6,7 @@ use integration_tests::golden_dir;
 
 use super::network::MODES;
 
-/// The tests of files that not every golden set has.
+/// Tests of files that not every golden set has.
 const TESTS: [&str; 2] = [
     "golden::network::a_bf16_checkpoint_gives_what_the_reference_computes_in_bf16",
     "golden::real::recipes_of_published_sizes_have_the_published_tensors",

@@ -1,4 +1,4 @@
-//! `V_vlm`: the value of the pooled prefix against the golden tensors, for every pooling, and the rollouts that carry it.
+//! `V_vlm`: compares the value of the pooled prefix with the golden tensors, for every pooling, and the rollouts with this value.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use integration_tests::{Golden, golden_dir};
@@ -20,15 +20,15 @@ use super::{
     rl::{LOGPROB, Recomputed, check_rollout, method, noise_level, sampling},
 };
 
-/// Pooling of each recorded case of `value_after_vlm`. Ours by default is the masked mean of the reference's newer sampler; its main code
-/// path counts all text slots, padding included, whose rows are means over every key: `mean_padded` here.
+/// Pooling of each recorded case of `value_after_vlm`. Our default is the masked mean of the reference's newer sampler. The reference's
+/// main code path includes all text slots with padding, whose rows are means over every key (`mean_padded` here).
 const POOLED: [(Pooling, &str); 3] = [
     (Pooling::MeanPadded, "mean_token"),
     (Pooling::First, "first_token"),
     (Pooling::Last, "last_token"),
 ];
 
-/// The policy of `MODE_vlmvalue` with its observation encoded.
+/// Returns the policy of `MODE_vlmvalue` with its encoded observation.
 fn pooled_setup(mode: &str, pooling: Pooling) -> Setup {
     let (dims, mut head, executed) = policy_dims(&format!("{mode}_vlmvalue"));
     (head.input, head.pooling) = (CriticInput::Vlm, pooling);
@@ -92,7 +92,7 @@ fn value_of_the_pooled_prefix() {
                 &ours,
                 &golden.get(&format!("{case}.direct_value")),
             );
-            // recorded at rollout and recomputed: it does not depend on the denoise step
+            // recorded at rollout and recomputed: the value does not depend on the denoise step
             for part in ["prev_values", "re.raw_values"] {
                 let name = format!("{case}.{part}");
                 close_output(&format!("{mode} {name}"), &ours.unsqueeze(1), &golden.get(&name));
@@ -125,7 +125,7 @@ fn value_of_the_pooled_prefix() {
     }
 }
 
-/// Log-probabilities of a rollout whose value is not of a step: executed as recorded, and of the whole chunk.
+/// Compares the log-probabilities of a rollout whose value is not of a step: of the executed part as recorded, and of the whole chunk.
 fn check_likelihood(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, what: &str) {
     let dims = s.policy.dims();
     let whole = Executed {

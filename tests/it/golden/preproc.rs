@@ -1,5 +1,5 @@
-//! Pre- and post-processing against the recorded reference: images, normalisation, delta actions, discrete state, prompts,
-//! and `SentencePiece` ids.
+//! Compares pre- and post-processing with the recorded reference: images, normalization, delta actions, discrete state, prompts and
+//! `SentencePiece` ids.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{collections::BTreeSet, path::PathBuf};
@@ -12,7 +12,7 @@ use policy::{
 };
 use serde_json::Value;
 
-/// Tensors of the golden file whose name starts with `prefix` and ends with `.in`, without that end.
+/// Returns the tensor names of the golden file that start with `prefix` and end with `.in`, without `.in`.
 fn stems(golden: &Golden, prefix: &str) -> Vec<String> {
     let names = golden.names();
     let found: Vec<String> = names
@@ -29,7 +29,7 @@ fn bytes(array: &Array) -> Vec<u8> {
     array.data.iter().map(|v| *v as u8).collect()
 }
 
-/// `[h, w, c]` to `[c, h, w]`.
+/// Transposes `[h, w, c]` to `[c, h, w]`.
 fn planes(pixels: &[f32], channels: usize) -> Vec<f32> {
     (0..channels)
         .flat_map(|c| pixels.iter().skip(c).step_by(channels).copied())
@@ -72,7 +72,8 @@ fn stats(golden: &Golden, which: &str) -> DimStats {
     }
 }
 
-/// Within f32 rounding of each value (2^-24, twice for the rounding of the recorded one): columns differ by many magnitudes.
+/// Asserts that each value is within f32 rounding (2^-24, twice because the recorded value is rounded too); columns differ by many
+/// magnitudes.
 #[track_caller]
 fn assert_rows(what: &str, want: &Array, row: impl Fn(usize) -> Vec<f32>) {
     let width = *want.shape.last().unwrap();
@@ -124,7 +125,7 @@ fn delta_actions_are_made_and_undone() {
     let (actions, state) = (golden.get("delta.actions"), golden.get("delta.state").data);
     let (delta, absolute) = (golden.get("delta.out"), golden.get("absolute.out"));
     let cases = golden_cases("preproc");
-    // the mask stands in the name of the recorded call
+    // the mask is in the name of the recorded call
     let names = cases["cases"]
         .as_array()
         .unwrap()
@@ -163,7 +164,7 @@ fn state_bins_are_those_of_the_reference() {
     );
 }
 
-/// The recording used one id per character, which leaves the text, the frame and the padding to compare.
+/// The recording used one id per character, so text, frame and padding are compared.
 #[test]
 fn prompts_have_the_recorded_text_frame_and_length() {
     let cases = golden_cases("preproc");
@@ -203,8 +204,8 @@ fn prompts_have_the_recorded_text_frame_and_length() {
     }
 }
 
-/// The model and the ids come from the reference library: `tests/data/sentencepiece/make.py` trains the one and records the
-/// others, with the options of `PaliGemma`'s tokenizer.
+/// Model and ids come from the reference library: `tests/data/sentencepiece/make.py` trains the model and records the ids, with the options
+/// of `PaliGemma`'s tokenizer.
 #[test]
 fn sentencepiece_ids_are_those_of_the_reference_library() {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/data/sentencepiece"));
@@ -222,8 +223,8 @@ fn sentencepiece_ids_are_those_of_the_reference_library() {
     assert_eq!(framed, PromptTokens::fit(want, 48));
 }
 
-/// Nothing recorded is left out: every tensor and case of the file belongs to one of the tests above, but for `trz`, the reference's
-/// resize of float images inside its model: images are resized as bytes here, before they become numbers.
+/// Every tensor and case of the file belongs to one of the tests above, except `trz`, the reference's resize of float images inside its
+/// model. Here images are resized as bytes, before the conversion to floats.
 #[test]
 fn every_recorded_tensor_has_a_test() {
     let golden = Golden::open("preproc");

@@ -1,4 +1,4 @@
-//! The published sizes: names and shapes of all weights, and the time embedding at its real width. Nothing here runs a network.
+//! The published sizes: names and shapes of all weights, and the time embedding at the published width. No network is run.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::{collections::BTreeMap, path::Path};
@@ -13,7 +13,7 @@ use policy::{
 
 use super::network::MODES;
 
-/// Name and shape of every tensor of a model of the published size.
+/// Returns name and shape of every tensor of a model of the published size.
 fn recorded(file: &str) -> BTreeMap<String, Vec<usize>> {
     let text = std::fs::read_to_string(golden_dir().join(file)).expect("names");
     let line = |line: &str| {
@@ -24,7 +24,7 @@ fn recorded(file: &str) -> BTreeMap<String, Vec<usize>> {
     text.lines().filter(|l| !l.starts_with('#')).map(line).collect()
 }
 
-/// The recipes of published runs have exactly the tensors of the published model.
+/// The recipes of published runs have exactly the tensors of the published models.
 #[test]
 fn recipes_of_published_sizes_have_the_published_tensors() {
     for mode in MODES {
@@ -53,7 +53,7 @@ fn recipes_of_published_sizes_have_the_published_tensors() {
     }
 }
 
-/// The other primitives of the file are inside the network and are compared there, at the golden sizes.
+/// The file's other primitives are inside the network and are compared with the network, at the golden sizes.
 #[test]
 fn time_embedding_at_the_published_width() {
     let golden = Golden::open("real_geom");

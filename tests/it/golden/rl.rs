@@ -1,4 +1,4 @@
-//! Sampling and its recomputation against the golden tensors, for pi0 and pi0.5: step grids, rollouts, log-probabilities, entropies and
+//! Compares sampling and recomputation with the golden tensors, for pi0 and pi0.5: step grids, rollouts, log-probabilities, entropies and
 //! values, and their gradients. All sizes are read from the files.
 #![expect(
     clippy::expect_used,
@@ -28,9 +28,9 @@ use super::network::{
     MODES, Setup, at, check_gradients, close, close_output, encode, float, noise_head, policy_dims, setup, values,
 };
 
-/// Log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
+/// Tolerance of log-probabilities: an error of the mean counts `|z| / std` times, about 4 / 0.1, and the velocity's error is near 1e-5.
 pub(super) const LOGPROB: f64 = 4e-4;
-/// `noise_level` of the golden runs that do not say otherwise: by Flow-SDE's formula its first step has the level itself as deviation.
+/// Returns the default `noise_level` of the golden runs: by Flow-SDE's formula the first step's deviation equals the level.
 pub(super) fn noise_level(mode: &str) -> f64 {
     let golden = Golden::open(&format!("{mode}_rl_flow_sde"));
     let grids = groups(&golden);
@@ -42,7 +42,7 @@ pub(super) fn method(name: &str) -> NoiseMethod {
     NoiseMethod::named(name).unwrap_or_else(|| panic!("unknown noise method {name}"))
 }
 
-/// The first part of every tensor name, before the first dot.
+/// Returns the first part of every tensor name, before the first dot.
 pub(super) fn groups(golden: &Golden) -> BTreeSet<String> {
     golden
         .names()
@@ -51,7 +51,7 @@ pub(super) fn groups(golden: &Golden) -> BTreeSet<String> {
         .collect()
 }
 
-/// The heads that a method needs: the golden value head, and the noise head for Flow-Noise.
+/// Returns the heads that a method needs: the golden value head, and the noise head for Flow-Noise.
 pub(super) fn heads_of(mode: &str, method: NoiseMethod) -> Heads {
     let (_, value, _) = policy_dims(&format!("{mode}_model"));
     Heads {
@@ -141,7 +141,7 @@ fn all_zero(array: &Array) -> bool {
     array.data.iter().all(|v| *v == 0.0)
 }
 
-/// The stochastic steps of each row as `{case}.denoise_inds` names them: one, all, or none.
+/// Returns the stochastic steps of each row from `{case}.denoise_inds`: one, all, or none.
 pub(super) fn steps_of(golden: &Golden, case: &str) -> Vec<Vec<usize>> {
     let inds = golden.get(&format!("{case}.denoise_inds"));
     (0..inds.shape[0])
@@ -158,7 +158,7 @@ pub(super) fn steps_of(golden: &Golden, case: &str) -> Vec<Vec<usize>> {
         .collect()
 }
 
-/// The recorded steps that have a density.
+/// Returns the recorded steps that have a density.
 fn with_density(golden: &Golden, case: &str, schedule: &Schedule) -> Vec<Vec<usize>> {
     let mut steps = steps_of(golden, case);
     for row in &mut steps {
@@ -167,7 +167,7 @@ fn with_density(golden: &Golden, case: &str, schedule: &Schedule) -> Vec<Vec<usi
     steps
 }
 
-/// What our policy says of the recorded transitions of a case, each row with its `S` stochastic steps one after the other.
+/// Our policy's outputs for the recorded transitions of a case, each row with its `S` stochastic steps in order.
 pub(super) struct Recomputed {
     rows: i64,
     steps: i64,
@@ -186,7 +186,7 @@ impl Recomputed {
         Self::of(s, cache, sampling, golden, case, s.executed, detach)
     }
 
-    /// Of these elements of the chunk.
+    /// Recomputes the transitions, with log-probabilities of these elements of the chunk.
     pub(super) fn of(
         s: &Setup,
         cache: &PrefixCache,
@@ -200,7 +200,7 @@ impl Recomputed {
         let schedule = Schedule::of(sampling);
         let mut steps = with_density(golden, case, &schedule);
         if steps.iter().all(Vec::is_empty) {
-            // nothing with a density: hand the recorded steps over, to be refused
+            // no step with a density: pass the recorded steps, which are rejected
             steps = steps_of(golden, case);
         }
         let count = steps[0].len();
@@ -240,14 +240,14 @@ impl Recomputed {
         })
     }
 
-    /// `[B, S, ...]`.
+    /// Reshapes `[B * S, ...]` to `[B, S, ...]`.
     fn per_step(&self, t: &Tensor) -> Tensor {
         let mut shape = t.size();
         shape.splice(0..1, [self.rows, self.steps]);
         t.view(shape.as_slice())
     }
 
-    /// The reference's joining: the mean over the steps, in the joint case also over the initial noise's term.
+    /// Returns the reference's joint log-probability: the mean over the steps, in the joint case also over the initial noise's term.
     fn joined(&self, s: &Setup, golden: &Golden, case: &str) -> Tensor {
         let logprob = self.per_step(&self.out.logprob);
         if !is_joint(golden, case) {
@@ -262,18 +262,18 @@ impl Recomputed {
         (logprob.sum_dim_intlist(1, false, Kind::Float) + initial) / terms
     }
 
-    /// Log-probability at the first of the steps.
+    /// Returns the log-probability at the first step.
     pub(super) fn at_first_step(&self) -> Tensor {
         self.per_step(&self.out.logprob).select(1, 0)
     }
 
-    /// Mean over the steps, `[B]`; `None` without a head at the steps.
+    /// Returns the mean value over the steps, `[B]`; `None` without a head at the steps.
     pub(super) fn value(&self) -> Option<Tensor> {
         let value = self.out.value.as_ref()?;
         Some(self.per_step(value).mean_dim(1, false, Kind::Float))
     }
 
-    /// The reference's entropy `[B, 1]`: the mean over steps and executed elements, in the joint case also over the initial noise's.
+    /// Returns the reference's entropy `[B, 1]`: the mean over steps and executed elements, in the joint case also over the initial noise.
     fn entropy(&self, joint: bool) -> Option<Tensor> {
         let per_step = self
             .per_step(self.out.entropy.as_ref()?)
@@ -284,13 +284,13 @@ impl Recomputed {
     }
 }
 
-/// Whether all steps of a case are stochastic (with one denoise step the two are told apart by the number of recorded terms).
+/// Returns whether all steps of a case are stochastic (with one denoise step, decided by the number of recorded terms).
 pub(super) fn is_joint(golden: &Golden, case: &str) -> bool {
     let name = format!("{case}.re.raw_logprobs");
     golden.has(&name) && golden.get(&name).shape[1] > 1
 }
 
-/// Our sampler on a case's noise.
+/// Runs our sampler on a case's noise.
 fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sample {
     let own = format!("{case}.noise");
     let noise = golden.get(if golden.has(&own) { &own } else { "noise" });
@@ -314,7 +314,8 @@ fn sampled(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str) -> Sampl
         .expect("sample")
 }
 
-/// The deviation of every step of a rollout: 0 where it is deterministic, else the table's, scaled by the noise head where there is one.
+/// Compares the deviation of every step of a rollout: 0 for a deterministic step, otherwise the table's, scaled by a noise head if there is
+/// one.
 fn check_deviations(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, sample: &Sample, what: &str) {
     let want = golden.get(&format!("{case}.step_std"));
     let steps = steps_of(golden, case);
@@ -340,7 +341,7 @@ fn check_deviations(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str,
     }
 }
 
-/// Sampler against a recorded rollout, and the values that we record.
+/// Compares the sampler and our recorded values with a recorded rollout.
 pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, case: &str, what: &str) {
     let name = |part: &str| format!("{case}.{part}");
     let what = |part: &str| format!("{what} {case} {part}");
@@ -372,8 +373,8 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
     close_output(&what("path value recomputed"), &path.unsqueeze(1), &recorded);
     let steps = steps_of(golden, case);
     if golden.has(&name("re.values")) && steps[0].len() == 1 {
-        // On purpose different: the reference records the mean over all denoise steps but trains the value of the stochastic step
-        // alone, two functions of the same observation. Here both are the value at the stochastic step, or both the mean.
+        // Deliberate difference: the reference records the mean over all denoise steps but trains the value of the stochastic step alone,
+        // two functions of the same observation. Here both are the value at the stochastic step, or both the mean.
         let ours: Vec<f32> = steps
             .iter()
             .enumerate()
@@ -393,14 +394,14 @@ pub(super) fn check_rollout(s: &Setup, schedule: &Schedule, golden: &Golden, cas
     }
 }
 
-/// Log-probabilities, values and entropies of one recorded case against `{case}.{policy}.*`.
+/// Compares log-probabilities, values and entropies of one recorded case with `{case}.{policy}.*`.
 pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
     let schedule = Schedule::of(sampling);
     let want = |part: &str| golden.get(&format!("{case}.{policy}.{part}"));
     let recorded = steps_of(golden, case);
     let ours = Recomputed::new(s, &s.prefix.cache, sampling, golden, case, false);
     if recorded.iter().all(|row| row.iter().all(|k| *k >= schedule.drawable)) {
-        // the last step of Flow-CPS has no noise: the reference records zeros, here it is never drawn and is refused
+        // the last step of Flow-CPS has no noise: the reference records zeros, here the step is never drawn and is rejected
         for part in ["logprobs", "raw_logprobs", "entropy", "raw_entropy"] {
             assert!(all_zero(&want(part)), "{what} {case} {part}");
         }
@@ -408,7 +409,7 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
         return;
     }
     if recorded.iter().any(|row| row.len() == 1 && row[0] >= schedule.drawable) {
-        // mixed rows, some without density: those with one are checked by the other cases
+        // mixed rows, some without density: rows with a density are checked by the other cases
         return;
     }
     let ours = ours.expect("transition");
@@ -445,7 +446,7 @@ pub(super) fn check_recompute(s: &Setup, sampling: &Sampling, golden: &Golden, c
     check_raw(s, sampling, golden, case, policy, &what("raw"));
 }
 
-/// Per step and element of the whole chunk, executed or not: log-probabilities, entropies and values before anything is joined. In the joint
+/// Compares log-probabilities, entropies and values per step and element of the whole chunk, executed or not, before any mean. In the joint
 /// case the first entry is of the initial noise, and a step without density is recorded as zero.
 fn check_raw(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy: &str, what: &str) {
     let want = |part: &str| golden.get(&format!("{case}.{policy}.raw_{part}"));
@@ -488,7 +489,7 @@ fn check_raw(s: &Setup, sampling: &Sampling, golden: &Golden, case: &str, policy
     }
 }
 
-/// `V_expert` of an ODE path at the step that its case names.
+/// Compares `V_expert` of an ODE path at the step that the case names.
 fn check_values_at_steps(s: &Setup, golden: &Golden, case: &str, mode: &str) {
     let chains = float(&golden.get(&format!("{case}.chains")));
     let times = flow_times(chains.size()[1] as usize - 1);
@@ -510,7 +511,7 @@ fn check_values_at_steps(s: &Setup, golden: &Golden, case: &str, mode: &str) {
     }
 }
 
-/// Takes over the perturbed weights, so that the PPO ratio is not one.
+/// Loads the perturbed weights, so that the PPO ratio is not 1.
 fn perturb(s: &Setup, golden: &Golden) {
     for name in golden.names().iter().filter_map(|n| n.strip_prefix("newpol.")) {
         s.policy

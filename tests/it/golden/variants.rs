@@ -1,4 +1,4 @@
-//! Variants of the reference's sampler: annealing, noise levels and ranges, the safe log-probability, heads and what is detached.
+//! Variants of the reference's sampler: annealing, noise levels and ranges, the safe log-probability, heads and detached gradients.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
@@ -19,18 +19,18 @@ use super::{
     },
 };
 
-/// What the annealed variants were recorded with.
+/// Annealing of the recorded variants.
 const ANNEAL: NoiseAnneal = NoiseAnneal {
     start: 0.7,
     end: 0.3,
     steps: 400,
 };
-/// How far the chunk before had been executed, and the settings, that `rtc` was recorded with.
+/// Executed rows of the previous chunk in the recording of `rtc`; its other settings follow.
 const EXECUTED_ROWS: usize = 1;
 const DELAY: usize = 2;
 const MAX_WEIGHT: f64 = 5.0;
 
-/// A chunk that goes on from the one before: the reference's correction after every ODE step.
+/// A chunk that continues the previous chunk, by the reference's correction after every ODE step.
 #[test]
 fn guided_chunks() {
     for mode in MODES {
@@ -117,7 +117,7 @@ fn variants() {
             }
             let s = setup(mode, &heads);
             let level = level.unwrap_or_else(|| {
-                // the name says the version, the level is recorded
+                // the name has the version, the level is recorded
                 let version = group.trim_start_matches("anneal").parse().expect("anneal{version}");
                 let recorded = golden.get(&format!("{case}.noise_level")).data[0];
                 let level = ANNEAL.level(version);
@@ -161,8 +161,8 @@ fn variants() {
     }
 }
 
-/// What the reference snapshots for NFT at one step is what a record holds already: two neighbours of the chain, its end, and the
-/// velocity of the policy that acted.
+/// Checks that a record holds the reference's snapshot for NFT at one step: two neighbors of the chain, its end, and the acting policy's
+/// velocity.
 fn check_snapshot(golden: &Golden, case: &str, steps: usize, noise_level: f64, what: &str) {
     let get = |part: &str| golden.get(&format!("{case}.{part}")).f32();
     let (chains, velocity) = (get("chains"), get("step_v"));
@@ -187,7 +187,7 @@ fn check_snapshot(golden: &Golden, case: &str, steps: usize, noise_level: f64, w
     }
 }
 
-/// `detach_critic_input`: same value, gradient only in the head. The recorded values belong to the chain of `lvl02`.
+/// Compares `detach_critic_input`: the same value, with a gradient only in the head. The recorded values belong to the chain of `lvl02`.
 fn check_detach(mode: &str, golden: &Golden) {
     for (case, detach) in [("detach0", false), ("detach1", true)] {
         let s = setup(mode, &heads_of(mode, method("flow_sde")));

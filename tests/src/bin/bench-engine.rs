@@ -1,7 +1,7 @@
 //! `bench-engine`: requests per second and round trips of one engine or of several side by side, by the number of clients.
 //!
 //! `scripts/bench-engine` builds and starts this program. The engines serve the same random policy of the tabletop's sizes over the real
-//! wire; while one of them is measured, the others wait.
+//! wire; while one engine is measured, the others wait.
 #![expect(
     clippy::expect_used,
     reason = "a measurement ends with the reason when its own machine fails it"
@@ -24,29 +24,30 @@ use integration_tests::{
     standalone::{Limits, Programs, Server, random_bundle},
 };
 
-/// How long each engine is asked by a number of clients before that is measured.
+/// Duration of the requests to an engine before each measurement of a number of clients.
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// Measures requests per second and round trips of engines that serve the tabletop policy, by the number of clients.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// A rollout-engine; may be repeated to compare several. An `export` beside it makes its bundle. Default: the one beside this program.
+    /// A rollout-engine; may be repeated to compare several. The `export` in its folder makes its bundle. Default: the rollout-engine in
+    /// this program's folder.
     #[arg(long, value_name = "PROGRAM")]
     engine: Vec<PathBuf>,
-    /// Numbers of clients that ask at the same time, one row each, without a pause.
+    /// Numbers of concurrent clients, each with one row per request, without a pause.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 16, 64])]
     clients: Vec<usize>,
-    /// Rounds of each number of clients; a round measures every engine once.
+    /// Number of rounds for each number of clients; a round measures every engine once.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of an engine in a round.
+    /// Duration of an engine's measurement in a round, in seconds.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
-    /// Override a key of the quickstart's configuration, like `rollout.threads=2`; may be repeated.
+    /// Override a key of the quickstart's configuration, such as `rollout.threads=2`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// File to which one JSON object is added for each number of clients and engine.
+    /// File to which one JSON object per number of clients and engine is appended.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
@@ -75,7 +76,7 @@ fn row(clients: usize, name: &str, load: &Load) -> String {
     format!("{clients:7}  {name:6} {:10.1} {p50:9.3} {p99:9.3}{faults}", load.rate())
 }
 
-/// Returns the line that divides an engine's numbers by those of the first one.
+/// Returns the line with an engine's numbers divided by those of the first engine.
 fn ratio(name: &str, first: &Load, load: &Load) -> String {
     let quantile = |q| load.trips.quantile(q).as_secs_f64() / first.trips.quantile(q).as_secs_f64();
     let mut rounds: Vec<f64> = load

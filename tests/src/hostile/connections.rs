@@ -1,4 +1,4 @@
-//! Attacks on connections and frames: what comes before any message is complete.
+//! Attacks on connections and frames, before any message is complete.
 
 use std::{
     collections::VecDeque,
@@ -14,7 +14,7 @@ use super::{
     ready, ready_with, repeat, tally::RETRY, zmtp::SLICE,
 };
 
-/// Where in a connection a length bomb stands.
+/// Place of a length bomb in a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// A command in place of READY.
@@ -29,7 +29,7 @@ pub enum Place {
     Command,
 }
 
-/// All places of a length bomb.
+/// Every place of a length bomb.
 pub const PLACES: [Place; 5] = [
     Place::CommandForReady,
     Place::MessageForReady,
@@ -37,7 +37,7 @@ pub const PLACES: [Place; 5] = [
     Place::FirstPart,
     Place::Command,
 ];
-/// Lengths that no memory holds, or only a large one.
+/// Announced lengths in bytes that exceed any memory, or all but a large one.
 pub const BOMBS: [u64; 5] = [1 << 62, u64::MAX, 1 << 63, 1 << 40, 5 << 30];
 
 /// Announces a frame of `length` bytes, sends 100 of them and waits up to `patience` for the peer to close.
@@ -73,7 +73,7 @@ pub fn length_bomb(endpoint: &str, length: u64, place: Place, patience: Duration
     tally
 }
 
-/// Opens `connections` connections one after the other; sends each 1 to `longest` random bytes, after a greeting on every other, and closes.
+/// Opens `connections` connections in turn, sends 1 to `longest` random bytes on each, after a greeting on every other, and closes.
 pub fn random_bytes(endpoint: &str, connections: u64, longest: usize, seed: u64, duration: Duration) -> Tally {
     let end = Instant::now() + duration;
     let mut rng = stream(Purpose::Reset, seed, 7, 0, 0);
@@ -97,7 +97,7 @@ pub fn random_bytes(endpoint: &str, connections: u64, longest: usize, seed: u64,
         tally.opened += 1;
         let pushed = push(&mut stream, &bytes, Instant::now() + SLICE);
         tally.sent += pushed.sent;
-        // what the peer answers must have a moment to arrive, else a fast close hides the bytes from it
+        // waits a moment for the peer's answer: a fast close would hide the bytes from the peer
         let (closed, received) = closed_by_peer(&mut stream, Instant::now() + Duration::from_millis(2));
         tally.received += received;
         tally.closed += u64::from(closed || pushed.closed);
@@ -105,7 +105,7 @@ pub fn random_bytes(endpoint: &str, connections: u64, longest: usize, seed: u64,
     tally
 }
 
-/// Returns openings of a connection that break ZMTP or ask for what an engine does not offer.
+/// Returns first bytes of a connection that break ZMTP or request what an engine does not offer.
 pub fn bad_openings() -> Vec<Vec<u8>> {
     let greeted = |rest: Vec<u8>| [greeting(1), rest].concat();
     let mut mechanism = greeting(1);
@@ -171,8 +171,7 @@ pub fn bad_openings() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Opens connections with each of the [`bad_openings`], sends a frame after them, and holds the last 50 connections, until `duration` has
-/// passed.
+/// Opens connections with each of the [`bad_openings`] and sends a frame, until `duration` has passed. Holds the last 50 connections.
 pub fn bad_handshakes(endpoint: &str, body: &[u8], duration: Duration) -> Tally {
     let all = bad_openings();
     let mut next = all.iter().cycle();
@@ -203,22 +202,22 @@ pub fn bad_handshakes(endpoint: &str, body: &[u8], duration: Duration) -> Tally 
     })
 }
 
-/// How far an idle connection goes.
+/// Stage at which a connection idles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// Not a byte is sent.
+    /// No byte is sent.
     Silent,
     /// The greeting is sent.
     Greeting,
     /// The handshake is complete.
     Ready,
-    /// The greeting comes by one byte every half second.
+    /// The greeting is sent at one byte per half second.
     SlowGreeting,
-    /// Half the head of an HTTP request is sent.
+    /// Half of an HTTP request's head is sent.
     HalfRequest,
 }
 
-/// Opens `connections` connections to a ZeroMQ or HTTP port and lets them be idle for `hold`; opens one anew for each that the peer closes.
+/// Opens `connections` connections to a ZeroMQ or HTTP port and idles for `hold`; replaces each connection that the peer closes.
 pub fn idle(endpoint: &str, connections: usize, stage: Stage, hold: Duration) -> Tally {
     let end = Instant::now() + hold;
     let wait = Duration::from_secs(1);
@@ -248,7 +247,7 @@ pub fn idle(endpoint: &str, connections: usize, stage: Stage, hold: Duration) ->
     while Instant::now() < end {
         sweeps += 1;
         if stage == Stage::SlowGreeting && sweeps % 5 == 0 {
-            // a connection that came later joins in the middle, which is as well: its greeting is late or wrong
+            // a later connection joins in the middle, which is accepted: its greeting is late or wrong
             let byte = slow.get(sweeps / 5 % slow.len()).copied().unwrap_or_default();
             for stream in &mut held {
                 tally.sent += stream.write(&[byte]).unwrap_or(0) as u64;
@@ -283,22 +282,22 @@ pub fn idle(endpoint: &str, connections: usize, stage: Stage, hold: Duration) ->
     tally
 }
 
-/// A message that comes slowly or never to its end.
+/// A message that is sent slowly or never completed.
 #[derive(Debug, Clone, Copy)]
 pub struct Drip {
-    /// Connections at the same time.
+    /// Concurrent connections.
     pub connections: usize,
-    /// Bytes that the frame's header announces.
+    /// Length in bytes that the frame's header announces.
     pub announced: u64,
-    /// Bytes that are sent at once.
+    /// Number of bytes that are sent at once.
     pub at_once: usize,
-    /// Pause between the single bytes after them; `None`: nothing more is sent.
+    /// Pause between the single bytes that follow; `None`: no more bytes are sent.
     pub every: Option<Duration>,
-    /// Time of the attack.
+    /// Duration of the attack.
     pub hold: Duration,
 }
 
-/// Begins a message on each of several connections and does not end it; begins anew on a connection that the peer closes.
+/// Starts an endless message on each of several connections; reconnects and starts again when the peer closes a connection.
 pub fn drip(endpoint: &str, plan: Drip) -> Tally {
     let zeros = vec![0; plan.at_once];
     crowd(plan.connections, |_| {

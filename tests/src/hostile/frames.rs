@@ -1,4 +1,4 @@
-//! Messages for an engine, sound ones and ones that cost more than they weigh.
+//! Messages for an engine: valid ones, and ones that cost more memory than their bytes.
 
 use policy::plan::RunPlan;
 use wire::{
@@ -16,7 +16,7 @@ pub fn act_frame(plan: &RunPlan, request: u64, rows: usize, record: bool) -> Vec
     encode(&ToEngine::Act(ActRequest { request, rows })).expect("a request that can be encoded")
 }
 
-/// Returns an encoded hello.
+/// Returns an encoded registration of a worker.
 pub fn hello_frame(client: &str, env: &str, action_dim: u32, slots: u32) -> Vec<u8> {
     let hello = Hello {
         client: client.to_owned(),
@@ -27,7 +27,7 @@ pub fn hello_frame(client: &str, env: &str, action_dim: u32, slots: u32) -> Vec<
     encode(&ToEngine::Hello(hello)).expect("a hello that can be encoded")
 }
 
-/// Returns a frame with a right header around any payload.
+/// Returns a frame with a valid header around any payload.
 pub fn enveloped(payload: &[u8]) -> Vec<u8> {
     let mut bytes = b"PIRL".to_vec();
     bytes.extend_from_slice(&WIRE_VERSION.to_le_bytes());
@@ -37,21 +37,21 @@ pub fn enveloped(payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// `MessagePack`: a text.
+/// Appends a text in `MessagePack`.
 pub(super) fn text(out: &mut Vec<u8>, value: &str) {
     out.push(0xdb);
     out.extend_from_slice(&(value.len() as u32).to_be_bytes());
     out.extend_from_slice(value.as_bytes());
 }
 
-/// `MessagePack`: an array of nils.
+/// Appends an array of nils in `MessagePack`.
 fn nil_array(out: &mut Vec<u8>, count: usize) {
     out.push(0xdd);
     out.extend_from_slice(&(count as u32).to_be_bytes());
     out.resize(out.len() + count, 0xc0);
 }
 
-/// Where the nils of [`nil_frame`] stand.
+/// Place of the nils of [`nil_frame`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Nils {
     /// In place of reports.

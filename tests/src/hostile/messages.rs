@@ -1,4 +1,4 @@
-//! Attacks by whole messages: floods, unread answers, work that is not fetched, workers that vanish.
+//! Attacks by complete messages: floods, unread answers, unclaimed work, vanishing workers.
 
 use std::{
     io::ErrorKind,
@@ -24,7 +24,7 @@ use crate::ring::row;
 /// Bytes in one write of a flood.
 const BLOCK: usize = 192 << 10;
 
-/// Bounds of a churn.
+/// Bounds of [`churn`].
 #[derive(Debug, Clone, Copy)]
 pub struct Churn {
     /// Connections of this client.
@@ -35,8 +35,8 @@ pub struct Churn {
     pub patience: Duration,
 }
 
-/// Connects, shakes hands, sends one frame, reads one answer and closes, again and again. `progress` sees the counts after each connection.
-/// With a valid request this is a well-behaved client: `answered` is the number served.
+/// Connects, shakes hands, sends one frame, reads one answer and closes, repeatedly. Calls `progress` with the counts after each
+/// connection. With a valid request the client is well-behaved, and `answered` is the number of served connections.
 pub fn churn(endpoint: &str, body: &[u8], bounds: Churn, mut progress: impl FnMut(&Tally)) -> Tally {
     let end = Instant::now() + bounds.duration;
     let mut tally = Tally::default();
@@ -66,17 +66,17 @@ pub fn churn(endpoint: &str, body: &[u8], bounds: Churn, mut progress: impl FnMu
     tally
 }
 
-/// How a flood treats answers.
+/// Treatment of answers by a flood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answers {
-    /// Never read.
+    /// Answers are never read.
     Unread,
-    /// Read and dropped.
+    /// Answers are read and dropped.
     Read,
 }
 
-/// Sends `count` copies of a frame (with header) on one connection as fast as the peer takes them, then holds the connection. Ends when the
-/// peer closes it or `hold` has passed.
+/// Sends `count` copies of a frame (with header) on one connection at the peer's pace, then holds the connection. Ends when the peer closes
+/// the connection or `hold` has passed.
 pub fn flood(endpoint: &str, one: &[u8], count: u64, answers: Answers, hold: Duration) -> Tally {
     let end = Instant::now() + hold;
     let mut tally = Tally::default();
@@ -115,8 +115,8 @@ pub fn flood(endpoint: &str, one: &[u8], count: u64, answers: Answers, hold: Dur
     tally
 }
 
-/// Waits until the peer resets the connection or the time is up, and reads nothing: the peer's bytes stay where they are. A close without a
-/// reset cannot be seen without reading, so a byte of the next frame is sent now and then, which a closed connection answers with a reset.
+/// Waits until the peer resets the connection or the time is up, without reading the peer's bytes. A close without a reset is invisible
+/// without reading; therefore a byte of the next frame is sent periodically, and a closed connection answers with a reset.
 fn closed_unread(stream: &mut TcpStream, one: &[u8], end: Instant) -> bool {
     let mut bytes = one.iter().cycle();
     while Instant::now() < end {
@@ -129,14 +129,14 @@ fn closed_unread(stream: &mut TcpStream, one: &[u8], end: Instant) -> bool {
     false
 }
 
-/// Sends `bytes` bytes of one message of parts of `part_bytes` bytes that does not end, then holds the connection.
+/// Sends `bytes` bytes of one endless message in parts of `part_bytes` bytes, then holds the connection.
 pub fn endless_parts(endpoint: &str, part_bytes: u8, bytes: u64, hold: Duration) -> Tally {
     let one = frame(MORE, &vec![b'x'; usize::from(part_bytes)]);
     flood(endpoint, &one, bytes / one.len() as u64, Answers::Unread, hold)
 }
 
-/// Acts as an engine that asks for the announced bundle again and again and never reads a part. Ends when the learner closes the connection
-/// or `duration` has passed.
+/// Acts as an engine that requests the announced bundle repeatedly and never reads a part. Ends when the learner closes the connection or
+/// `duration` has passed.
 pub fn fetch_unread(learner: &str, name: &str, duration: Duration) -> Tally {
     let end = Instant::now() + duration;
     let mut tally = Tally::default();
@@ -260,16 +260,16 @@ pub fn in_flight(endpoint: &str, body: &[u8], pending: usize, duration: Duration
     tally
 }
 
-/// How workers leave.
+/// Way in which workers leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// By the end of the stream.
+    /// The stream is closed.
     Close,
-    /// By a reset: the welcome is left unread.
+    /// The connection is reset, because the welcome is unread.
     Reset,
 }
 
-/// Connects `workers` workers that say hello with `slots` slots each, waits for every welcome, then cuts all connections at once.
+/// Connects `workers` workers, registers `slots` slots for each, waits for every welcome, then cuts all connections at once.
 pub fn vanishing_workers(endpoint: &str, name: &str, workers: usize, slots: u32, action_dim: u32, cut: Cut) -> Tally {
     let patience = Duration::from_secs(5);
     let mut tally = Tally::default();
@@ -298,8 +298,8 @@ pub fn vanishing_workers(endpoint: &str, name: &str, workers: usize, slots: u32,
     tally
 }
 
-/// Says hello and asks for chunks under each of the [`forged_names`], with right and wrong sizes, one connection a name, until `duration` has
-/// passed.
+/// Registers and requests chunks under each of the [`forged_names`], with right and wrong sizes, one connection per name, until `duration`
+/// has passed.
 pub fn forge(endpoint: &str, plan: &RunPlan, action_dim: u32, duration: Duration) -> Tally {
     let patience = Duration::from_secs(2);
     let mut bodies = Vec::new();

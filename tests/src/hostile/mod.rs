@@ -1,7 +1,7 @@
 //! Hostile peers of an engine or a learner, on plain TCP streams and a hand-written ZMTP 3 client.
 //!
-//! Every attack takes its size as parameters, so that the same code runs for a second in a test and for minutes in the soak. An attack never
-//! panics on what the network does: a [`Tally`] says how the attacked process answered.
+//! Every attack has its size as parameters, so the same code runs for a second in a test and for minutes in the soak. An attack never
+//! panics on network errors: a [`Tally`] counts the attacked process's answers.
 
 mod tally;
 mod zmtp;
@@ -23,7 +23,7 @@ mod tests {
 
     #[test]
     fn hostile_frames_are_what_they_say() {
-        // nils in place of images are a valid message that is 56 times as large in memory; in place of other elements they are not valid
+        // nils in place of images form a valid message that is 56 times as large in memory; nils in place of other elements are invalid
         assert!(matches!(
             decode(&nil_frame(Nils::ReportImages, 3)),
             Ok(ToEngine::Reports(_))

@@ -1,4 +1,4 @@
-//! What an attack did, and several attacks at the same time or one after the other.
+//! Counts of an attack, and attacks at the same time or in turn.
 
 use std::{
     fmt,
@@ -10,7 +10,7 @@ use std::{
 /// Pause before a refused connection is tried again.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
 
-/// Waits; attackers pace themselves by the clock.
+/// Sleeps for a duration; attackers follow the clock.
 #[expect(
     clippy::disallowed_methods,
     reason = "a slow attacker is slow by the clock, there is no event to wait for"
@@ -22,19 +22,19 @@ pub fn pause(duration: Duration) {
 /// Counts of an attack.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Connections opened, with what the attack needs of greeting and handshake.
+    /// Opened connections, after the parts of greeting and handshake that the attack needs.
     pub opened: u64,
-    /// Connections that were refused, cut or late before the attack began on them.
+    /// Connections that were refused, cut or late before the attack started.
     pub unopened: u64,
-    /// Connections that the attacked process closed.
+    /// Connections closed by the attacked process.
     pub closed: u64,
-    /// Bytes sent.
+    /// Sent bytes.
     pub sent: u64,
-    /// Bytes received.
+    /// Received bytes.
     pub received: u64,
-    /// Requests answered.
+    /// Answered requests.
     pub answered: u64,
-    /// Requests refused by a message.
+    /// Requests that a message refused.
     pub refused: u64,
     /// Requests with neither answer nor refusal.
     pub failed: u64,

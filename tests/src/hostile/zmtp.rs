@@ -1,4 +1,4 @@
-//! A ZMTP 3 client by hand, on a plain TCP stream: it can say anything, also what no library would.
+//! A hand-written ZMTP 3 client on a plain TCP stream, which can also send what no library sends.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -28,7 +28,7 @@ pub fn address(endpoint: &str) -> io::Result<SocketAddr> {
         .ok_or_else(|| io::Error::new(ErrorKind::NotFound, format!("failed to resolve `{endpoint}`")))
 }
 
-/// Opens a TCP connection without delay of small segments. Waits when this machine is out of local ports.
+/// Opens a TCP connection without delay of small segments. Waits if this host has no free local port.
 ///
 /// # Errors
 /// The connection is refused or late.
@@ -45,7 +45,7 @@ pub fn open(endpoint: &str, patience: Duration) -> io::Result<TcpStream> {
                 stream.set_write_timeout(Some(SLICE))?;
                 return Ok(stream);
             }
-            // ports in TIME_WAIT are this machine's limit, not the attacked process's
+            // ports in TIME_WAIT are this host's limit, not the attacked process's
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < end => pause(RETRY),
             Err(error) => return Err(error),
         }
@@ -85,7 +85,7 @@ pub fn ping(ttl: u16, context: &[u8]) -> Vec<u8> {
     frame(COMMAND, &[b"\x04PING".as_slice(), &ttl.to_be_bytes(), context].concat())
 }
 
-/// Returns a frame: header with these flags (`LONG` is added when needed), then the body.
+/// Returns a frame: a header with these flags (`LONG` is added if necessary), then the body.
 pub fn frame(flags: u8, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(body.len() + 9);
     match u8::try_from(body.len()) {
@@ -103,7 +103,7 @@ pub fn long_header(flags: u8, length: u64) -> Vec<u8> {
     bytes
 }
 
-/// What a peer sent.
+/// Message or command of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Heard {
     /// The last frame of a message.
@@ -117,7 +117,7 @@ pub fn pong(context: &[u8]) -> Vec<u8> {
     frame(COMMAND, &[b"\x04PONG", context].concat())
 }
 
-/// The reading half of a ZMTP connection. A wait that ends early loses nothing.
+/// The reading half of a ZMTP connection. A wait that ends early loses no bytes.
 pub struct Incoming {
     stream: TcpStream,
     bytes: Vec<u8>,
@@ -210,14 +210,14 @@ impl Incoming {
     }
 }
 
-/// A DEALER written by hand.
+/// A hand-written DEALER.
 pub struct RawDealer {
     pub(super) stream: TcpStream,
     pub(super) incoming: Incoming,
 }
 
 impl RawDealer {
-    /// Connects and shakes hands as a well-behaved ZMTP 3.1 DEALER.
+    /// Connects and performs the handshake of a well-behaved ZMTP 3.1 DEALER.
     ///
     /// # Errors
     /// The peer refuses, is late or speaks another protocol.
@@ -287,18 +287,18 @@ impl RawDealer {
     }
 }
 
-/// What a write brought.
+/// Result of a write.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pushed {
-    /// Bytes written.
+    /// Written bytes.
     pub sent: u64,
-    /// All bytes were written.
+    /// Whether all bytes were written.
     pub whole: bool,
-    /// The peer closed the connection.
+    /// Whether the peer closed the connection.
     pub closed: bool,
 }
 
-/// Writes bytes until they are out, the peer closes, or the time is up.
+/// Writes bytes until all are written, the peer closes, or the time is up.
 pub fn push(stream: &mut TcpStream, bytes: &[u8], end: Instant) -> Pushed {
     let mut pushed = Pushed::default();
     let mut rest = bytes;
@@ -328,8 +328,8 @@ pub fn push(stream: &mut TcpStream, bytes: &[u8], end: Instant) -> Pushed {
     pushed
 }
 
-/// Waits until the peer closes the connection or the time is up; reads and drops what comes. Returns whether the peer closed it, and the
-/// bytes that came.
+/// Waits until the peer closes the connection or the time is up; reads and drops all bytes. Returns whether the peer closed the connection,
+/// and the number of bytes.
 pub fn closed_by_peer(stream: &mut TcpStream, end: Instant) -> (bool, u64) {
     let mut scratch = vec![0; 64 << 10];
     let mut received = 0;

@@ -1,4 +1,4 @@
-"""Command line: `python -m pirl_env_worker serve | demos | scenes | check-expert`."""
+"""Command line `python -m pirl_env_worker serve | demos | scenes | check-expert`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .envs.base import EnvError
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="pirl_env_worker", description="env worker for simulators that exist in Python alone")
+    root = argparse.ArgumentParser(prog="pirl_env_worker", description="env worker for simulators that exist only in Python")
     commands = root.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -25,13 +25,13 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=natural, default=0, help="run seed (default: 0)")
 
     def flaws(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--bias", type=three, default=(0.0, 0.0, 0.0), metavar="X,Y,Z", help="calibration error of the expert in metres (write --bias=-0.01,0,0)")
+        sub.add_argument("--bias", type=three, default=(0.0, 0.0, 0.0), metavar="X,Y,Z", help="calibration error of the expert in meters (write --bias=-0.01,0,0)")
         sub.add_argument("--noise", type=float, default=0.0, help="std of Gaussian noise on the motion, in action units")
 
     serve = command("serve", "drive environments against a rollout engine")
     serve.add_argument("--engine", default="tcp://127.0.0.1:5555", help="endpoint of the engine (default: tcp://127.0.0.1:5555)")
     serve.add_argument("--num-envs", type=positive, required=True, help="environments (slots) of this process, stepped in turn")
-    serve.add_argument("--name", help="name that this worker keeps over reconnects (default: made of environment, host and process id)")
+    serve.add_argument("--name", help="name that this worker keeps across reconnects (default: made of environment, host and process id)")
 
     demos = command("demos", "write demonstrations of the scripted expert")
     scripted(demos)
@@ -98,7 +98,7 @@ def main() -> int:
 
             return serve(options)
         if options.env != "metaworld":
-            raise EnvError(f"`{options.command}` needs a scripted expert, which `{options.env}` has not; use `--env metaworld`")
+            raise EnvError(f"`{options.command}` needs a scripted expert, which `{options.env}` does not have; use `--env metaworld`")
         from . import demos
 
         {"demos": demos.write_demos, "scenes": demos.write_scenes, "check-expert": demos.check_expert}[options.command](options)

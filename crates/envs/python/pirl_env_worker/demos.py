@@ -1,4 +1,4 @@
-"""Data made with the scripted expert: demonstrations for SFT, scenes for pre-training, and the expert's own success rate."""
+"""Demonstrations for SFT and scenes for pre-training, made with the scripted expert; measurement of the expert's success rate."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .envs import make
 from .envs.base import EnvError, scene_generator
 from .progress import Progress
 
-#: Env indices of demonstrations and scenes start here, far above any training worker's, so that no training scene is among them.
+#: First env indices of demonstrations and scenes, far above those of training workers, so that no training scene is included.
 DEMO_FIRST_ENV = 1 << 40
 SCENE_FIRST_ENV = 2 << 40
-#: Words that keep the demonstrator's noise apart from the scene's stream.
+#: Key word that separates the demonstrator's noise stream from the scene's stream.
 NOISE_STREAM = 0x6E6F_6973
 
 
 @dataclasses.dataclass
 class Demonstrator:
-    """The scripted expert with its named flaws."""
+    """Scripted expert with a calibration error and motion noise."""
 
-    #: metres; the expert acts as if objects and goal stood this far beside their places
+    #: assumed offset of objects and goal from their true positions, in meters
     bias: np.ndarray
     #: standard deviation of Gaussian noise on the motion part of an executed action, in action units
     noise: float
 
 
 def expert_episode(env: Any, demonstrator: Demonstrator, key: tuple[int, int, int], task: int, chunk: int, watch=None) -> tuple[bool, np.ndarray]:
-    """One episode of the expert through `step_chunk`. Returns (success, executed actions f32 [steps, A]).
+    """Runs one episode of the expert through `step_chunk`. Returns (success, executed actions f32 [steps, A]).
 
-    The expert looks at every step, so chunks of one step are its natural pace; with `chunk` > 1 an action is held for that many
-    steps. `watch(step)` is called before each decision.
+    The expert decides at every env step (`chunk` = 1); with `chunk` > 1 each action is held for `chunk` env steps. The function
+    calls `watch(step)` before each decision.
     """
     env.reset_scene(*key, task=task)
     random = scene_generator([*key, NOISE_STREAM])
@@ -52,7 +52,7 @@ def expert_episode(env: Any, demonstrator: Demonstrator, key: tuple[int, int, in
 
 
 def chunk_at(actions: np.ndarray, start: int, horizon: int) -> np.ndarray:
-    """Actions f32 [horizon, A] from step `start`; past the end of the episode: zero motion, the last gripper command."""
+    """Returns actions f32 [horizon, A] from env step `start`; past the end: zero motion, the last gripper command."""
     part = actions[start : start + horizon]
     rest = np.zeros((horizon - len(part), actions.shape[1]), dtype=np.float32)
     rest[:, -1] = actions[-1, -1]
@@ -60,7 +60,7 @@ def chunk_at(actions: np.ndarray, start: int, horizon: int) -> np.ndarray:
 
 
 def write_demos(options: Any) -> None:
-    """Command `demos`: successful expert episodes, one item per `stride` steps, tasks in turn.
+    """Runs the command `demos`: writes successful expert episodes, one item per `stride` env steps, tasks in turn.
 
     Tensors: images u8 [N, cameras, h, w, 3], state f32 [N, D], prompt_id i64 [N], actions f32 [N, H, A], episode i64 [N].
     """
@@ -121,10 +121,10 @@ def write_demos(options: Any) -> None:
 
 
 def write_scenes(options: Any) -> None:
-    """Command `scenes`: images of random scenes with the places of what the policy must find in them.
+    """Runs the command `scenes`: writes images of random scenes with the positions of named object, goal and gripper.
 
     Tensors: images u8 [N, cameras, h, w, 3], state f32 [N, D], prompt_id i64 [N], keypoints f32 [N, cameras * 3, 2] (camera-major;
-    named object, goal, gripper; 0..1, x right, y down), positions f32 [N, 3, 3] in metres.
+    named object, goal, gripper; 0..1, x right, y down), positions f32 [N, 3, 3] in meters.
     """
     env = make(options.env, options.params)
     spec = env.spec()
@@ -171,7 +171,10 @@ def write_scenes(options: Any) -> None:
 
 
 def wander(env: Any, random: np.random.Generator, low: np.ndarray, high: np.ndarray, steps: int) -> None:
-    """Moves the gripper for `steps` env steps toward a random place: anywhere in the box, or, one time in three, near the named object or the goal."""
+    """Moves the gripper for `steps` env steps toward a random target.
+
+    The target is anywhere in the box or, with probability 1/3, near the named object or the goal.
+    """
     positions = env.positions()
     if random.random() < 1 / 3:
         target = positions[random.integers(2)] + 0.04 * random.standard_normal(3)
@@ -184,7 +187,7 @@ def wander(env: Any, random: np.random.Generator, low: np.ndarray, high: np.ndar
 
 
 def check_expert(options: Any) -> None:
-    """Command `check-expert`: the expert's success through our wrapper, on our seeds."""
+    """Runs the command `check-expert`: prints the expert's success per task in this adapter, on the seeds of `demos`."""
     env = make(options.env, options.params)
     spec = env.spec()
     demonstrator = Demonstrator(np.array(options.bias, dtype=np.float64), options.noise)

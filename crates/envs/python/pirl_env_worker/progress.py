@@ -1,4 +1,4 @@
-"""A progress line on standard error: redrawn in place on a terminal, one line every ten seconds elsewhere."""
+"""Progress line on standard error: redrawn in place on a terminal, otherwise one line every ten seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Progress:
-    """Counts `total` items of work named by `label`."""
+    """Counter of `total` items of work, named by `label`."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, max(total, 1)

@@ -1,4 +1,4 @@
-"""Writes a safetensors file: 8-byte header length, JSON header, tensor bytes; with numpy alone."""
+"""Writer of safetensors files (8-byte header length, JSON header, tensor bytes) that needs only numpy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ DTYPES = {"uint8": "U8", "int64": "I64", "float32": "F32"}
 
 
 def write(path: str | os.PathLike, tensors: dict[str, np.ndarray], meta: dict) -> None:
-    """Writes `tensors` (uint8, int64 or float32) and `meta` as JSON text under the one metadata key "meta".
+    """Writes `tensors` (uint8, int64 or float32) and `meta` as JSON text under the single metadata key "meta".
 
-    The file is made beside its place, synced and renamed, so a reader finds the old file or the whole new one. Widest type
-    first, then by name; the header is padded to 8 bytes, so every tensor is aligned.
+    The function writes a temporary file in the same folder, then syncs and renames the file. A reader therefore finds the old
+    file or the whole new file. Tensors are ordered by type, widest first, then by name. The header is padded to 8 bytes, so that every
+    tensor is aligned.
     """
     path = pathlib.Path(path)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

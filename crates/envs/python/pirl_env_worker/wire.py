@@ -1,7 +1,7 @@
-"""The frames between env worker and engine: the same bytes, limits and refusals as the Rust crate `wire`.
+"""Frames between env worker and engine, with the bytes, limits and checks of the Rust crate `wire`.
 
-A frame is `b"PIRL"`, wire version u16, zero u16, payload length u32 (all little-endian), then a MessagePack map with one key, the
-message's name. Arrays are maps of dtype (`f32`, `u8`), shape and row-major little-endian bytes.
+A frame is `b"PIRL"`, wire version u16, zero u16, payload length u32 (all little-endian), then a MessagePack map. The map has one
+key, the message's name. Arrays are maps of dtype (`f32`, `u8`), shape and row-major little-endian bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-#: Both ends must agree.
+#: Version of the messages; both ends must agree.
 WIRE_VERSION = 4
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<4sHHI")
@@ -22,7 +22,7 @@ _DTYPES = {"f32": np.dtype("<f4"), "u8": np.dtype("u1")}
 
 
 class WireError(Exception):
-    """A frame that cannot be read or written; the text says which rule it breaks. `fatal`: the peer is no engine of this release."""
+    """Reason why a frame cannot be decoded or encoded. `fatal`: the peer is not an engine of this release."""
 
     def __init__(self, text: str, fatal: bool = False) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class WireError(Exception):
 
 
 def encode(name: str, body: Any) -> bytes:
-    """The frame of the message `name`."""
+    """Returns the frame of the message `name`. Raises `WireError` for a frame that is too long."""
     payload = msgpack.packb({name: body}, use_single_float=True, use_bin_type=True)
     if HEADER.size + len(payload) > MAX_FRAME_BYTES:
         raise WireError(f"frame of {HEADER.size + len(payload)} bytes, at most {MAX_FRAME_BYTES} are sent")
@@ -38,9 +38,9 @@ def encode(name: str, body: Any) -> bytes:
 
 
 def decode(frame: bytes) -> tuple[str, Any]:
-    """(name, checked body) of a message from the engine. Raises `WireError`."""
+    """Returns (name, checked body) of a message from the engine. Raises `WireError`."""
     if len(frame) > MAX_FRAME_BYTES:
-        raise WireError(f"frame of {len(frame)} bytes, at most {MAX_FRAME_BYTES} are taken")
+        raise WireError(f"frame of {len(frame)} bytes, at most {MAX_FRAME_BYTES} are accepted")
     if len(frame) < HEADER.size:
         raise WireError(f"frame of {len(frame)} bytes is shorter than the header of {HEADER.size} bytes")
     magic, version, _, length = HEADER.unpack_from(frame)
@@ -59,14 +59,14 @@ def decode(frame: bytes) -> tuple[str, Any]:
 
 
 def array(values: np.ndarray) -> dict[str, Any]:
-    """A float32 or uint8 array as it crosses the border."""
+    """Returns a float32 or uint8 array in its wire form. Raises `WireError` for another type."""
     dtype = next((name for name, dtype in _DTYPES.items() if dtype == values.dtype), None)
     if dtype is None:
         raise WireError(f"an array of type `{values.dtype}` cannot be sent, expected float32 or uint8")
     return {"dtype": dtype, "shape": list(values.shape), "data": np.ascontiguousarray(values).tobytes()}
 
 
-# Checks of what came in. Each takes a value and where it stands, and returns the checked value.
+# Checks of received values. Each check takes a value and its path in the message, and returns the checked value.
 
 
 def _fail(where: str, expected: str, found: Any) -> WireError:

@@ -1,4 +1,4 @@
-"""Drives the slots of this process against an engine: resets, chunks, reports; waits and says hello again when the engine was gone."""
+"""Drives the slots of this process against an engine: resets, chunks, reports; reconnects and registers again after a disconnect."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .envs.base import ChunkEnv, ChunkResult, EnvError, EnvSpec, Observation
 
 #: Pause between attempts to reach an engine, in milliseconds.
 RETRY_MS = 250
-#: How long a wait for frames lasts before the stop flag is looked at, in milliseconds.
+#: Longest wait for frames between two checks of the stop flag, in milliseconds.
 POLL_MS = 200
-#: After how many seconds without a word from the engine a worker gives a sign of life.
+#: Seconds without a message from the engine after which a worker sends a heartbeat.
 SILENCE = 10.0
-#: Largest number of slot reports in one message: the engine can infer for these while the next slots are stepped.
+#: Largest number of slot reports in one message: the engine infers for these slots while the next slots are stepped.
 REPORTS_PER_MESSAGE = 16
 
 
 class Stop(Exception):
-    """SIGTERM or SIGINT asked for the end."""
+    """Stop requested by SIGTERM or SIGINT."""
 
 
 class Lost(Exception):
-    """The connection is to be made anew; the text says why."""
+    """Loss of the connection, which must be opened again; the text is the reason."""
 
 
 class Slot:
-    """One environment and whether an episode runs in it."""
+    """One environment and whether an episode is active."""
 
     def __init__(self, env: ChunkEnv) -> None:
         self.env = env
@@ -45,11 +45,11 @@ class Slot:
         self._video = False
 
     def abandon(self) -> None:
-        """Forgets the episode; the slot is idle."""
+        """Drops the episode; the slot becomes idle."""
         self._active = False
 
     def run(self, name: str, body: Any, order: list[int | None]) -> dict[str, Any]:
-        """Executes a command and returns outcome and observation as they are reported. `order`: env image of each policy camera."""
+        """Executes a command; returns outcome and observation in the form of a report. `order`: env image of each policy camera."""
         if name == "reset":
             key = (body["seed"], body["env"], body["episode"])
             observation = self.env.reset(*key, reset_state=body["reset_state"], task=body["task"])
@@ -88,7 +88,7 @@ def observation_body(observation: Observation, order: list[int | None]) -> dict[
 
 
 def camera_order(env_cameras: list[str], policy_cameras: list[str]) -> list[int | None]:
-    """Which image of the environment goes to each camera of the policy: by name if every name is known there, else in order."""
+    """Returns the index of the env image for each policy camera: by name if the policy has every name, otherwise in order."""
     if all(name in policy_cameras for name in env_cameras):
         return [env_cameras.index(name) if name in env_cameras else None for name in policy_cameras]
     if len(env_cameras) > len(policy_cameras):
@@ -97,7 +97,7 @@ def camera_order(env_cameras: list[str], policy_cameras: list[str]) -> list[int 
 
 
 class Connection:
-    """A DEALER that is connected, and notices when it no longer is."""
+    """Connected DEALER that detects the loss of its connection."""
 
     _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -124,7 +124,7 @@ class Connection:
             raise
 
     def send(self, name: str, body: Any) -> None:
-        # the receiver's queue is bounded: wait, but notice a stop or a lost engine
+        # the receiver's queue is bounded: wait, but react to a stop or a lost engine
         frame = wire.encode(name, body)
         while True:
             try:
@@ -134,7 +134,7 @@ class Connection:
                 self._watch(POLL_MS)
 
     def receive(self, patience: float) -> tuple[str, Any] | None:
-        """The next message, or None after so many seconds without one. Raises `Lost`, `Stop` or `WireError`."""
+        """Returns the next message, or None after `patience` seconds without a message. Raises `Lost`, `Stop` or `WireError`."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
             ready = dict(self._poller.poll(POLL_MS))
@@ -165,7 +165,10 @@ class Connection:
 
 
 def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dict[str, Any]) -> None:
-    """Says hello and serves until the connection is lost (`Lost`) or a stop (`Stop`); `EnvError` where engine and environment do not fit."""
+    """Registers and serves until the connection is lost or a stop is requested.
+
+    Raises `Lost`, `Stop`, or `EnvError` if engine and environment do not match.
+    """
     for slot in slots:
         slot.abandon()
     connection.send("hello", hello)
@@ -173,7 +176,7 @@ def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dic
     while True:
         message = connection.receive(SILENCE)
         if message is None:
-            # a connection that broke without a word is found by sending; an engine that took this worker for gone says so
+            # sending detects a connection that broke silently; an engine that dropped this worker refuses the heartbeat
             connection.send(*(("hello", hello) if order is None else ("reports", [])))
             continue
         name, body = message
@@ -204,7 +207,7 @@ def session(connection: Connection, slots: list[Slot], spec: EnvSpec, hello: dic
 
 
 def check_endpoint(endpoint: str) -> None:
-    """`tcp://HOST:PORT` on loopback, as the engine demands too: frames are not sealed."""
+    """Raises `EnvError` unless `endpoint` is `tcp://HOST:PORT` on loopback, as the engine requires: frames are not encrypted."""
     name, colon, port = endpoint.removeprefix("tcp://").rpartition(":")
     if not endpoint.startswith("tcp://") or not colon or not port.isdecimal() or int(port) > 65535:
         raise EnvError(f"endpoint `{endpoint}`: expected tcp://HOST:PORT, like tcp://127.0.0.1:5555")
@@ -221,7 +224,7 @@ def log(text: str) -> None:
 
 
 def serve(options: Any) -> int:
-    """Command `serve`: runs until SIGTERM or SIGINT (exit status 0) or a refusal (1)."""
+    """Runs the command `serve` until SIGTERM or SIGINT (exit status 0) or a refusal (exit status 1)."""
     check_endpoint(options.engine)
     stop = False
 

@@ -1,4 +1,4 @@
-"""Starts the programs of this release for a test; they end with it."""
+"""Test base class that starts the programs of this release and ends all of them with the test."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ class ProgramTest(unittest.TestCase):
         return process
 
     def engine(self):
-        """An engine without a policy, whose learner is absent, and its endpoints `listen` and `http`."""
+        """Starts an engine without policy and learner; returns its process and its endpoints `listen` and `http`."""
         endpoints = self.folder / "endpoints.json"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The general adapter, on an environment small enough to be its own oracle."""
+"""Tests of the general adapter on an environment whose results are computed by hand."""
 
 import unittest
 
@@ -10,7 +10,7 @@ from pirl_env_worker.envs.base import EnvError, resized
 
 
 class Corridor(gymnasium.Env):
-    """A point on a line: moves by the action, succeeds at 1, ends at -1; the picture's brightness is its place."""
+    """Point on a line: moves by the action, succeeds at 1, ends at -1; the image's brightness is the position."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
     action_space = gymnasium.spaces.Box(-0.5, 0.5, (1,), np.float32)

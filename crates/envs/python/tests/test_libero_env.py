@@ -1,4 +1,4 @@
-"""LIBERO's adapter against a stand-in with LIBERO's interface: what the adapter asks of it and makes of its answers."""
+"""Tests of LIBERO's adapter against a stand-in with LIBERO's interface: calls of the adapter and use of the results."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ ACTION = np.full((1, 7), 0.5, dtype=np.float32)
 
 
 class Simulator:
-    """Counts what is done to it: the eef's x is the initial state plus the first action's sum, success comes at x >= 2."""
+    """Stand-in that counts calls; the eef's x is the initial state plus the sum of first action values; success at x >= 2."""
 
     built: list = []
 
@@ -48,7 +48,7 @@ class Simulator:
 
     def _observation(self):
         image = np.zeros((*self.size, 3), dtype=np.uint8)
-        image[0, 0] = 200  # the corner that half a turn brings to the opposite one
+        image[0, 0] = 200  # the corner that a rotation by 180 degrees moves to the opposite corner
         half = np.sqrt(0.5)
         return {
             "agentview_image": image,
@@ -101,7 +101,7 @@ class LiberoEnvTest(unittest.TestCase):
     def test_the_observation_is_what_the_published_checkpoints_saw(self):
         env = self.env()
         seen = env.reset(1, 3, 0)
-        # turned by half a turn: the lit corner is the last one
+        # rotated by 180 degrees: the lit corner is the last one
         self.assertEqual([image[-1, -1, 0] for image in seen.images], [200, 100])
         self.assertEqual([int(image.astype(int).sum()) for image in seen.images], [600, 300])
         np.testing.assert_allclose(seen.state[3:], [np.pi / 2, 0, 0, 0.04, -0.04], atol=1e-6)  # f32
@@ -153,7 +153,7 @@ class LiberoEnvTest(unittest.TestCase):
         env = self.env(suite="libero_object", tasks=[7, 2])
         self.assertEqual(env.spec().tasks, ["libero_object/7", "libero_object/2"])
         self.assertEqual(env.spec().prompts, ["do libero_object 7", "do libero_object 2"])
-        # environments of training, groups, and tasks that an evaluation asks for
+        # environments of training, groups, and tasks that an evaluation requests
         keys = [({}, number) for number in range(4)] + [({"reset_state": 5}, 0), ({"task": 0}, 3)]
         played = [env.reset(1, number, 0, **more).prompt[-1] for more, number in keys]
         self.assertEqual(played, ["7", "2", "7", "2", "2", "7"])

@@ -1,4 +1,4 @@
-"""MetaWorld through the wrapper: reproducible scenes, chunks, projection, demonstrations. Skipped where MetaWorld is not installed."""
+"""Tests of the MetaWorld adapter: scenes, chunks, projection, demonstrations. Skipped where MetaWorld is not installed."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ class MetaWorldTest(unittest.TestCase):
         for task in ("reach-v3", "push-v3", "drawer-open-v3", "hammer-v3", "box-close-v3"):
             env = make("metaworld", {**PARAMS, "task": task})
             fresh = make("metaworld", {**PARAMS, "task": task})
-            for episode in range(3):  # disturbs what a reset could forget
+            for episode in range(3):  # disturbs the state that a reset could miss
                 env.reset(9, 9, episode)
                 env.step_chunk(actions[::-1])
             runs = []
@@ -135,7 +135,7 @@ class MetaWorldTest(unittest.TestCase):
             self.assertEqual(set(prompt.tolist()), {0, 1})
             actions = np.frombuffer(tensors["actions"][2], np.float32).reshape(count, 8, 4)
             self.assertLessEqual(np.abs(actions).max(), 1.0)
-            # the chunk at step 10 goes on where the chunk at step 0 ends, so replaying item 0 leads to item 1's state
+            # the chunk at step 10 starts where the chunk at step 0 ends, so replaying item 0 leads to item 1's state
             env = make("metaworld", {**PARAMS, "task": ["reach-v3", "push-v3"]})
             from pirl_env_worker.demos import DEMO_FIRST_ENV
 

@@ -1,4 +1,4 @@
-"""pyzmq and the programs of this release understand each other: a pyzmq ROUTER and `env-worker`, pyzmq clients and `rollout-engine`."""
+"""Tests of this release against pyzmq: a pyzmq ROUTER and `env-worker`, pyzmq clients and `rollout-engine`."""
 
 import struct
 import unittest
@@ -53,7 +53,7 @@ class PyzmqTest(ProgramTest):
         say = lambda message: router.send_multipart([peer, frame(message)])
         say({"welcome": {"version": 7, "action_chunk": 2, "env_action_dim": 3, "cameras": ["base"]}})
         self.assertEqual(len(unframe(self.receive(router)[1])["reports"]), 64)
-        # silent, but for PINGs: a connection that did not answer them would come back with another hello
+        # silent except for PINGs: a connection without PONGs would reconnect and send another hello
         self.assertFalse(router.poll(SILENCE_MS))
         reset = lambda slot: {"seed": 1, "env": slot, "episode": 0, "reset_state": None, "task": None, "group": None, "video": False}
         say({"commands": [{"slot": slot, "command": {"reset": reset(slot)}} for slot in range(64)]})
@@ -74,13 +74,13 @@ class PyzmqTest(ProgramTest):
         for kind in (zmq.DEALER, zmq.REQ):
             client = self.socket(kind)
             client.connect(endpoints["listen"])
-            # small, larger than what is read ahead, larger than a socket's buffers
+            # small, larger than the read-ahead buffer, larger than a socket's buffers
             for request, pixels in enumerate((3, 100_000, 8 << 20)):
                 client.send(self.act(request, pixels))
                 (body,) = self.receive(client)
                 refused = unframe(body)["refused"]
                 self.assertEqual((refused["request"], refused["retry"]), (request, True))
-            # it answers PINGs: the connection outlives the silence, and with it the order of requests
+            # the engine answers PINGs: the connection and the order of requests outlive the silence
             self.assertFalse(client.poll(SILENCE_MS))
             client.send(b"junk")
             self.assertIn("shorter than the header", unframe(self.receive(client)[0])["refused"]["reason"])

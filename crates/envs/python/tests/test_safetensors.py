@@ -1,4 +1,4 @@
-"""The safetensors writer, read back by an independent parse of the file's bytes."""
+"""Tests of the safetensors writer with an independent parse of the file's bytes."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ WIDTHS = {"U8": 1, "I64": 8, "F32": 4}
 
 
 def parse(path):
-    """(meta, {name: (dtype, shape, bytes)}) after the format's own rules: the offsets tile the rest of the file."""
+    """Returns (meta, {name: (dtype, shape, bytes)}) after checking the format's rules: the offsets tile the rest of the file."""
     raw = pathlib.Path(path).read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
@@ -41,7 +41,7 @@ class SafetensorsTest(unittest.TestCase):
             path = pathlib.Path(folder) / "new" / "data.safetensors"
             images = np.arange(2 * 1 * 3 * 5 * 3, dtype=np.uint8).reshape(2, 1, 3, 5, 3)
             state = np.array([[1.5, -2.0], [0.0, np.float32(1e-30)]], dtype=np.float32)
-            # a strided view: the file holds it in C order
+            # a strided view, stored in C order
             ids = np.arange(6, dtype=np.int64)[::2]
             safetensors.write(path, {"images": images, "state": state, "prompt_id": ids}, {"prompts": ["naïve", "b"]})
             meta, tensors = parse(path)

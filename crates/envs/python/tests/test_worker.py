@@ -1,4 +1,4 @@
-"""The wire frames byte by byte, and a worker process against an engine played by this test."""
+"""Tests of the wire frames byte by byte, and of a worker process against an engine in this test."""
 
 import json
 import pathlib
@@ -93,7 +93,7 @@ class RulesTest(unittest.TestCase):
                 check_endpoint(bad)
 
 
-#: A module for `--params {"import": ...}`: the state counts steps, the picture's brightness too, the third step succeeds if the action is positive.
+#: A module for `--params {"import": ...}`: state and image brightness count env steps; the third succeeds if the action is positive.
 COUNTER = """
 import gymnasium, numpy as np
 class Counter(gymnasium.Env):
@@ -114,7 +114,7 @@ gymnasium.register("pirl-test/Counter-v0", Counter)
 
 
 class Engine:
-    """A ROUTER on a fixed port that checks the frames with its own parser."""
+    """ROUTER on a fixed port that checks the frames with its own parser."""
 
     def __init__(self, context, port):
         self.socket = context.socket(zmq.ROUTER)
@@ -143,7 +143,7 @@ class Engine:
         return {"slot": slot, "command": {"reset": reset}}
 
     def close(self):
-        """Goes away; the port is free when this returns."""
+        """Closes the socket; the port is free on return."""
         if self.socket.closed:
             return
         monitor = self.socket.get_monitor_socket(zmq.EVENT_CLOSED)

@@ -1,4 +1,4 @@
-//! `env-worker`: drives environments against an engine, and writes their data sets.
+//! `env-worker`: serves environments to an engine, and writes their data sets.
 
 use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
@@ -25,22 +25,22 @@ enum Command {
         /// Environment name.
         #[arg(long, default_value = "tabletop")]
         env: String,
-        /// Its parameters as TOML, like `grasp_tol = 0.05`; one key a line.
+        /// Parameters of the environment as TOML, like `grasp_tol = 0.05`; one key per line.
         #[arg(long, default_value = "")]
         params: String,
         /// Number of slots.
         #[arg(long)]
         num_envs: NonZeroUsize,
-        /// Name that stays the same over restarts of this worker.
+        /// Name of this worker, unchanged across restarts.
         #[arg(long, default_value = "env-worker-0")]
         name: String,
     },
     /// Write demonstrations of the tabletop's scripted demonstrator.
     Demos {
-        /// Parameters as TOML; `demo_bias` and `demo_noise` make the demonstrator's flaw.
+        /// Parameters as TOML; `demo_bias` and `demo_noise` set the demonstrator's error.
         #[arg(long, default_value = "")]
         params: String,
-        /// Successful episodes.
+        /// Number of successful episodes to write.
         #[arg(long)]
         episodes: NonZeroUsize,
         /// Actions per row.
@@ -71,7 +71,7 @@ enum Command {
 }
 
 fn table(text: &str) -> anyhow::Result<toml::Table> {
-    text.parse().with_context(|| format!("--params `{text}` is no TOML"))
+    text.parse().with_context(|| format!("--params `{text}` is not TOML"))
 }
 
 fn tabletop_params(text: &str) -> anyhow::Result<tabletop::TabletopParams> {

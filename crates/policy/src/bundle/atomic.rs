@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all: written beside, synced, renamed.
+//! Atomic file writes: write next to the target, sync, rename.
 
 use std::{
     fs::{self, File},
@@ -15,7 +15,7 @@ use crate::{
     weights::{Layout, Weights, WriteError},
 };
 
-/// The folder that `path` lies in, and where this process writes it before the rename.
+/// Returns the folder of `path`, and the temporary path that this process writes before the rename.
 pub(super) fn beside(path: &Path) -> (PathBuf, PathBuf) {
     let parent = path
         .parent()
@@ -25,7 +25,7 @@ pub(super) fn beside(path: &Path) -> (PathBuf, PathBuf) {
     (parent.to_owned(), beside)
 }
 
-/// A file that is described while it is written.
+/// A file whose size and digest are computed during the write.
 struct Described {
     file: File,
     describer: Describer,
@@ -51,21 +51,21 @@ impl Described {
         })
     }
 
-    /// Waits until the file is on disk.
+    /// Syncs the file to disk and returns its description.
     fn finish(self, path: &Path) -> Result<BundleFile, BundleError> {
         self.file.sync_all().map_err(io("syncing", path))?;
         Ok(self.describer.finish(path))
     }
 }
 
-/// Writes a file and waits until it is on disk.
+/// Writes a file and syncs it to disk.
 pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<BundleFile, BundleError> {
     let mut file = Described::create(path)?;
     file.write_all(bytes).map_err(io("writing", path))?;
     file.finish(path)
 }
 
-/// Writes a weight file tensor by tensor and waits until it is on disk.
+/// Writes a weight file tensor by tensor and syncs it to disk.
 pub(super) fn write_weights_synced(
     path: &Path,
     layout: &Layout,
@@ -82,25 +82,26 @@ pub(super) fn write_weights_synced(
     file.finish(path)
 }
 
-/// Waits until the names in a folder are on disk.
+/// Syncs the entries of a folder to disk.
 pub(super) fn sync_dir(path: &Path) -> Result<(), BundleError> {
     File::open(path)
         .and_then(|f| f.sync_all())
         .map_err(io("syncing the folder", path))
 }
 
-/// Writes one file atomically: beside it, synced, renamed.
+/// Writes one file atomically: to a temporary file in the same folder, which is synced and renamed.
 ///
 /// # Errors
-/// A file operation fails; then the old file, if any, is untouched.
+/// A file operation fails. A failure before the rename leaves a previous file unchanged.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
     replace(path, |beside| write_synced(beside, bytes)).map(drop)
 }
 
-/// Writes a safetensors file with exactly the tensors `specs` atomically, one tensor at a time, and describes it.
+/// Writes a safetensors file with exactly the tensors `specs` atomically, one tensor at a time, and returns its description.
 ///
 /// # Errors
-/// A tensor is missing, misshapen or not finite, or a file operation fails; then the old file, if any, is untouched.
+/// A tensor is missing, misshapen or not finite, or a file operation fails. A failure before the rename leaves a previous file
+/// unchanged.
 pub fn write_weights<'a>(
     path: &Path,
     specs: impl IntoIterator<Item = &'a ParamSpec>,
@@ -113,7 +114,7 @@ pub fn write_weights<'a>(
     replace(path, |beside| write_weights_synced(beside, &layout, weights))
 }
 
-/// Has a file written beside `path` and renames it.
+/// Calls `write` with a temporary path next to `path` and renames the result to `path`.
 fn replace(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<BundleFile, BundleError>,
@@ -125,7 +126,7 @@ fn replace(
         Ok(written)
     });
     if done.is_err() {
-        // the error at hand says more than one of the tidying-up would
+        // the original error is more useful than an error of the cleanup
         drop(fs::remove_file(&beside));
     }
     let written = done?;

@@ -1,67 +1,67 @@
-//! What can be wrong with a bundle.
+//! Errors of reading and writing a bundle.
 
 use std::path::{Path, PathBuf};
 
-/// A bundle that cannot be written or must not be used.
+/// Reason why a bundle cannot be written, or is rejected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BundleError {
     /// A file operation failed.
     #[error("{action} `{path}`: {source}")]
     Io {
-        /// What was attempted.
+        /// Attempted operation.
         action: &'static str,
-        /// On which file.
+        /// File of the operation.
         path: PathBuf,
-        /// Why it failed.
+        /// Cause.
         source: std::io::Error,
     },
-    /// The target is there already.
+    /// The target folder exists already.
     #[error("bundle `{0}` exists already and bundles are never changed: choose another folder")]
     Exists(PathBuf),
     /// The manifest does not parse.
     #[error("manifest of bundle `{path}`: {detail}")]
     Manifest {
-        /// Which bundle.
+        /// Folder of the bundle.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the fault.
         detail: String,
     },
-    /// Another format version.
+    /// A format version that this program does not read.
     #[error(
         "bundle `{path}` has format version {found}, this program reads {expected}: export it again with a matching `export`"
     )]
     FormatVersion {
-        /// Which bundle.
+        /// Folder of the bundle.
         path: PathBuf,
-        /// What this program reads.
+        /// Version that this program reads.
         expected: u32,
-        /// What the manifest says.
+        /// Version in the manifest.
         found: u64,
     },
-    /// A file differs from its entry.
+    /// A file differs from its entry in the manifest.
     #[error("file `{name}` of bundle `{path}`: expected {expected}, found {found}")]
     File {
-        /// Which bundle.
+        /// Folder of the bundle.
         path: PathBuf,
-        /// Which file.
+        /// Name of the file.
         name: String,
-        /// What the manifest says.
+        /// Size or digest in the manifest.
         expected: String,
-        /// What is there.
+        /// Size or digest on disk.
         found: String,
     },
-    /// Weights that do not fit.
+    /// Weights that do not fit the policy.
     #[error("weights `{path}`: {source}")]
     Weights {
-        /// Which file.
+        /// Weight file.
         path: PathBuf,
-        /// What is wrong.
+        /// Cause.
         source: crate::weights::WeightsError,
     },
 }
 
-/// Adds what was attempted, on which file, to an IO error.
+/// Returns a function that adds the attempted operation and the file to an IO error.
 pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BundleError {
     let path = path.to_owned();
     move |source| BundleError::Io { action, path, source }

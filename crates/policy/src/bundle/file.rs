@@ -12,15 +12,15 @@ use crate::config::hex;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BundleFile {
-    /// File name, no folder in it.
+    /// File name without a folder.
     pub name: String,
-    /// Size.
+    /// Size in bytes.
     pub bytes: u64,
     /// SHA-256, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// Whether a name can be a bundle's file: letters, digits, `.`, `_` and `-`, at most 128, not hidden and in no folder.
+/// Returns whether a name is allowed in a bundle: 1 to 128 ASCII letters, digits, `.`, `_` and `-`, not beginning with `.`.
 pub fn plain_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 128
@@ -28,14 +28,14 @@ pub fn plain_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
 }
 
-/// The last part of a path.
+/// Returns the last component of a path, or an empty name.
 pub(super) fn file_name(path: &Path) -> String {
     path.file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default()
 }
 
-/// Size and SHA-256 of bytes as they come.
+/// Incremental size and SHA-256 of a stream of bytes.
 #[derive(Default)]
 pub(super) struct Describer {
     bytes: u64,
@@ -48,7 +48,7 @@ impl Describer {
         self.digest.update(bytes);
     }
 
-    /// Describes the file at `path` that holds the bytes.
+    /// Returns the entry of the file at `path` that holds the bytes.
     pub(super) fn finish(self, path: &Path) -> BundleFile {
         BundleFile {
             name: file_name(path),
@@ -58,7 +58,7 @@ impl Describer {
     }
 }
 
-/// Size and SHA-256 of a file.
+/// Computes the size and SHA-256 of a file.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -66,7 +66,7 @@ pub fn describe_file(path: &Path) -> Result<BundleFile, BundleError> {
     describe(path, &File::open(path).map_err(io("opening", path))?)
 }
 
-/// Size and SHA-256 of the open file at `path`.
+/// Computes the size and SHA-256 of the open file at `path`.
 pub(super) fn describe(path: &Path, mut file: &File) -> Result<BundleFile, BundleError> {
     let mut describer = Describer::default();
     let mut buffer = vec![0u8; 1 << 20];

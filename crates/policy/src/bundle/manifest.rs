@@ -1,4 +1,4 @@
-//! The manifest: what a policy is and which files hold it.
+//! The manifest of a bundle: the policy's description and the list of its files.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,14 +21,14 @@ pub const PREFIX_GRAPH: &str = "prefix.onnx";
 pub const DENOISE_GRAPH: &str = "denoise.onnx";
 /// Weights of the vision-language model.
 pub const VLM_WEIGHTS: &str = "vlm.safetensors";
-/// Weights of the action expert, the projections and the value head.
+/// Weights of the action expert, the projections, the noise head and the value head.
 pub const EXPERT_WEIGHTS: &str = "expert.safetensors";
-/// `SentencePiece` model of the prompt tokenizer, when the policy has one.
+/// `SentencePiece` model of the prompt tokenizer, if the policy uses one.
 pub const TOKENIZER_MODEL: &str = "tokenizer.model";
-/// How the manifest states the direction of flow time.
+/// Direction of flow time as written in the manifest.
 pub const FLOW_TIME: &str = "t=1 noise, t=0 action";
 
-/// A reference output of the publisher: the actions of an ODE pass on inputs that both sides draw from `seed`.
+/// Reference output of the publisher: actions of an ODE pass on inputs that publisher and engine draw from `seed`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SelfTest {
@@ -36,63 +36,63 @@ pub struct SelfTest {
     pub seed: u64,
     /// Actions in model units, `[action_horizon, action_dim]`.
     pub actions: Vec<f32>,
-    /// Largest absolute difference that still passes.
+    /// Largest absolute difference that passes, in model units.
     pub tolerance: f32,
 }
 
-/// `manifest.json`
+/// Contents of `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// [`BUNDLE_VERSION`] of the writer.
     pub format_version: u32,
-    /// Count of published updates; 0 is the start of RL.
+    /// Number of published updates; 0 is the start of RL.
     pub policy_version: u64,
     /// Always [`FLOW_TIME`].
     pub flow_time: String,
-    /// Sizes.
+    /// Sizes of the policy.
     pub dims: PolicyDims,
-    /// Heads beside the velocity.
+    /// Heads in addition to the velocity output.
     pub heads: Heads,
-    /// Sampling.
+    /// Sampling parameters.
     pub sampling: Sampling,
-    /// Rows executed per query.
+    /// Action rows executed per query.
     pub action_chunk: usize,
     /// Action width of the environment.
     pub env_action_dim: usize,
     /// Camera names in order.
     pub cameras: Vec<String>,
-    /// Prompt tokenizer; a model path is [`TOKENIZER_MODEL`] inside the bundle.
+    /// Prompt tokenizer; the path of a `SentencePiece` model is [`TOKENIZER_MODEL`] inside the bundle.
     pub tokenizer: TokenizerConfig,
-    /// The prompt holds the normalised state in words, see [`crate::prompt::pi05_prompt`].
+    /// Whether the prompt holds the normalized state in words, see [`crate::prompt::pi05_prompt`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discrete_state_input: bool,
-    /// Normalisation of state and actions.
+    /// Normalization of state and actions.
     pub normalization: Normalization,
-    /// Its statistics.
+    /// Statistics of the normalization.
     pub norm_stats: Option<NormStats>,
     /// Run lengths of the action dimensions that are differences from the state (see [`crate::norm::bool_mask`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_actions: Option<Vec<i32>>,
     /// Weight mode of the denoise graph.
     pub weights: WeightMode,
-    /// Batch size of the graphs; absent: dynamic.
+    /// Fixed batch size of the graphs; absent: dynamic.
     pub batch: Option<usize>,
-    /// Digest of the configuration that made it.
+    /// Digest of the configuration that the bundle was made with.
     pub config_digest: String,
-    /// Reference output.
+    /// Reference output for the self-test.
     pub self_test: Option<SelfTest>,
-    /// All files but the manifest, sorted by name.
+    /// All files except the manifest, sorted by name.
     pub files: Vec<BundleFile>,
 }
 
 impl Manifest {
-    /// The weights that the bundle's two files must hold, by part.
+    /// Returns the weights that the two weight files must hold, in the order of the parameter table.
     pub fn params(&self) -> Vec<ParamSpec> {
         params(&self.dims, &self.heads)
     }
 
-    /// The entry of a file.
+    /// Returns the entry of a file.
     pub fn file(&self, name: &str) -> Option<&BundleFile> {
         self.files.iter().find(|f| f.name == name)
     }

@@ -1,7 +1,7 @@
 //! The policy bundle: a directory that holds one policy version, never changed after its rename.
 //!
-//! `manifest.json` is written last and names every other file with its size and SHA-256. A writer fills a folder beside the
-//! target, syncs, and renames; a reader refuses whatever does not match.
+//! `manifest.json` is written last and names every other file with its size and SHA-256. A writer fills a folder next to the
+//! target, syncs, and renames; a reader rejects every mismatch.
 
 mod error;
 mod file;

@@ -1,4 +1,4 @@
-//! Writing a bundle, whole or not at all.
+//! Atomic publication of a bundle.
 
 use std::{
     fs::{self, File},
@@ -14,22 +14,24 @@ use super::{
 };
 use crate::weights::{Layout, Weights};
 
-/// Where the bytes of a new bundle's file come from.
+/// Source of the bytes of a file in a new bundle.
 #[derive(Debug)]
 pub enum Source<'a> {
-    /// Written as they are.
+    /// Bytes, written unchanged.
     Bytes(Vec<u8>),
-    /// A weight file, written tensor by tensor.
+    /// Weights, written tensor by tensor to a file of this layout.
     Weights(Layout, &'a dyn Weights),
-    /// A file of another bundle with the same content: linked when the file system can, else copied.
+    /// A file of another bundle with the same content, hard-linked if the file system supports it, otherwise copied.
     Same(PathBuf, BundleFile),
 }
 
-/// Writes a bundle: files beside the target, synced, manifest last, then one rename. `manifest.files` is filled in here.
+/// Writes a bundle to a folder next to the target, the manifest last, syncs the files, and renames the folder once.
+///
+/// Replaces `manifest.files` with the entries of the written files.
 ///
 /// # Errors
-/// The target exists, a weight is missing, misshapen or not finite, or a file operation fails; then nothing is left at the
-/// target.
+/// The target exists, a weight is missing, misshapen or not finite, or a file operation fails. A failure before the rename leaves
+/// nothing at the target.
 pub fn publish(dir: &Path, files: Vec<(String, Source<'_>)>, mut manifest: Manifest) -> Result<Bundle, BundleError> {
     if dir.exists() {
         return Err(BundleError::Exists(dir.to_owned()));

@@ -1,4 +1,4 @@
-//! A bundle that is read: its manifest checked, its files verified.
+//! Reading a bundle: check of the manifest, verification of the files.
 
 use std::{
     fs::{self, File},
@@ -20,21 +20,23 @@ use crate::{
     weights::WeightFile,
 };
 
+/// Most bytes of a manifest that are read.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
 /// A bundle on disk whose manifest has been read and checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     pub(super) dir: PathBuf,
-    /// The manifest.
+    /// Checked manifest.
     pub manifest: Manifest,
 }
 
 impl Bundle {
-    /// Reads and checks the manifest; the files are only looked at by [`Bundle::verify`].
+    /// Reads and checks the manifest; only [`Bundle::verify`] reads the other files.
     ///
     /// # Errors
-    /// Says what was expected and found: missing manifest, other format version, unknown or missing keys, impossible sizes.
+    /// A missing manifest, another format version, unknown or missing keys, or sizes that do not fit, with the values expected
+    /// and found.
     pub fn open(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join(MANIFEST);
         let mut text = String::new();
@@ -46,7 +48,7 @@ impl Bundle {
             path: dir.to_owned(),
             detail,
         };
-        let raw: serde_json::Value = serde_json::from_str(&text).map_err(|e| bad(format!("no JSON: {e}")))?;
+        let raw: serde_json::Value = serde_json::from_str(&text).map_err(|e| bad(format!("not JSON: {e}")))?;
         let found = raw
             .get("format_version")
             .and_then(serde_json::Value::as_u64)
@@ -106,17 +108,19 @@ impl Bundle {
         })
     }
 
-    /// The bundle's folder.
+    /// Returns the bundle's folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Path of one of its files.
+    /// Returns the path of one of the bundle's files.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// Checks every file: present, no other beside it, size, SHA-256; and every weight: name, shape, type, finite.
+    /// Checks that the folder holds exactly the files of the manifest, with their sizes and SHA-256.
+    ///
+    /// Checks in addition name, shape, type and finite values of every weight.
     ///
     /// # Errors
     /// Names the first file or weight that differs, with both values.
@@ -124,9 +128,10 @@ impl Bundle {
         self.verify_with(&VerifiedFiles::default()).map(drop)
     }
 
-    /// Checks what [`Bundle::verify`] checks, but does not read a file again that `known` has with the digest that the manifest
-    /// states: the frozen weights of the version before, for instance, that this bundle links. Returns the files of this
-    /// bundle, for the next one.
+    /// Checks the bundle as [`Bundle::verify`] does, without reading files that `known` holds with the digest in the manifest.
+    ///
+    /// Such files are, for instance, the frozen weights that this bundle links from the previous version. Returns the files of
+    /// this bundle, for the verification of the next bundle.
     ///
     /// # Errors
     /// See [`Bundle::verify`].
@@ -153,7 +158,7 @@ impl Bundle {
         Ok(files)
     }
 
-    /// Checks a file and, unless there are none, its `weights`.
+    /// Checks a file and, if `weights` is not empty, the weights in the file.
     fn verify_file(
         &self,
         entry: &BundleFile,
@@ -161,7 +166,7 @@ impl Bundle {
         known: &VerifiedFiles,
     ) -> Result<(Identity, Verified), BundleError> {
         let path = self.path(&entry.name);
-        // one handle, so that what is hashed is what is parsed; whoever writes to the file from here on changes its identity
+        // one handle, so that the hashed bytes are the parsed bytes; a later write to the file changes its identity
         let file = File::open(&path).map_err(io("opening", &path))?;
         let identity = Identity::of(&file.metadata().map_err(io("opening", &path))?);
         if identity.bytes != entry.bytes {

@@ -1,4 +1,4 @@
-//! Files that were verified, so that the same files need not be read again.
+//! Files that were verified already and need not be read again.
 
 use std::{
     collections::BTreeMap,
@@ -8,10 +8,10 @@ use std::{
 
 use crate::params::ParamSpec;
 
-/// Files of a verified bundle: which files they are, their digests, and the weights that were found in them.
+/// Files of a verified bundle, with identity, digest and the weights found in each file.
 ///
-/// A file is the same when device, inode, size and time of the last change are: a hard link is, a copy is not. This rests on
-/// bundles never being changed in place.
+/// Two files are the same if device, inode, size and modification time are equal. A hard link is the same file, a copy is not.
+/// The comparison requires that bundles are never changed in place.
 #[derive(Debug, Default)]
 pub struct VerifiedFiles(BTreeMap<Identity, Verified>);
 
@@ -25,13 +25,13 @@ impl VerifiedFiles {
     }
 }
 
-/// Which file it is, and that it was not written to since.
+/// Identity of a file, which changes with each write to the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
     pub(super) bytes: u64,
-    /// Seconds and nanoseconds.
+    /// Modification time in seconds and nanoseconds.
     modified: (i64, i64),
 }
 
@@ -46,12 +46,12 @@ impl Identity {
     }
 }
 
-/// What was verified of a file.
+/// Result of the verification of a file.
 #[derive(Debug)]
 pub(super) struct Verified {
     pub(super) sha256: String,
-    /// Weights that were found, each finite; empty: it holds none.
+    /// Weights found in the file, all finite; empty: the file holds no weights.
     pub(super) weights: Vec<ParamSpec>,
-    /// No other file gets the inode for as long as this one is open, removed or not.
+    /// Open handle, which keeps the inode from being reused even if the file is removed.
     pub(super) _open: File,
 }

@@ -1,8 +1,8 @@
-//! `[algorithm]`: how RL trains.
+//! `[algorithm]`: estimator, loss and update of RL.
 
 use serde::{Deserialize, Serialize};
 
-/// Over what a log-probability is summed before it makes a ratio: one probability ratio, one clip decision each.
+/// Group of elements whose log-probabilities are summed into one probability ratio and one clip decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogprobType {
@@ -14,49 +14,51 @@ pub enum LogprobType {
     ChunkLevel,
 }
 
-/// To what a reward belongs, and what a step of `gamma` and `gae_lambda` is.
+/// Unit of a reward and of a step of `gamma` and `gae_lambda`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardType {
-    /// The rewards of a chunk are summed, one advantage per chunk.
+    /// One summed reward and one advantage per chunk.
     ChunkLevel,
     /// One reward and one advantage per executed action; `gamma` is per action.
     ActionLevel,
 }
 
-/// After which episodes the value of the last observation counts.
+/// Episodes after which the return continues with the value of the last observation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BootstrapType {
     /// After a time limit (Pardo et al. 2018).
     Truncation,
-    /// After every episode, also one that ended by itself.
+    /// After every episode, including an episode that terminated.
     Always,
-    /// Never: a time limit is an end like any other.
+    /// Never; a time limit counts as termination.
     None,
 }
 
-/// How the policy loss averages its elements.
+/// Weighting of the elements in the mean of the policy loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossAgg {
-    /// Every valid element weighs the same.
+    /// Equal weight of every valid element.
     Mean,
-    /// Every episode weighs the same, whatever its length.
+    /// Equal weight of every episode, for any episode length.
     EpisodeLength,
 }
 
-/// What becomes of a group whose mean return is out of bounds.
+/// Treatment of a group whose mean return is out of bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FilterMode {
-    /// It is left out of the update.
+    /// Excludes the group from the update.
     Mask,
-    /// It is replaced by a new group from the engine (dynamic sampling: Yu et al. 2025, "DAPO", section 3.2).
+    /// Replaces the group with a new group from the engine (dynamic sampling: Yu et al. 2025, "DAPO", section 3.2).
     Resample,
 }
 
-/// `algorithm.filter_rewards`: groups in which everything succeeds or fails teach nothing to a group-relative estimator.
+/// `algorithm.filter_rewards`: bounds on a group's mean return.
+///
+/// A group-relative estimator has no signal in a group in which all episodes succeed or all fail.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FilterConfig {
@@ -64,9 +66,9 @@ pub struct FilterConfig {
     pub lower: f64,
     /// Largest mean return of a group that is used.
     pub upper: f64,
-    /// What becomes of the others.
+    /// Treatment of the other groups.
     pub mode: FilterMode,
-    /// `resample` only: orders per iteration, the first included.
+    /// `resample` only: most orders per iteration, the first included.
     pub max_rounds: Option<u32>,
 }
 
@@ -74,9 +76,9 @@ pub struct FilterConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bounds {
-    /// Smallest.
+    /// Lower bound, below 0.
     pub min: f64,
-    /// Largest.
+    /// Upper bound, above 0.
     pub max: f64,
 }
 
@@ -86,76 +88,78 @@ pub struct Bounds {
 pub struct AlgorithmConfig {
     /// Advantage estimator by registered name (`gae`, `grpo`, `reinforce_pp`, `reinforce_pp_baseline`, `raw`).
     pub adv_type: String,
-    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`, `decoupled_actor`; without likelihood `flow_ipo`,
-    /// `nft`).
+    /// Loss by registered name (`actor_critic`, `actor`, `decoupled_actor_critic`, `decoupled_actor`; without likelihood
+    /// `flow_ipo`, `nft`).
     pub loss_type: String,
-    /// What a reward and an advantage belong to.
+    /// Unit of a reward and an advantage.
     pub reward_type: RewardType,
-    /// What a probability ratio belongs to.
+    /// Unit of a probability ratio.
     pub logprob_type: LogprobType,
-    /// After which episodes the value of the last observation counts.
+    /// Episodes after which the return continues with the value of the last observation.
     pub bootstrap_type: BootstrapType,
-    /// How the policy loss averages its elements.
+    /// Weighting of the elements in the mean of the policy loss.
     pub loss_agg: LossAgg,
-    /// Discount per action chunk, per executed action with `reward_type = "action_level"`.
+    /// Discount per action chunk; per executed action with `reward_type = "action_level"`.
     pub gamma: f64,
     /// GAE lambda per action chunk.
     pub gae_lambda: f64,
-    /// Normalise advantages over the iteration.
+    /// Whether advantages are normalized over the iteration.
     pub normalize_advantages: bool,
-    /// Lower ratio clip.
+    /// Lower clip range of the ratio: `1 - clip_ratio_low`.
     pub clip_ratio_low: f64,
-    /// Upper ratio clip.
+    /// Upper clip range of the ratio: `1 + clip_ratio_high`.
     pub clip_ratio_high: f64,
-    /// Dual clip constant; absent: off.
+    /// Dual clip constant, above 1; absent: off.
     pub clip_ratio_c: Option<f64>,
-    /// Bounds of the log-ratio before it is exponentiated; absent: none.
+    /// Bounds of the log-ratio, applied before the exponential; absent: none.
     pub clip_log_ratio: Option<Bounds>,
-    /// Largest ratio of the proximal policy to the one that acted, `decoupled_actor_critic` only; absent: none.
+    /// Largest ratio of the proximal policy to the policy that acted, for decoupled losses only; absent: unbounded.
     pub behave_weight_threshold: Option<f64>,
     /// Factor of the mean entropy that is subtracted from the loss; absent: none.
     pub entropy_bonus: Option<f64>,
     /// Factor of the KL penalty (estimator k3); absent: none.
     pub kl_beta: Option<f64>,
-    /// Against which policy `kl_beta` holds; absent: the one that acted.
+    /// Reference policy of the KL penalty; absent: the policy that acted.
     pub kl_reference: Option<ReferenceConfig>,
-    /// Value clip; absent: off.
+    /// Clip range of the value change; absent: off.
     pub value_clip: Option<f64>,
     /// Huber threshold of the value loss.
     pub huber_delta: f64,
     /// Passes over the records of an iteration.
     pub update_epoch: u32,
-    /// Stop an iteration's updates when the KL estimate of a minibatch exceeds this; absent: off.
+    /// KL estimate of a minibatch above which the iteration's updates stop; absent: off.
     pub target_kl: Option<f64>,
-    /// Episodes on the same task and reset state; 1 without groups.
+    /// Episodes with the same task and reset state; 1: no groups.
     pub group_size: usize,
-    /// Which groups are used; absent: all.
+    /// Selection of groups; absent: all groups are used.
     pub filter_rewards: Option<FilterConfig>,
-    /// With a `loss_type` that needs no likelihood, and only there.
+    /// Settings of a loss without likelihood; present only with such a `loss_type`.
     pub velocity: Option<VelocityConfig>,
 }
 
-/// `[algorithm.velocity]`: a loss on the velocity itself (`loss_type` names it) needs no likelihood and no critic.
+/// `[algorithm.velocity]`: settings of a loss on the velocity, which needs no likelihood and no critic.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VelocityConfig {
-    /// What the trained policy is compared with.
+    /// Reference policy of the loss.
     pub reference: ReferenceConfig,
-    /// Parameters of the method; the method checks them.
+    /// Parameters of the loss, which the loss checks.
     pub params: toml::Table,
 }
 
-/// Which weights the reference policy has. All variants have braces: serde refuses unknown keys beside the tag only there.
+/// Weights of the reference policy.
+///
+/// All variants have braces, because serde rejects unknown keys of a tagged enum only in struct variants.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
 pub enum ReferenceConfig {
-    /// Those that RL began with.
+    /// Weights at the start of RL.
     Frozen {},
-    /// An exponential mean over the iterations: `ref <- decay ref + (1 - decay) trained` after each.
+    /// Exponential mean over the iterations: `ref <- decay ref + (1 - decay) trained` after each iteration.
     Ema {
-        /// Share that stays, in `[0, 1)`.
+        /// Weight of the previous reference, in `[0, 1)`.
         decay: f64,
     },
-    /// Those that acted in this iteration.
+    /// Weights that acted in this iteration.
     Acting {},
 }

@@ -4,65 +4,65 @@ use std::{fmt, path::PathBuf};
 
 use super::{Origin, Origins};
 
-/// A configuration that cannot be used.
+/// Reason for rejecting a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file cannot be read.
     #[error("failed to read the configuration `{path}`{}", which_extends(.extended_by.as_ref()))]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// The file that extends it; absent for the file that was named on the command line.
+        /// File whose `extends` names this file; absent for the file named on the command line.
         extended_by: Option<PathBuf>,
-        /// Why.
+        /// Cause.
         source: std::io::Error,
     },
-    /// A file is longer than a configuration may be.
+    /// A file is longer than the limit.
     #[error(
         "failed to read the configuration `{path}`: found more than the {limit} bytes that a configuration may have"
     )]
     TooLong {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Most bytes of a file.
+        /// Largest size of a file in bytes.
         limit: u64,
     },
     /// A file is not TOML.
     #[error("configuration `{path}` is not TOML: {detail}")]
     Syntax {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where and why, on one line.
+        /// Place and cause, on one line.
         detail: String,
     },
-    /// A file extends what it may not.
+    /// A file extends a file that is not allowed.
     #[error("configuration key `extends` ({path}): {detail}")]
     Extends {
-        /// The file with the key.
+        /// Path of the file with the key.
         path: PathBuf,
-        /// What is wrong and what would be right.
+        /// Value found and value expected.
         detail: String,
     },
     /// A key or a value is wrong.
     #[error("configuration key `{key}`{}: {detail}", Places(.origins))]
     Key {
-        /// Path of the key.
+        /// Dotted path of the key.
         key: String,
-        /// Where the key has its value from; empty when unknown.
+        /// Origins of the key's value; empty if unknown.
         origins: Vec<Origin>,
-        /// What is wrong and what would be right.
+        /// Value found and value expected.
         detail: String,
     },
     /// A `--set` that is not `a.b=c`.
     #[error("`--set {text}`: expected KEY=VALUE with a dotted key, like `algorithm.gamma=0.99`")]
     Override {
-        /// What was typed.
+        /// Argument as typed.
         text: String,
     },
 }
 
 impl ConfigError {
-    /// Returns the refusal of a key: `detail` says found and expected.
+    /// Returns the error for a key; `detail` states the value found and the value expected.
     pub fn key(key: &str, detail: impl Into<String>) -> Self {
         Self::Key {
             key: key.to_owned(),
@@ -71,7 +71,7 @@ impl ConfigError {
         }
     }
 
-    /// Completes an error that names a key by the origins of that key.
+    /// Adds the origins of the key to an error that names a key.
     #[must_use]
     pub fn locate(mut self, all: &Origins) -> Self {
         if let Self::Key { key, origins, .. } = &mut self
@@ -87,7 +87,7 @@ fn which_extends(by: Option<&PathBuf>) -> String {
     by.map_or_else(String::new, |path| format!(", which `{}` extends", path.display()))
 }
 
-/// Origins in brackets; nothing when there are none.
+/// Origins in parentheses; empty for an empty list.
 struct Places<'a>(&'a [Origin]);
 
 impl fmt::Display for Places<'_> {

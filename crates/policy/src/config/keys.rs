@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{ConfigError, RunConfig};
 use crate::message::one_line;
 
-/// Every key of a TOML table under its dotted path; a section has no entry of its own.
+/// Returns every key of a TOML table by dotted path; a section has no entry.
 pub fn keys(table: &toml::Table) -> BTreeMap<String, &toml::Value> {
     let mut keys = BTreeMap::new();
     walk("", table, &mut keys);
@@ -29,7 +29,7 @@ fn walk<'a>(section: &str, table: &'a toml::Table, keys: &mut BTreeMap<String, &
 }
 
 impl RunConfig {
-    /// Every key of the effective configuration under its dotted path, with its value as TOML writes it.
+    /// Returns every key of the effective configuration by dotted path, with its value in TOML.
     ///
     /// # Errors
     /// See [`RunConfig::to_toml`].

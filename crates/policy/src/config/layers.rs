@@ -1,4 +1,4 @@
-//! A configuration as layers: the files that it extends, the file itself, and `--set` on top.
+//! Layers of a configuration: the extended files, the file itself, and `--set`, each overriding the layers before.
 
 use std::{
     collections::BTreeSet,
@@ -11,27 +11,27 @@ use std::{
 use super::{ConfigError, Origin, Origins};
 use crate::message::{one_line, shown};
 
-/// The key that names the files a configuration extends.
+/// Key that names the files that a configuration extends.
 pub(super) const EXTENDS: &str = "extends";
-/// Most levels of bases below a configuration.
+/// Largest depth of `extends` below a configuration.
 const MAX_LEVELS: usize = 4;
-/// Most bytes of a file.
+/// Largest size of a file in bytes.
 const MAX_BYTES: u64 = 1 << 20;
-/// Most characters of a file's own text in an error.
+/// Most characters quoted from a file in an error.
 pub(super) const MAX_SHOWN: usize = 1000;
 
-/// All layers, merged.
+/// Merged layers of a configuration.
 #[derive(Default)]
 pub(super) struct Layers {
-    /// The values.
+    /// Merged values.
     pub(super) table: toml::Table,
-    /// Where each value comes from.
+    /// Origin of each value.
     pub(super) origins: Origins,
-    /// Canonical names of all files so far.
+    /// Canonical paths of all files read so far.
     seen: BTreeSet<PathBuf>,
 }
 
-/// The files from a configuration to the one that is being read, as they were named.
+/// Paths from a configuration to the file being read, as written in `extends`.
 type Chain<'a> = &'a [&'a Path];
 
 impl Layers {
@@ -48,7 +48,7 @@ impl Layers {
         Ok(layers)
     }
 
-    /// Merges the files that a file extends, then the file itself. `above` led to it.
+    /// Merges the files that a file extends, then the file itself. `above` is the chain of files that extend the file.
     fn add(&mut self, text: &str, path: &Path, above: Chain<'_>) -> Result<(), ConfigError> {
         let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| syntax_error(path, e))?;
         let chain = [above, &[path]].concat();
@@ -62,7 +62,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Reads a file that `by` extends. `chain` led to it and ends with `by`.
+    /// Reads a file that `by` extends. `chain` is the chain of extending files and ends with `by`.
     fn read_base(&mut self, base: &Path, by: &Path, chain: Chain<'_>) -> Result<String, ConfigError> {
         let refuse = |detail: String| ConfigError::Extends {
             path: by.to_owned(),
@@ -94,7 +94,7 @@ impl Layers {
         read(base, Some(by))
     }
 
-    /// Puts a `--set` on top.
+    /// Applies a `--set` override.
     pub(super) fn set(&mut self, item: &str) -> Result<(), ConfigError> {
         let bad = || ConfigError::Override { text: item.to_owned() };
         let (key, value) = item.split_once('=').ok_or_else(bad)?;
@@ -127,7 +127,7 @@ impl Layers {
     }
 }
 
-/// Takes `extends` out of a file's table. Its names are relative to the file's folder.
+/// Removes `extends` from a file's table and returns its paths, joined to the file's folder.
 fn take_bases(table: &mut toml::Table, path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let names = match table.remove(EXTENDS) {
@@ -148,7 +148,7 @@ fn take_bases(table: &mut toml::Table, path: &Path) -> Result<Vec<PathBuf>, Conf
     bases.collect()
 }
 
-/// Merges a section, `key` (empty: the whole), key by key. A value that is not a section replaces the one below.
+/// Merges the section `key` (empty: the whole table) key by key. A value that is not a section replaces the earlier value.
 fn merge(into: &mut toml::Table, over: toml::Table, key: &str, origin: &Origin, origins: &mut Origins) {
     for (name, value) in over {
         let key = if key.is_empty() {
@@ -166,7 +166,7 @@ fn merge(into: &mut toml::Table, over: toml::Table, key: &str, origin: &Origin, 
     }
 }
 
-/// Returns the one name of a file that may have several; a file that does not exist keeps the name it has.
+/// Returns the canonical path of a file, or `path` for a file that does not exist.
 fn canonical(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
@@ -179,7 +179,7 @@ fn read(path: &Path, extended_by: Option<&Path>) -> Result<String, ConfigError> 
         source,
     };
     let mut bytes = Vec::new();
-    // one byte more shows that a file is too long, and no more of it is read
+    // one byte above the limit suffices to detect a file that is too long
     let file = File::open(path).map_err(failed)?;
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MAX_BYTES {
@@ -191,7 +191,7 @@ fn read(path: &Path, extended_by: Option<&Path>) -> Result<String, ConfigError> 
     String::from_utf8(bytes).map_err(|e| syntax_error(path, e))
 }
 
-/// Reports a text that is not TOML. The parser quotes the wrong line whole, so its message is cut.
+/// Returns the error for a text that is not TOML, truncated because the parser quotes the whole faulty line.
 fn syntax_error(path: &Path, error: impl Display) -> ConfigError {
     ConfigError::Syntax {
         path: path.to_owned(),

@@ -1,4 +1,4 @@
-//! Reading a configuration: its layers as one typed value, errors that name key and file, the effective configuration with its digest.
+//! Loading a configuration from its layers, errors that name key and file, and the effective configuration with its digest.
 
 use std::path::Path;
 
@@ -11,10 +11,10 @@ use super::{
 use crate::message::{one_line, shown};
 
 impl RunConfig {
-    /// Reads a configuration, with the files that it extends, and puts the overrides (`a.b=c`) on top.
+    /// Loads a configuration with the files that it extends, and applies the overrides (`a.b=c`).
     ///
     /// # Errors
-    /// Names the file or the key; for an unknown key also the nearest right one.
+    /// Names the file or the key; for an unknown key also the nearest known key.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         Ok(Self::load_with_origins(path, overrides)?.0)
     }
@@ -27,7 +27,7 @@ impl RunConfig {
         Self::from_layers(Layers::read(path)?, overrides)
     }
 
-    /// Loads a configuration whose text is at hand. Files that it extends are relative to the folder of `path`.
+    /// Loads a configuration from `text`. Paths in `extends` are relative to the folder of `path`.
     ///
     /// # Errors
     /// See [`RunConfig::load`].
@@ -46,7 +46,7 @@ impl RunConfig {
         }
     }
 
-    /// The effective configuration as TOML.
+    /// Returns the effective configuration as TOML.
     ///
     /// # Errors
     /// A value that TOML cannot hold (an integer beyond i64).
@@ -58,7 +58,7 @@ impl RunConfig {
         })
     }
 
-    /// SHA-256 over every key and value of the effective configuration but those of [`Neutral::Place`], which change no result.
+    /// Returns the SHA-256 of the effective configuration without the keys of [`Neutral::Place`], which do not change a result.
     ///
     /// # Errors
     /// See [`RunConfig::to_toml`].
@@ -73,7 +73,7 @@ impl RunConfig {
     }
 }
 
-/// Lower-case hexadecimal.
+/// Returns the lower-case hexadecimal form of bytes.
 pub fn hex(bytes: &[u8]) -> String {
     bytes
         .iter()
@@ -85,7 +85,7 @@ pub fn hex(bytes: &[u8]) -> String {
         })
 }
 
-/// Turns serde's error into one that names the key and, for an unknown key, the nearest right one.
+/// Converts serde's error into an error that names the key and, for an unknown key, the nearest known key.
 fn refusal(error: &serde_path_to_error::Error<toml::de::Error>) -> ConfigError {
     let mut key = error.path().to_string();
     let message = one_line(error.inner());
@@ -110,11 +110,11 @@ fn refusal(error: &serde_path_to_error::Error<toml::de::Error>) -> ConfigError {
     }
 }
 
-/// Takes serde's "unknown field `a`, expected one of `b`, `c`" apart.
+/// Parses serde's "unknown field `a`, expected one of `b`, `c`" into the unknown and the known keys.
 fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
     let rest = message.split_once("unknown field `")?.1;
     let (unknown, rest) = rest.split_once('`')?;
-    // what follows " in `" names the section, not a key
+    // the text after " in `" names the section, not a key
     let list = rest.split(" in `").next().unwrap_or_default();
     let known = list.split('`').skip(1).step_by(2).map(str::to_owned).collect();
     Some((unknown.to_owned(), known))

@@ -1,6 +1,6 @@
-//! The run configuration as typed: strict TOML, key paths as the field writes them, `extends` below, `--set a.b=c` on top.
+//! Run configuration: strict TOML, the field's usual key paths, `extends` for bases, `--set a.b=c` for overrides.
 //!
-//! Nothing that changes a result has a silent default: a key is either required or its absence means that a feature is off.
+//! A key that changes a result has no silent default: such a key is required, or its absence means that a feature is off.
 
 mod algorithm;
 mod origin;
@@ -33,58 +33,58 @@ use crate::{
     params::{CriticInput, NoiseHeadDims, Pooling, ValueSteps},
 };
 
-/// One run: every process of the ring reads the same file.
+/// Configuration of one run, shared by all its processes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// The run as a whole.
+    /// Output, length and evaluation of the run.
     pub runner: RunnerConfig,
-    /// Vision-language pre-training; absent when a pretrained checkpoint is the start.
+    /// Vision-language pre-training; absent for a run that starts from a pretrained checkpoint.
     pub pretrain: Option<PretrainConfig>,
-    /// Supervised fine-tuning on demonstrations.
+    /// Supervised fine-tuning on demonstrations; absent: off.
     pub sft: Option<SftConfig>,
-    /// What is trained.
+    /// Policy, batches and optimizer.
     pub actor: ActorConfig,
-    /// How RL trains it.
+    /// RL algorithm.
     pub algorithm: AlgorithmConfig,
-    /// Where it acts.
+    /// Environment.
     pub env: EnvConfig,
-    /// The rollout engine.
+    /// Rollout engine.
     pub rollout: RolloutConfig,
-    /// The learner's own endpoint.
+    /// Endpoint of the learner.
     pub learner: LearnerConfig,
 }
 
-/// Who starts the processes of the ring.
+/// Start of the engine and the env workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Launch {
     /// `learner train` starts engine and env workers as child processes.
     Local,
-    /// They are started by hand, here or on other machines.
+    /// The user starts engine and env workers, on this machine or on others.
     None,
 }
 
-/// `[runner]`
+/// `[runner]`: output, length and evaluation of the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunnerConfig {
-    /// Folder of everything that the run leaves.
+    /// Folder for all files of the run.
     pub output_dir: PathBuf,
-    /// Seed of weights, noise, resets and minibatches.
+    /// Seed of initial weights, noise, resets and minibatches.
     pub seed: u64,
-    /// RL iterations; one policy version each.
+    /// RL iterations; each makes one policy version.
     pub max_epochs: u32,
-    /// Iterations between checkpoints; 0: only the last.
+    /// Iterations between checkpoints; 0: only the last iteration.
     pub save_interval: u32,
     /// Iterations between evaluations; 0: none during training.
     pub val_check_interval: u32,
-    /// Checkpoints that stay, the newest ones; absent: all.
+    /// Number of newest checkpoints to keep; absent: all.
     pub keep_last: Option<u32>,
-    /// The checkpoint of the best evaluation during training is written and stays.
+    /// Whether the checkpoint of the best evaluation during training is written and kept.
     #[serde(default)]
     pub keep_best: bool,
-    /// Who starts engine and env workers.
+    /// Start of the engine and the env workers.
     pub launch: Launch,
 }
 
@@ -98,17 +98,17 @@ pub struct StageOptim {
     pub batch_size: usize,
     /// Peak learning rate.
     pub lr: f64,
-    /// Linear warm-up in optimizer steps.
+    /// Length of the linear warm-up in optimizer steps.
     pub lr_warmup_steps: u32,
     /// Final learning rate as a fraction of the peak.
     pub min_lr_ratio: f64,
-    /// Decoupled weight decay.
+    /// Factor of the decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm, to which gradients are clipped.
     pub clip_grad: f64,
 }
 
-/// `[pretrain]`: referring localisation, the task that teaches a small vision tower where things are.
+/// `[pretrain]`: referring localization, a task in which a small vision tower learns object positions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PretrainConfig {
@@ -130,7 +130,7 @@ pub struct SftConfig {
     pub optim: StageOptim,
 }
 
-/// Where the frozen vision-language model's output for a record is kept until the iteration ends. No place changes a result.
+/// Storage of the frozen vision-language model's outputs during an iteration. The choice does not change a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PrefixCachePlace {
@@ -138,12 +138,12 @@ pub enum PrefixCachePlace {
     Memory,
     /// A file in the run's folder.
     Disk,
-    /// Nowhere: the prefix runs again for every micro-batch.
+    /// No storage; the prefix runs again for every micro-batch.
     Off,
 }
 
 impl PrefixCachePlace {
-    /// Its name in a configuration.
+    /// Returns the name in a configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
@@ -153,7 +153,7 @@ impl PrefixCachePlace {
     }
 }
 
-/// `[actor]`
+/// `[actor]`: policy, batches and optimizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActorConfig {
@@ -161,39 +161,39 @@ pub struct ActorConfig {
     pub global_batch_size: usize,
     /// Chunk records per forward and backward pass; gradients are summed over a global batch.
     pub micro_batch_size: usize,
-    /// Threads of libtorch.
+    /// Number of libtorch threads.
     pub threads: usize,
-    /// Where the frozen prefixes of an iteration's records are kept; absent: in memory.
+    /// Storage of the frozen prefixes of an iteration's records; absent: `memory`.
     pub prefix_cache: Option<PrefixCachePlace>,
-    /// Largest size of the kept prefixes in megabytes (10^6 bytes).
+    /// Largest size of the stored prefixes in megabytes (10^6 bytes); absent: [`crate::plan::DEFAULT_PREFIX_CACHE_MB`].
     pub prefix_cache_mb: Option<u64>,
-    /// Network.
+    /// Policy network.
     pub model: ModelConfig,
     /// Optimizer of RL.
     pub optim: OptimConfig,
 }
 
-/// `[actor.model]`
+/// `[actor.model]`: sizes, heads, inputs and outputs of the policy network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// Architecture.
     pub variant: Variant,
-    /// Start from this openpi checkpoint (`.safetensors`) instead of random weights.
+    /// openpi checkpoint (`.safetensors`) with the initial weights; absent: random weights.
     pub checkpoint: Option<PathBuf>,
-    /// Text vocabulary.
+    /// Vocabulary size of the text embedding.
     pub vocab: usize,
-    /// Vision-language stack.
+    /// Vision-language stack (Gemma).
     pub vlm: StackDims,
-    /// Action expert.
+    /// Action expert stack (Gemma).
     pub expert: StackDims,
-    /// Layers of both stacks.
+    /// Layers of each stack.
     pub depth: usize,
-    /// Query heads.
+    /// Query heads of each stack.
     pub heads: usize,
-    /// Key and value heads.
+    /// Key and value heads of each stack; divides `heads`.
     pub kv_heads: usize,
-    /// Head width.
+    /// Width of one head; even.
     pub head_dim: usize,
     /// Image tower.
     pub vision: VisionDims,
@@ -201,41 +201,42 @@ pub struct ModelConfig {
     pub cameras: Vec<String>,
     /// Prompt tokens, padding included.
     pub prompt_len: usize,
-    /// Padded action width.
+    /// Padded action and state width of the model.
     pub action_dim: usize,
     /// Action width of the environment.
     pub env_action_dim: usize,
-    /// Rows predicted.
+    /// Predicted action rows per chunk.
     pub action_horizon: usize,
-    /// Rows executed before the next query.
+    /// Action rows executed before the next query.
     pub num_action_chunks: usize,
     /// Denoise steps per chunk.
     pub num_steps: usize,
-    /// Normalisation of state and actions.
+    /// Normalization of state and actions.
     pub normalization: Normalization,
-    /// `norm_stats.json` in openpi's layout; required unless `normalization = "none"`.
+    /// Path of a `norm_stats.json` in openpi's layout; required unless `normalization = "none"`.
     pub norm_stats: Option<PathBuf>,
-    /// Leading action dimensions that the policy gives as differences from the state, as run lengths: `[6, -1]` is six differences
-    /// and one absolute (openpi's `make_bool_mask`); absent: all are absolute.
+    /// Run lengths of the leading action dimensions that are differences from the state; absent: all dimensions are absolute.
+    ///
+    /// `[6, -1]` is six differences and one absolute dimension (openpi's `make_bool_mask`).
     pub delta_actions: Option<Vec<i32>>,
     /// Prompt tokenizer.
     pub tokenizer: TokenizerConfig,
-    /// pi0.5 only: the prompt holds the normalised state in words; absent: false, and pi0.5 sees no state.
+    /// Whether pi0.5's prompt holds the normalized state in words (pi0.5 only); absent: false, so that pi0.5 reads no state.
     #[serde(default)]
     pub discrete_state_input: bool,
-    /// Value head; absent for algorithms without a critic.
+    /// Value head; absent: no critic.
     pub value_head: Option<ValueHeadConfig>,
-    /// Sampling.
+    /// Sampling and trained part.
     pub openpi: OpenPiConfig,
 }
 
-/// `[actor.model.tokenizer]`
+/// `[actor.model.tokenizer]`: kind of the prompt tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
 pub enum TokenizerConfig {
     /// A closed list of words, for small policies.
     Words {
-        /// The words, in the order of their ids.
+        /// Words in the order of ids.
         words: Vec<String>,
     },
     /// `PaliGemma`'s `SentencePiece` model.
@@ -245,105 +246,106 @@ pub enum TokenizerConfig {
     },
 }
 
-/// `[actor.model.value_head]`
+/// `[actor.model.value_head]`: input and widths of the value head.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValueHeadConfig {
-    /// What it reads: `expert` (`V_expert`) or `vlm` (`V_vlm`).
+    /// Input: `expert` (`V_expert`) or `vlm` (`V_vlm`).
     pub input: CriticInput,
-    /// Hidden widths.
+    /// Hidden widths, at most 16.
     pub hidden: Vec<usize>,
-    /// Stop the value gradient at the head's input.
+    /// Whether the value gradient stops at the head's input.
     pub detach_critic_input: bool,
-    /// `V_vlm` of pi0 only: also read the proprioceptive state, which pi0's prefix does not hold. pi0.5's prompt holds it with
-    /// `discrete_state_input`.
+    /// `V_vlm` of pi0 only: whether the head reads the proprioceptive state, which is missing from pi0's prefix.
+    ///
+    /// pi0.5's prompt holds the state with `discrete_state_input`.
     #[serde(default)]
     pub state: bool,
-    /// `V_vlm`: which tokens; absent: the mean over the valid ones.
+    /// Prefix tokens that a `V_vlm` head reads; absent: the mean over the valid tokens.
     pub pooling: Option<Pooling>,
-    /// `V_expert`: the mean over the executed action tokens only, not over the whole horizon.
+    /// `V_expert` only: whether the mean is over the executed action tokens instead of the whole horizon.
     #[serde(default)]
     pub chunk_critic_input: bool,
-    /// `V_expert`: over which denoise steps; absent: the stochastic ones.
+    /// Denoise steps of the value of a `V_expert` head; absent: the stochastic steps.
     pub steps: Option<ValueSteps>,
 }
 
-/// `[actor.model.openpi.noise_head]`
+/// `[actor.model.openpi.noise_head]`: widths and range of the noise head.
 pub type NoiseHeadConfig = NoiseHeadDims;
 
-/// How the log-probabilities of a chunk's denoise steps become one (`mdp = "joint"`).
+/// Reduction of the log-probabilities of a chunk's denoise steps to one number (`mdp = "joint"`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JointLogprob {
-    /// Their sum: the likelihood of the whole path (piRL, Eq. 5).
+    /// Sum, the log-likelihood of the whole path (piRL, Eq. 5).
     Sum,
-    /// Their mean together with the initial noise's, over `K + 1` terms, as the reference does: the ratio is the `K + 1`-th root. The
-    /// entropy is such a mean too.
+    /// Mean over `K + 1` terms, the `K` steps and the initial noise, as in the reference; the ratio is a `K + 1`-th root. The
+    /// entropy is a mean over the same terms.
     Mean,
 }
 
-/// `[actor.model.openpi]`
+/// `[actor.model.openpi]`: sampling and trained part of the policy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpenPiConfig {
-    /// How the stochastic step adds noise.
+    /// Noise method of the stochastic steps.
     pub noise_method: NoiseMethod,
-    /// Scale `a` of the noise.
+    /// Noise scale `a` of the papers.
     pub noise_level: f64,
-    /// `noise_level` moves with the policy version; absent: constant.
+    /// Noise level as a function of the policy version, instead of `noise_level`; absent: constant.
     pub noise_anneal: Option<NoiseAnneal>,
-    /// Sizes and range of the noise head; with `flow_noise` and only there.
+    /// Widths and range of the noise head; required with `flow_noise`, rejected otherwise.
     pub noise_head: Option<NoiseHeadConfig>,
-    /// Which denoise steps are stochastic, and what one decision is.
+    /// Choice of the stochastic denoise steps, and unit of one decision.
     pub mdp: Mdp,
-    /// With `mdp = "joint"` and only there.
+    /// Reduction of the log-probabilities; required with `mdp = "joint"`, rejected otherwise.
     pub joint_logprob: Option<JointLogprob>,
-    /// Use `-(x_next - mean)^2` as the log-probability: no scale, no constant (the reference's `safe_get_logprob`).
+    /// Whether the log-probability is `-(x_next - mean)^2`, without scale and constant (the reference's `safe_get_logprob`).
     #[serde(default)]
     pub safe_get_logprob: bool,
-    /// Keep the last denoise step deterministic.
+    /// Whether the last denoise step is deterministic.
     pub ignore_last: bool,
-    /// Train the action expert only; the vision-language model stays frozen.
+    /// Whether RL trains the action expert only, with a frozen vision-language model; must be true.
     pub train_expert_only: bool,
 }
 
-/// `[actor.optim]`
+/// `[actor.optim]`: AdamW optimizer of RL.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimConfig {
-    /// Learning rate of the actor.
+    /// Peak learning rate of the actor.
     pub lr: f64,
     /// Learning rate of the value head.
     pub value_lr: f64,
-    /// First and second moment decay.
+    /// Decay of the first and the second moment.
     pub betas: [f64; 2],
-    /// Denominator guard.
+    /// Term that keeps the denominator above 0.
     pub eps: f64,
-    /// Decoupled weight decay.
+    /// Factor of the decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm, to which gradients are clipped.
     pub clip_grad: f64,
-    /// Linear warm-up of the actor's learning rate, in optimizer steps.
+    /// Length of the linear warm-up of the actor's learning rate in optimizer steps.
     pub lr_warmup_steps: u32,
-    /// Final learning rate as a fraction of the peak, reached by a cosine over the run; 1 keeps it constant.
+    /// Final learning rate as a fraction of the peak, reached by a cosine over the run; 1: constant learning rate.
     pub min_lr_ratio: f64,
-    /// Iterations at the start that train the critic only.
+    /// Number of first iterations that train only the critic.
     pub critic_warmup_epochs: u32,
 }
 
-/// `[env]`
+/// `[env]`: environment, workers and episodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EnvConfig {
-    /// Registered name (`tabletop`; of the Python worker `metaworld`, `libero`, `gym`).
+    /// Registered name (`tabletop`; in the Python worker `metaworld`, `libero`, `gym`).
     pub name: String,
-    /// Which env worker: the Rust binary or the Python package.
+    /// Program of the env worker.
     pub worker: WorkerKind,
-    /// Interpreter of the Python worker, of an environment that has the simulator; absent: the one of `scripts/setup-metaworld`.
+    /// Python interpreter with the simulator, for the Python worker; absent: the interpreter from `scripts/setup-metaworld`.
     pub python: Option<PathBuf>,
-    /// Parameters of the environment; the environment checks them.
+    /// Parameters of the environment, which the environment checks.
     pub params: toml::Table,
-    /// Parameters that differ when demonstrations are collected (a demonstrator's flaw lies here).
+    /// Parameters that override `params` while demonstrations are collected, such as a demonstrator's flaw.
     pub demo_params: toml::Table,
     /// Environments of training.
     pub train: EnvTrainConfig,
@@ -351,43 +353,43 @@ pub struct EnvConfig {
     pub eval: EnvEvalConfig,
 }
 
-/// Which program runs the environment.
+/// Program that runs the environment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WorkerKind {
-    /// `env-worker`.
+    /// The Rust binary `env-worker`.
     Rust,
-    /// `python -m pirl_env_worker`.
+    /// The Python package, `python -m pirl_env_worker`.
     Python,
 }
 
-/// `[env.train]`
+/// `[env.train]`: environments of training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EnvTrainConfig {
-    /// Environments over all workers.
+    /// Number of environments over all workers.
     pub total_num_envs: usize,
     /// Episodes per environment and iteration.
     pub rollout_epoch: usize,
-    /// Worker processes.
+    /// Number of worker processes.
     pub workers: usize,
 }
 
-/// `[env.eval]`
+/// `[env.eval]`: episodes of evaluations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EnvEvalConfig {
-    /// Episodes of `learner eval`, with seeds that training never sees.
+    /// Episodes of `learner eval`, with seeds that training never uses.
     pub episodes: usize,
-    /// Episodes of the evaluations during training.
+    /// Episodes of an evaluation during training.
     pub train_episodes: usize,
 }
 
-/// Which device runs the graphs.
+/// Execution provider of the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Provider {
-    /// ONNX Runtime on the CPU.
+    /// ONNX Runtime's CPU provider.
     Cpu,
     /// ONNX Runtime's CUDA provider.
     Cuda,
@@ -395,21 +397,21 @@ pub enum Provider {
     Tensorrt,
 }
 
-/// Where the denoise graph has its weights.
+/// Storage of the denoise graph's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightMode {
-    /// External data of the graph, at their offsets in the safetensors file.
+    /// External data of the graph, at offsets in the safetensors file.
     Constants,
     /// Graph inputs, bound by the engine.
     Inputs,
 }
 
-/// `[rollout]`
+/// `[rollout]`: engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutConfig {
-    /// Execution provider.
+    /// Execution provider of the graphs.
     pub provider: Provider,
     /// Weight mode of the exported denoise graph.
     pub weights: WeightMode,
@@ -417,24 +419,25 @@ pub struct RolloutConfig {
     pub listen: String,
     /// `HOST:PORT` of `/healthz` and `/metrics`; port 0 picks a free one.
     pub http: String,
-    /// Largest batch of one inference.
+    /// Most rows of one inference.
     pub max_batch: usize,
-    /// Every run of the graphs has exactly so many rows, padded, so that no result depends on which rows share a batch; absent:
-    /// as many rows as there are.
+    /// Number of rows of every inference, padded, so that results do not depend on the composition of batches; absent: as many
+    /// rows as are pending.
     pub fixed_batch: Option<usize>,
-    /// How long a request may wait for others, in microseconds.
+    /// Longest wait of a request for further requests, in microseconds.
     pub batch_deadline_micros: u64,
-    /// Rows of clients that may wait; when it is full, the client with the most rows makes room for one with fewer, else a request is
-    /// refused as overloaded.
+    /// Most pending rows. In a full queue, the client with the most rows makes room for a client with fewer rows; otherwise a
+    /// request is rejected as overloaded.
     pub queue_capacity: usize,
-    /// Threads of ONNX Runtime.
+    /// Number of ONNX Runtime threads.
     pub threads: usize,
-    /// Asynchronous training: how many versions older than the weights in training a record may be, at least 1; absent:
-    /// synchronous, every record is of the version in training.
+    /// Most versions, at least 1, by which a record may be older than the weights in training; absent: synchronous training.
+    ///
+    /// In synchronous training, every record is of the version in training.
     pub max_staleness: Option<u32>,
 }
 
-/// `[learner]`
+/// `[learner]`: endpoint of the learner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LearnerConfig {

@@ -1,15 +1,15 @@
-//! The keys in which two runs may differ and still be the same experiment.
+//! Keys in which two runs of the same experiment may differ.
 
-/// What such a key changes.
+/// Effect of a neutral key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Neutral {
-    /// Where a run lies, where it listens, and where it keeps what it could compute again: no bit of a result.
+    /// Folders, endpoints and caches of a run, which do not change a result.
     Place,
-    /// Who starts its processes, when it is evaluated and which of its states are kept: no weight.
+    /// Start of the processes, time of evaluations and choice of kept checkpoints, which do not change a weight.
     Upkeep,
-    /// How many iterations it has: the shorter run is the beginning of the longer one where the learning rate does not fall.
+    /// Number of iterations. With a constant learning rate, the shorter run is the beginning of the longer run.
     Length,
-    /// Which of the random runs of a configuration it is.
+    /// Seed, which selects one of the random runs of a configuration.
     Seed,
 }
 
@@ -31,7 +31,7 @@ const NEUTRAL: [(&str, Neutral); 13] = [
 ];
 
 impl Neutral {
-    /// What a dotted key changes when it is neutral; `None`: another value is another experiment.
+    /// Returns the effect of a neutral dotted key; `None`: another value is another experiment.
     pub fn of(key: &str) -> Option<Self> {
         NEUTRAL.iter().find(|(name, _)| *name == key).map(|(_, what)| *what)
     }

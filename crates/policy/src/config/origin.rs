@@ -1,4 +1,4 @@
-//! Where the values of a configuration come from.
+//! Origins of the values of a configuration.
 
 use std::{
     collections::BTreeMap,
@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where a key has its value from.
+/// Origin of a key's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// A file: the last one with the key, of a configuration and the files that it extends.
+    /// The last file with the key, among a configuration and the files that it extends.
     File(PathBuf),
     /// `--set` on the command line.
     Set,
@@ -24,7 +24,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// The origins of a configuration's values.
+/// Origins of a configuration's values, by key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origins {
     files: Vec<PathBuf>,
@@ -32,12 +32,12 @@ pub struct Origins {
 }
 
 impl Origins {
-    /// Returns the files that were merged, in order: the value of a later one counts. The configuration itself is the last.
+    /// Returns the merged files in order. A later file overrides an earlier file; the last file is the configuration itself.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
 
-    /// Returns where a dotted key has its value from; `None`: no place has the key, its value is the default.
+    /// Returns the origin of a dotted key's value; `None`: the value is the default.
     pub fn get(&self, key: &str) -> Option<&Origin> {
         self.keys.get(key)
     }
@@ -59,7 +59,7 @@ impl Origins {
         self.files.push(path.to_owned());
     }
 
-    /// Records that `origin` gives `value` to a dotted key. A section is not a value: its keys are recorded one by one.
+    /// Records `origin` for a dotted key with `value`. A section is recorded key by key.
     pub(super) fn record(&mut self, key: &str, value: &toml::Value, origin: &Origin) {
         self.forget(key);
         match value {
@@ -83,7 +83,7 @@ impl Origins {
         self.keys.remove(key);
     }
 
-    /// The keys below a dotted key.
+    /// Returns the keys below a dotted key, with their origins.
     fn below(&self, key: &str) -> impl Iterator<Item = (&String, &Origin)> {
         let prefix = format!("{key}.");
         let keys = self.keys.range(prefix.clone()..);

@@ -1,4 +1,4 @@
-//! Configurations that extend others: what counts, where it comes from, and what is refused.
+//! Tests of `extends`: precedence, origins and rejected configurations.
 
 use std::{
     error::Error,
@@ -15,7 +15,7 @@ fn published(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs").join(name)
 }
 
-/// A folder with these files. `QUICKSTART` in a text is the quoted path of the published recipe.
+/// Creates a folder with these files. `QUICKSTART` in a text stands for the quoted path of the published recipe.
 fn folder(files: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().expect("folder");
     let quickstart = format!("{:?}", published("quickstart.toml").display().to_string());
@@ -32,7 +32,7 @@ fn load(folder: &TempDir, name: &str, overrides: &[&str]) -> Result<(RunConfig, 
     RunConfig::load_with_origins(&folder.path().join(name), &overrides)
 }
 
-/// The configuration is refused with one line that has all of `wanted`.
+/// Asserts that the configuration is rejected with a single line that contains all of `wanted`.
 #[track_caller]
 fn assert_refused(folder: &TempDir, name: &str, overrides: &[&str], wanted: &[&str]) -> ConfigError {
     let error = load(folder, name, overrides).expect_err("refused");
@@ -161,7 +161,7 @@ fn a_recipe_in_another_folder_extends_a_published_one() {
     assert_eq!(absolute.runner.seed, 5);
     let (relative, _) = load(&folder, "recipes/up.toml", &[]).expect("by a path with `..`");
     assert_eq!(relative, quickstart);
-    // the text of a file is the same as the file
+    // parsing the text of a file gives the same result as loading the file
     let path = folder.path().join("recipes/up.toml");
     let text = fs::read_to_string(&path).expect("text");
     assert_eq!(RunConfig::parse(&text, &path, &[]).expect("text"), quickstart);
@@ -200,7 +200,7 @@ fn what_is_wrong_in_a_base_names_the_base() {
             "extend.toml",
             &["`extend`", "base/extend.toml", "did you mean `extends`"],
         ),
-        // the words are left from the published recipe's own base
+        // the words come from the base of the published recipe
         ("kind.toml", &["`actor.model.tokenizer.words`", "base/tabletop.toml"]),
         ("syntax.toml", &["base/syntax.toml", "not TOML"]),
     ] {

@@ -2,8 +2,10 @@
 
 use super::rule::NoiseRule;
 
-/// `noise_weight = t_next cos(pi a / 2)`, `std = t_next sin(pi a / 2)`: at `a = 1` all noise is fresh, beyond it the old one would be
-/// taken away. The last step has no density, `t_next` is exactly 0 there.
+/// `noise_weight = t_next cos(pi a / 2)`, `std = t_next sin(pi a / 2)`.
+///
+/// At `a = 1` all noise is fresh; above 1 the weight of the old noise would be negative. The last step has no density, because
+/// its `t_next` is exactly 0.
 pub(super) const RULE: NoiseRule = NoiseRule {
     name: "flow_cps",
     noise: |step, level| {

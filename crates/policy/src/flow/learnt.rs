@@ -1,8 +1,8 @@
-//! `flow_noise`: the ODE's mean with a standard deviation that a noise head learns (piRL, Flow-Noise).
+//! `flow_noise`: the mean of the ODE step with a standard deviation from a learned noise head (piRL, Flow-Noise).
 
 use super::rule::NoiseRule;
 
-/// The table's `std` is the factor of the noise head's.
+/// Rule of `flow_noise`; its `std` is a factor on the standard deviation from the noise head.
 pub(super) const RULE: NoiseRule = NoiseRule {
     name: "flow_noise",
     noise: |step, _level| (step.t_next, 1.0),

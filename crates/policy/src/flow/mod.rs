@@ -1,7 +1,7 @@
-//! Flow time and the step table: the one place that knows which way time runs.
+//! Flow time and the step table: the only module that depends on the direction of flow time.
 //!
-//! `t = 1` is pure noise, `t = 0` is the action (the papers write the opposite). A denoise step is data: one row of numbers,
-//! the same for ODE, Flow-SDE and Flow-CPS, so that training, evaluation and hybrid sampling walk the same code.
+//! `t = 1` is pure noise, `t = 0` is the action (the papers write the opposite). A denoise step is one row of numbers. ODE,
+//! Flow-SDE and Flow-CPS have the same row format, so that training, evaluation and hybrid sampling share one code path.
 
 mod rule;
 mod ode;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 pub use self::rule::NoiseRule;
 use self::rule::StepTimes;
 
-/// The one table of noise methods.
+/// Registry of all noise methods.
 pub const NOISE_METHODS: &[NoiseMethod] = &[
     NoiseMethod(&ode::RULE),
     NoiseMethod(&sde::RULE),
@@ -24,15 +24,15 @@ pub const NOISE_METHODS: &[NoiseMethod] = &[
     NoiseMethod(&learnt::RULE),
 ];
 
-/// A noise method of the registry; written as its name.
+/// Entry of [`NOISE_METHODS`]; serialized as the method's name.
 #[derive(Clone, Copy)]
 pub struct NoiseMethod(&'static NoiseRule);
 
 impl NoiseMethod {
-    /// Without noise, as every evaluation samples.
+    /// The method without noise, used by every evaluation.
     pub const ODE: Self = Self(&ode::RULE);
 
-    /// The method of this name; see [`NOISE_METHODS`].
+    /// Returns the method of this name in [`NOISE_METHODS`].
     pub fn named(name: &str) -> Option<Self> {
         NOISE_METHODS.iter().find(|method| method.0.name == name).copied()
     }
@@ -82,50 +82,50 @@ impl<'de> Deserialize<'de> for NoiseMethod {
     }
 }
 
-/// Which denoise steps of a chunk are stochastic, and what one decision of the policy is.
+/// Choice of the stochastic denoise steps of a chunk, and of the unit that counts as one decision of the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mdp {
-    /// One stochastic step per chunk, drawn for each environment; the rest is ODE (piRL, hybrid ODE-SDE).
+    /// One stochastic step per chunk, drawn for each environment; the other steps are ODE steps (piRL, hybrid ODE-SDE).
     Hybrid,
     /// All steps stochastic; a chunk is one decision with the joint likelihood of its steps.
     Joint,
-    /// All steps stochastic; every denoise step is a transition of its own (piRL, two-layer MDP, Eq. 10-12).
+    /// All steps stochastic; each denoise step is a separate transition (piRL, two-layer MDP, Eq. 10-12).
     TwoLayer,
 }
 
-/// Everything that decides how chunks are sampled; travels with each policy version.
+/// Sampling parameters of a policy version, stored in its bundle.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sampling {
-    /// Method of the stochastic steps.
+    /// Noise method of the stochastic steps.
     pub noise_method: NoiseMethod,
-    /// Scale of the noise.
+    /// Noise scale, `a` of the papers.
     pub noise_level: f64,
-    /// Keep the last step deterministic.
+    /// Whether the last step is deterministic.
     pub ignore_last: bool,
-    /// Denoise steps.
+    /// Denoise steps per chunk.
     pub num_steps: usize,
-    /// Which steps are stochastic.
+    /// Choice of the stochastic steps.
     pub mdp: Mdp,
-    /// The log-probability is `-(x_next - mean)^2` instead of the Gaussian one.
+    /// Whether the log-probability is `-(x_next - mean)^2` instead of the Gaussian log-density.
     pub safe_logprob: bool,
 }
 
-/// The noise level that falls or rises linearly with the policy version: `start + (end - start) min(version, steps) / steps`.
+/// Noise level that is linear in the policy version: `start + (end - start) min(version, steps) / steps`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NoiseAnneal {
-    /// Level of version 0.
+    /// Noise level of version 0.
     pub start: f64,
-    /// Level from version `steps` on.
+    /// Noise level from version `steps` on.
     pub end: f64,
-    /// Versions until the end.
+    /// Number of versions between `start` and `end`.
     pub steps: u64,
 }
 
 impl NoiseAnneal {
-    /// The level of a policy version.
+    /// Returns the noise level of a policy version.
     pub fn level(&self, version: u64) -> f64 {
         let progress = version.min(self.steps) as f64 / self.steps.max(1) as f64;
         self.start + (self.end - self.start) * progress
@@ -144,12 +144,13 @@ pub struct DenoiseStep {
     pub action_weight: f64,
     /// Weight of the noise estimate.
     pub noise_weight: f64,
-    /// Standard deviation of the added noise; a step with 0 has no density. With Flow-Noise the factor of the noise head's.
+    /// Standard deviation of the added noise; a step with 0 has no density. With Flow-Noise a factor on the standard deviation
+    /// from the noise head.
     pub std: f64,
 }
 
 impl DenoiseStep {
-    /// Coefficients `(c_x, c_v)` of the mean written as `c_x * x + c_v * v`.
+    /// Returns the coefficients `(c_x, c_v)` of the mean written as `c_x * x + c_v * v`.
     pub fn mean_coefficients(&self) -> (f64, f64) {
         (
             self.action_weight + self.noise_weight,
@@ -158,7 +159,7 @@ impl DenoiseStep {
     }
 }
 
-/// Flow times of `num_steps` denoise steps: `linspace(1, 1/K, K)` followed by 0.
+/// Returns the flow times of `num_steps` denoise steps: `linspace(1, 1/K, K)` followed by 0.
 pub fn flow_times(num_steps: usize) -> Vec<f64> {
     let count = num_steps as f64;
     let mut times: Vec<f64> = (0..num_steps).map(|i| (count - i as f64) / count).collect();
@@ -166,7 +167,7 @@ pub fn flow_times(num_steps: usize) -> Vec<f64> {
     times
 }
 
-/// The rows of one method for all `num_steps` steps (`noise_level` is `a` of the papers, usually 0.1 to 0.8).
+/// Returns the rows of one method for all `num_steps` steps (`noise_level` is `a` of the papers, usually 0.1 to 0.8).
 pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Vec<DenoiseStep> {
     let row = |pair: &[f64]| {
         let (t, t_next) = (pair[0], pair[1]);
@@ -182,36 +183,36 @@ pub fn step_table(method: NoiseMethod, num_steps: usize, noise_level: f64) -> Ve
     flow_times(num_steps).windows(2).map(row).collect()
 }
 
-/// How the stochastic steps of a chunk are chosen from the steps that have a density.
+/// Choice of a chunk's stochastic steps among the steps that have a density.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StepDraw {
-    /// One of the first `of`.
+    /// One of the first `of` steps.
     One {
-        /// Number of steps to choose from; 0: none.
+        /// Number of steps to choose from; 0: no stochastic step.
         of: usize,
     },
-    /// All of the first `of`.
+    /// All of the first `of` steps.
     Every {
         /// Number of stochastic steps.
         of: usize,
     },
 }
 
-/// The two tables of sampling and the choice of the stochastic steps.
+/// The two step tables of sampling and the choice of the stochastic steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    /// The deterministic rows.
+    /// Deterministic rows.
     pub ode: Vec<DenoiseStep>,
-    /// The stochastic rows of the configured method.
+    /// Stochastic rows of the configured method.
     pub stochastic: Vec<DenoiseStep>,
-    /// Number of steps from which the stochastic one is drawn: the last is left out when it has no density or is ignored.
+    /// Number of steps from which the stochastic step is drawn. The last step is excluded if it has no density or is ignored.
     pub drawable: usize,
-    /// All drawable steps are stochastic, not one of them.
+    /// Whether all drawable steps are stochastic, instead of one step.
     pub every: bool,
 }
 
 impl Schedule {
-    /// The tables of hybrid sampling. `ignore_last` keeps the last denoise step deterministic.
+    /// Returns the tables of hybrid sampling. `ignore_last` keeps the last denoise step deterministic.
     pub fn new(method: NoiseMethod, num_steps: usize, noise_level: f64, ignore_last: bool) -> Self {
         let stochastic = step_table(method, num_steps, noise_level);
         let usable = stochastic.iter().take_while(|row| row.std > 0.0).count();
@@ -228,7 +229,7 @@ impl Schedule {
         }
     }
 
-    /// The tables of a policy version.
+    /// Returns the tables for the sampling parameters of a policy version.
     pub fn of(sampling: &Sampling) -> Self {
         Self {
             every: sampling.mdp != Mdp::Hybrid,
@@ -241,12 +242,12 @@ impl Schedule {
         }
     }
 
-    /// Number of denoise steps.
+    /// Returns the number of denoise steps.
     pub fn num_steps(&self) -> usize {
         self.ode.len()
     }
 
-    /// Stochastic steps of one chunk in training.
+    /// Returns the number of stochastic steps per chunk in training.
     pub fn stochastic_steps(&self) -> usize {
         if self.every {
             self.drawable
@@ -255,7 +256,7 @@ impl Schedule {
         }
     }
 
-    /// How a chunk's stochastic steps are chosen.
+    /// Returns the choice of a chunk's stochastic steps.
     pub fn draw(&self) -> StepDraw {
         if self.every {
             StepDraw::Every { of: self.drawable }
@@ -264,7 +265,7 @@ impl Schedule {
         }
     }
 
-    /// The row of step `k`, stochastic or not.
+    /// Returns the stochastic or deterministic row of step `k`.
     pub fn row(&self, k: usize, stochastic: bool) -> Option<&DenoiseStep> {
         if stochastic {
             self.stochastic.get(k)
@@ -274,8 +275,9 @@ impl Schedule {
     }
 }
 
-/// Sine-cosine embedding of the flow time, width `width` (even): periods geometric from 4e-3 to 4, computed in f64
-/// (openpi, `create_sinusoidal_pos_embedding`). The first half are sines.
+/// Returns the sine-cosine embedding of the flow time, with `width` (even) elements: first the sines, then the cosines.
+///
+/// The periods are geometric from 4e-3 to 4 and computed in f64 (openpi, `create_sinusoidal_pos_embedding`).
 pub fn time_embedding(t: f64, width: usize) -> Vec<f32> {
     let half = width / 2;
     let angle = |j: usize| {
@@ -288,12 +290,14 @@ pub fn time_embedding(t: f64, width: usize) -> Vec<f32> {
     sines.chain(cosines).collect()
 }
 
-/// Shortest period of the time embedding.
+/// Shortest period of the time embedding, in units of flow time.
 pub const MIN_PERIOD: f64 = 4e-3;
-/// Longest period of the time embedding.
+/// Longest period of the time embedding, in units of flow time.
 pub const MAX_PERIOD: f64 = 4.0;
 
-/// A flow time for training: `0.999 * Beta(1.5, 1) + 0.001` from a uniform number in `[0, 1)` (inverse of the Beta CDF `x^1.5`).
+/// Returns a flow time for training, distributed as `0.999 * Beta(1.5, 1) + 0.001`, from a uniform number in `[0, 1)`.
+///
+/// The Beta sample is the inverse of the CDF `x^1.5`.
 pub fn training_time(uniform: f64) -> f64 {
     0.999 * uniform.powf(1.0 / 1.5) + 0.001
 }
@@ -328,7 +332,7 @@ mod tests {
 
     #[test]
     fn sde_step_is_euler_maruyama_with_the_score() {
-        // x - d (v - sigma^2 score / 2), score = -x1 / t: the textbook form, from another direction
+        // an independent form of the step: x - d (v - sigma^2 score / 2) with score = -x1 / t
         let (x, v) = (0.37, -1.21);
         for (k, row) in step_table(named("flow_sde"), 10, 0.7).iter().enumerate().skip(1) {
             let d = row.t - row.t_next;

@@ -2,7 +2,7 @@
 
 use super::rule::NoiseRule;
 
-/// In the registry.
+/// Rule of `flow_ode`.
 pub(super) const RULE: NoiseRule = NoiseRule {
     name: "flow_ode",
     noise: |step, _level| (step.t_next, 0.0),

@@ -1,14 +1,14 @@
-//! What a noise method says of a stochastic denoise step.
+//! Interface of a noise method.
 
-/// How a stochastic denoise step adds noise: one rule of the registry.
+/// Rule for the noise of a stochastic denoise step, an entry of the registry.
 pub struct NoiseRule {
-    /// `actor.model.openpi.noise_method` of the configuration.
+    /// Value of the configuration key `actor.model.openpi.noise_method`.
     pub name: &'static str,
-    /// Weight of the noise estimate and standard deviation of the step between these flow times at a noise level.
+    /// Returns the weight of the noise estimate and the standard deviation, from the step's flow times and the noise level.
     pub(super) noise: fn(StepTimes, f64) -> (f64, f64),
-    /// Largest `noise_level`; `None`: the level is not read.
+    /// Largest `noise_level`; `None`: the method does not read the level.
     pub levels: Option<f64>,
-    /// Whether the standard deviation comes from a noise head, and the entropy so depends on the weights.
+    /// Whether the standard deviation comes from a noise head, so that the entropy depends on the weights.
     pub learnt: bool,
 }
 

@@ -1,9 +1,10 @@
-//! `flow_sde`: the SDE with the ODE's marginals (piRL, arXiv 2510.25889, Flow-SDE).
+//! `flow_sde`: the SDE with the same marginals as the ODE (piRL, arXiv 2510.25889, Flow-SDE).
 
 use super::rule::NoiseRule;
 
-/// `sigma = a sqrt(t / (1 - t))`, at `t = 1` with the next time in the denominator, `std = sigma sqrt(d)`,
-/// `noise_weight = t_next - sigma^2 d / (2 t)`.
+/// `sigma = a sqrt(t / (1 - t))`, `std = sigma sqrt(d)`, `noise_weight = t_next - sigma^2 d / (2 t)` with `d = t - t_next`.
+///
+/// At `t = 1` the denominator is `1 - t_next`.
 pub(super) const RULE: NoiseRule = NoiseRule {
     name: "flow_sde",
     noise: |step, level| {

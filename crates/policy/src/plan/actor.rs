@@ -1,15 +1,15 @@
-//! `[actor]`: batches, the prefix cache, the optimizer of RL.
+//! Checks of `[actor]`: batches, the prefix cache, the optimizer of RL.
 
 use super::range::{MAX_THREADS, at_most, fraction, not_negative, positive, refuse};
 use crate::config::{ActorConfig, ConfigError, OptimConfig, PrefixCachePlace};
 
-/// Largest bound of the kept prefixes, a petabyte.
+/// Largest bound of the stored prefixes in megabytes, a petabyte.
 const MAX_PREFIX_CACHE_MB: u64 = 1_000_000_000;
 
-/// Checks the section but for its model.
+/// Checks the section except its model.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(actor: &ActorConfig) -> Result<(), ConfigError> {
     at_most(
         "actor.micro_batch_size",

@@ -1,4 +1,4 @@
-//! `[algorithm]`: what of its keys lies out of range, or contradicts another or the model.
+//! Checks of `[algorithm]`: ranges, and contradictions between keys or with the model.
 
 use super::range::{at_most, fraction, positive, refuse};
 use crate::{
@@ -6,15 +6,15 @@ use crate::{
     flow::Mdp,
 };
 
-/// Most orders of one iteration that replaces groups.
+/// Most orders per iteration with `resample`.
 const MAX_ROUNDS: u32 = 100;
-/// Most iterations whose episodes may be on their way at once beside those of the present one.
+/// Most iterations whose episodes may be pending in addition to the current iteration's.
 const MAX_STALENESS: u32 = 64;
 
 /// Checks `[algorithm]` against itself and the model.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     let algorithm = &config.algorithm;
     check_numbers(config)?;
@@ -84,7 +84,7 @@ fn check_numbers(config: &RunConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// What belongs to a critic and to the penalty's policy.
+/// Checks the keys of the critic and of the KL penalty's reference policy.
 fn check_critic(config: &RunConfig) -> Result<(), ConfigError> {
     let (algorithm, optim) = (&config.algorithm, &config.actor.optim);
     let head = config.actor.model.value_head.is_some();
@@ -138,7 +138,7 @@ fn check_reference(key: &str, reference: ReferenceConfig) -> Result<(), ConfigEr
     Ok(())
 }
 
-/// A loss on the velocity has no ratio, no critic and one decision per chunk.
+/// Rejects keys that contradict a loss on the velocity, which has no ratio, no critic and one decision per chunk.
 fn check_velocity(config: &RunConfig) -> Result<(), ConfigError> {
     let algorithm = &config.algorithm;
     let Some(velocity) = &algorithm.velocity else {
@@ -194,7 +194,7 @@ fn check_velocity(config: &RunConfig) -> Result<(), ConfigError> {
     check_reference("algorithm.velocity.reference", velocity.reference)
 }
 
-/// What training on records of older versions needs.
+/// Checks the requirements of training on records of older versions.
 fn check_staleness(config: &RunConfig) -> Result<(), ConfigError> {
     let Some(bound) = config.rollout.max_staleness else {
         return Ok(());

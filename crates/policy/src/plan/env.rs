@@ -1,12 +1,12 @@
-//! `[env]`: environments, workers, episodes.
+//! Checks of `[env]`: environments, workers, episodes.
 
 use super::range::{at_most, refuse};
 use crate::config::{ConfigError, EnvConfig, WorkerKind};
 
-/// Checks the section; the environment checks its own parameters.
+/// Checks the section except `params`, which the environment checks.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(env: &EnvConfig) -> Result<(), ConfigError> {
     let (train, eval) = (&env.train, &env.eval);
     let most = [

@@ -1,4 +1,4 @@
-//! The checked plan of a run: sizes derived once, contradictions refused before anything starts.
+//! Checked plan of a run: derived sizes, and rejection of contradictory configurations before any process starts.
 
 mod range;
 mod runner;
@@ -17,19 +17,19 @@ use crate::{
     params::Heads,
 };
 
-/// Megabytes of kept prefixes where the configuration names no bound.
+/// Largest size of the stored prefixes in megabytes if the configuration gives no bound.
 pub const DEFAULT_PREFIX_CACHE_MB: u64 = 2000;
 
-/// What the programs below `main` take instead of the raw configuration.
+/// Checked configuration with derived sizes, used by the programs instead of the raw configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunPlan {
-    /// The effective configuration.
+    /// Effective configuration.
     pub config: RunConfig,
-    /// Its digest.
+    /// Digest of the effective configuration, see [`RunConfig::digest`].
     pub config_digest: String,
     /// Sizes of the policy.
     pub dims: PolicyDims,
-    /// Heads beside the velocity.
+    /// Heads in addition to the velocity output.
     pub heads: Heads,
 }
 
@@ -66,12 +66,12 @@ impl RunPlan {
         })
     }
 
-    /// The oldest version whose records an update of the weights at `version` may read.
+    /// Returns the oldest version whose records an update of the weights at `version` may read.
     pub fn oldest(&self, version: u64) -> u64 {
         version.saturating_sub(u64::from(self.config.rollout.max_staleness.unwrap_or(0)))
     }
 
-    /// Where an iteration's frozen prefixes are kept, and at most how many bytes of them.
+    /// Returns the storage of an iteration's frozen prefixes and its largest size in bytes.
     pub fn prefix_cache(&self) -> (PrefixCachePlace, u64) {
         let actor = &self.config.actor;
         let place = actor.prefix_cache.unwrap_or(PrefixCachePlace::Memory);
@@ -84,7 +84,7 @@ impl RunPlan {
         (place, mb * 1_000_000)
     }
 
-    /// How a policy version samples.
+    /// Returns the sampling parameters of a policy version.
     pub fn sampling(&self, version: u64) -> Sampling {
         let model = &self.config.actor.model;
         Sampling {

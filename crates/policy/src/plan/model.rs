@@ -1,4 +1,4 @@
-//! `[actor.model]`: sizes, heads, and what goes in and out of the network.
+//! Checks of `[actor.model]`: sizes, heads, inputs and outputs of the network.
 
 use super::range::{at_most, hidden, refuse};
 use crate::{
@@ -10,10 +10,10 @@ use crate::{
     prompt::Tokenizer,
 };
 
-/// The sizes of the policy.
+/// Returns the checked sizes of the policy.
 ///
 /// # Errors
-/// They do not fit together.
+/// The sizes do not fit together.
 pub(super) fn dims(model: &ModelConfig) -> Result<PolicyDims, ConfigError> {
     let dims = PolicyDims {
         variant: model.variant,
@@ -34,10 +34,10 @@ pub(super) fn dims(model: &ModelConfig) -> Result<PolicyDims, ConfigError> {
     Ok(dims)
 }
 
-/// Checks the section against itself.
+/// Checks ranges, and contradictions between keys of the section.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(model: &ModelConfig) -> Result<(), ConfigError> {
     let most = [
         (
@@ -112,7 +112,7 @@ pub(super) fn check(model: &ModelConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// The value head of the configuration as the network takes it.
+/// Returns the value head's sizes, with defaults filled in.
 ///
 /// # Errors
 /// Names the key that does not belong to this head.

@@ -1,12 +1,12 @@
-//! `[rollout]`: batches, threads and queue of the engine.
+//! Checks of `[rollout]`: batches, threads and queue of the engine.
 
 use super::range::{MAX_THREADS, at_most, refuse};
 use crate::config::{ConfigError, RolloutConfig};
 
-/// Checks the section but for `max_staleness`, which the algorithm decides about.
+/// Checks the section except `max_staleness`, which is checked with `[algorithm]`.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(rollout: &RolloutConfig) -> Result<(), ConfigError> {
     at_most("rollout.threads", rollout.threads, "the most threads", MAX_THREADS)?;
     at_most("rollout.max_batch", rollout.max_batch, "the largest batch", 65_536)?;
@@ -19,7 +19,7 @@ pub(super) fn check(rollout: &RolloutConfig) -> Result<(), ConfigError> {
     if let Some(rows) = rollout.fixed_batch
         && !(2..=rollout.max_batch).contains(&rows)
     {
-        // a batch of one row is multiplied as a vector, which sums in another order than a matrix
+        // a batch of one row is a matrix-vector product, which sums in another order than a matrix product
         return Err(refuse(
             "rollout.fixed_batch",
             format!(

@@ -1,4 +1,4 @@
-//! `[runner]`: which checkpoints stay.
+//! Checks of `[runner]`: kept checkpoints.
 
 use super::range::refuse;
 use crate::config::{ConfigError, RunnerConfig};
@@ -6,7 +6,7 @@ use crate::config::{ConfigError, RunnerConfig};
 /// Checks the section.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(runner: &RunnerConfig) -> Result<(), ConfigError> {
     if runner.keep_last == Some(0) {
         return Err(refuse(

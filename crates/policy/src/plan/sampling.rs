@@ -1,4 +1,4 @@
-//! `[actor.model.openpi]`: how a policy samples, and that something can be learnt from it.
+//! Checks of `[actor.model.openpi]`: sampling, and presence of a stochastic step for a loss with likelihood.
 
 use super::range::{hidden, refuse};
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
 /// Checks the section; `without_likelihood`: the loss needs no stochastic step.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(model: &ModelConfig, without_likelihood: bool) -> Result<(), ConfigError> {
     let openpi = &model.openpi;
     let method = openpi.noise_method;
@@ -101,7 +101,7 @@ pub(super) fn check(model: &ModelConfig, without_likelihood: bool) -> Result<(),
         return Err(refuse(
             "actor.model.openpi.noise_method",
             format!(
-                "`{}` with `num_steps` = {} and `ignore_last` = {} leaves no stochastic step, so nothing can be learnt",
+                "`{}` with `num_steps` = {} and `ignore_last` = {} leaves no stochastic step, so nothing can be learned",
                 method.name, model.num_steps, openpi.ignore_last
             ),
         ));

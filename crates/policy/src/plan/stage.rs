@@ -1,12 +1,12 @@
-//! `[pretrain]` and `[sft]`: the optimizers of the supervised stages.
+//! Checks of `[pretrain]` and `[sft]`: optimizers of the supervised stages.
 
 use super::range::{fraction, not_negative};
 use crate::config::{ConfigError, RunConfig, StageOptim};
 
-/// Checks both sections where they are given.
+/// Checks the sections that are present.
 ///
 /// # Errors
-/// Names the key and what would be right.
+/// Names the key and the value expected.
 pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     if let Some(stage) = &config.pretrain {
         check_optim("pretrain.optim", &stage.optim)?;

@@ -1,8 +1,8 @@
-//! Compares the effective configuration of every recipe, value by value, with the committed digests in `effective.txt`.
+//! Test of the effective configuration of every recipe, value by value, against the committed digests in `effective.txt`.
 //!
-//! The file has a SHA-256 for each recipe over the recipe's sorted `key = value` lines, and a SHA-256 for each key over the key's sorted
-//! `recipe = value` lines. A differing recipe and a differing key together name the differing value. After an intended change,
-//! `PIRL_WRITE_EFFECTIVE=1 cargo test --release -p policy effective` writes the file anew.
+//! The file has a SHA-256 for each recipe over its sorted `key = value` lines, and for each key over its sorted `recipe = value`
+//! lines. A differing recipe and a differing key together identify the differing value. After an intended
+//! change, `PIRL_WRITE_EFFECTIVE=1 cargo test --release -p policy effective` rewrites the file.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -14,13 +14,13 @@ use crate::config::hex;
 /// Values of one recipe by key, or of one key by recipe.
 type Values = BTreeMap<String, String>;
 
-/// `name = value` lines in the order of the names.
+/// Returns the `name = value` lines in the order of the names.
 fn listing(values: &Values) -> String {
     let lines = values.iter().map(|(name, value)| format!("{name} = {value}\n"));
     lines.collect::<Vec<_>>().concat()
 }
 
-/// Every line of `effective.txt` (`recipe NAME` or `key NAME`) with the values that its digest is over.
+/// Returns every line of `effective.txt` (`recipe NAME` or `key NAME`) with the values in its digest.
 fn effective() -> BTreeMap<String, Values> {
     let mut all: BTreeMap<String, Values> = BTreeMap::new();
     for (name, plan) in recipes() {

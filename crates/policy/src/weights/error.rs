@@ -1,52 +1,52 @@
-//! What can be wrong with weights.
+//! Errors of weights.
 
-/// What is wrong with a weight file.
+/// Reason for rejecting a weight file or a tensor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WeightsError {
-    /// It cannot be opened or mapped.
+    /// A file that cannot be opened or mapped.
     #[error("cannot be read: {0}")]
     Read(String),
-    /// It is no whole safetensors file.
-    #[error("no whole safetensors file ({0}): it may be truncated, copy or export it again")]
+    /// A file that is not a complete safetensors file, or a layout that is too large for one.
+    #[error("not a complete safetensors file ({0}): it may be truncated, copy or export it again")]
     Format(String),
-    /// A weight is not there.
+    /// A missing weight.
     #[error("tensor `{0}` is missing")]
     Missing(String),
     /// A weight that the policy does not have.
     #[error("tensor `{name}` does not belong to this policy{hint}")]
     Extra {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// The nearest name that does belong, when one is near.
+        /// Nearest name of the policy, if one is near; otherwise empty.
         hint: String,
     },
-    /// Another shape.
+    /// A weight of another shape.
     #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// What the policy has.
+        /// Shape in the policy.
         expected: Vec<usize>,
-        /// What the file has.
+        /// Shape in the file.
         found: Vec<usize>,
     },
-    /// A type that is not read.
+    /// A weight of an unsupported type.
     #[error("tensor `{name}` has type {found}, expected F32 or BF16")]
     Type {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// What the file has.
+        /// Type in the file.
         found: String,
     },
-    /// NaN or infinity.
+    /// A weight with a value that is not finite.
     #[error("tensor `{name}` holds {value} at element {index}: a diverged or damaged checkpoint")]
     NotFinite {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// Which element.
+        /// Index of the element.
         index: usize,
-        /// NaN, inf or -inf.
+        /// Value of the element: NaN, inf or -inf.
         value: String,
     },
 }

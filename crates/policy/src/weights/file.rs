@@ -1,4 +1,4 @@
-//! A weight file that is read.
+//! Reading a weight file.
 
 use std::{
     borrow::Cow,
@@ -17,10 +17,10 @@ use super::{
 };
 use crate::params::{EMBEDDING, EMBEDDING_ALIAS, ParamSpec, UNUSED};
 
-/// A weight file mapped into memory, its header parsed.
+/// A weight file mapped into memory, with its parsed header.
 pub struct WeightFile {
     map: Mmap,
-    /// Offset of the tensors.
+    /// Offset of the first tensor in bytes.
     start: usize,
     header: Metadata,
 }
@@ -33,7 +33,7 @@ impl std::fmt::Debug for WeightFile {
     }
 }
 
-/// A tensor's values as they lie in the file.
+/// A tensor's values in the file's type, little-endian.
 enum Values<'a> {
     F32(&'a [[u8; 4]]),
     Bf16(&'a [[u8; 2]]),
@@ -47,7 +47,7 @@ impl WeightFile {
     /// Maps a file and parses its header.
     ///
     /// # Errors
-    /// It cannot be read or is no whole safetensors file.
+    /// The file cannot be read or is not a complete safetensors file.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         Self::map(&File::open(path).map_err(|e| WeightsError::Read(e.to_string()))?)
     }
@@ -55,10 +55,10 @@ impl WeightFile {
     /// Maps an open file and parses its header.
     ///
     /// # Errors
-    /// It cannot be mapped or is no whole safetensors file.
+    /// The file cannot be mapped or is not a complete safetensors file.
     #[expect(unsafe_code, reason = "a file can only be mapped by an unsafe call")]
     pub(crate) fn map(file: &File) -> Result<Self, WeightsError> {
-        // SAFETY: bundles and checkpoints are never changed in place: writers write beside and rename (see `bundle`)
+        // SAFETY: bundles and checkpoints are never changed in place, since writers write a new file and rename it (see `bundle`)
         let map = unsafe { Mmap::map(file) }.map_err(|e| WeightsError::Read(e.to_string()))?;
         // the length of the header is limited before anything is allocated, and the tensors are exactly the rest of the file
         let (length, header) = SafeTensors::read_metadata(&map).map_err(|e| WeightsError::Format(e.to_string()))?;
@@ -69,7 +69,7 @@ impl WeightFile {
         })
     }
 
-    /// Names in the file, the embedding under its canonical name, unused tensors left out.
+    /// Returns the names in the file, with the embedding's canonical name and without unused tensors.
     pub fn names(&self) -> BTreeSet<String> {
         let names = self.header.offset_keys().into_iter().filter(|name| name != UNUSED);
         names
@@ -83,10 +83,10 @@ impl WeightFile {
             .collect()
     }
 
-    /// Checks that the file holds exactly `wanted`: every name, shape, type, and only finite numbers.
+    /// Checks that the file holds exactly `wanted`: names, shapes, types, and finite numbers.
     ///
     /// # Errors
-    /// The first weight that differs.
+    /// Names the first weight that differs.
     pub fn check(&self, wanted: &[&ParamSpec]) -> Result<(), WeightsError> {
         self.check_names(wanted)?;
         for spec in wanted {
@@ -95,10 +95,10 @@ impl WeightFile {
         Ok(())
     }
 
-    /// Checks that the file holds exactly `wanted`: every name, shape and type. No value is read.
+    /// Checks that the file holds exactly `wanted`: names, shapes and types. No value is read.
     ///
     /// # Errors
-    /// The first weight that differs.
+    /// Names the first weight that differs.
     pub fn check_header(&self, wanted: &[&ParamSpec]) -> Result<(), WeightsError> {
         self.check_names(wanted)?;
         for spec in wanted {
@@ -128,7 +128,7 @@ impl WeightFile {
         Ok(())
     }
 
-    /// Reads exactly `wanted` as f32 (bf16 is widened).
+    /// Reads exactly `wanted` as f32; bf16 is widened.
     ///
     /// # Errors
     /// See [`WeightFile::check`].
@@ -143,7 +143,7 @@ impl WeightFile {
     /// Reads one weight as f32 and checks it.
     ///
     /// # Errors
-    /// It is missing, misshapen, of another type or not finite.
+    /// The weight is missing, misshapen, of another type or not finite.
     pub fn read(&self, spec: &ParamSpec) -> Result<Weight, WeightsError> {
         let values = self.find(spec)?;
         values.check(&spec.name)?;
@@ -178,7 +178,7 @@ impl WeightFile {
         let (from, to) = info.data_offsets;
         #[expect(
             clippy::expect_used,
-            reason = "the header was refused unless its tensors were exactly the rest of the file"
+            reason = "the header was rejected unless its tensors were exactly the rest of the file"
         )]
         let bytes = self
             .map
@@ -194,7 +194,7 @@ impl WeightFile {
         }
     }
 
-    /// Offset and length of every tensor from the start of the file, for the external data of a graph.
+    /// Returns the place of every tensor in the file, for the external data of a graph.
     pub fn locations(&self) -> BTreeMap<String, Location> {
         locations(self.start, &self.header)
     }

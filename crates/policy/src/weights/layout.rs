@@ -1,4 +1,4 @@
-//! The layout of a weight file, and the writer of its bytes.
+//! Layout of a weight file, and the writer of its bytes.
 
 use std::{collections::BTreeMap, io::Write};
 
@@ -13,13 +13,13 @@ use super::{
 };
 use crate::params::ParamSpec;
 
-/// Values that are converted and written at once.
+/// Number of values that are converted and written at once.
 const BLOCK: usize = 1 << 18;
 
-/// Where a tensor's bytes lie in its file.
+/// Place of a tensor's bytes in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
-    /// Sizes.
+    /// Shape of the tensor.
     pub shape: Vec<usize>,
     /// Offset from the start of the file.
     pub offset: u64,
@@ -27,7 +27,7 @@ pub struct Location {
     pub length: u64,
 }
 
-/// Places of the tensors after a header of `start` bytes.
+/// Returns the places of the tensors after a header of `start` bytes.
 pub(super) fn locations(start: usize, header: &Metadata) -> BTreeMap<String, Location> {
     let located = header.tensors().into_iter().map(|(name, info)| {
         let (from, to) = info.data_offsets;
@@ -41,18 +41,19 @@ pub(super) fn locations(start: usize, header: &Metadata) -> BTreeMap<String, Loc
     located.collect()
 }
 
-/// Header and order of a safetensors file of f32 tensors. They depend on names and shapes alone, so that one graph reads the
-/// file of every version.
+/// Header and order of a safetensors file of f32 tensors.
+///
+/// Both depend on names and shapes alone, so that one graph reads the file of every version.
 #[derive(Debug)]
 pub struct Layout {
-    /// Length of the header, header, padding.
+    /// Length of the header, header and padding, as in the file.
     head: Vec<u8>,
-    /// In the order of the file.
+    /// Tensors in the order of the file.
     specs: Vec<ParamSpec>,
     locations: BTreeMap<String, Location>,
 }
 
-/// Why a weight file was not written.
+/// Reason why a weight file was not written.
 #[derive(Debug)]
 pub(crate) enum WriteError {
     Io(std::io::Error),
@@ -72,7 +73,7 @@ impl From<WeightsError> for WriteError {
 }
 
 impl Layout {
-    /// Lays out the file of these tensors.
+    /// Computes the layout of a file with these tensors, in the order of names.
     ///
     /// # Errors
     /// The tensors are larger than an address space.
@@ -99,12 +100,12 @@ impl Layout {
         Ok(Self { head, specs, locations })
     }
 
-    /// Offset and length of every tensor, for the external data of a graph.
+    /// Returns the place of every tensor in the file, for the external data of a graph.
     pub fn locations(&self) -> &BTreeMap<String, Location> {
         &self.locations
     }
 
-    /// Writes the file. Besides what `weights` holds anyway there is never more than one tensor in memory.
+    /// Writes the file, with at most one tensor in memory in addition to the memory of `weights`.
     ///
     /// # Errors
     /// `weights` lacks a tensor or has one that is misshapen or not finite, or the writer fails.
@@ -179,7 +180,7 @@ mod tests {
 
     #[test]
     fn the_bytes_are_those_of_the_first_writer() {
-        // more than a block; no value; a scalar; names whose order is not that of the shapes
+        // more than a block; no values; a scalar; names in another order than the shapes
         let weights = weights(&[
             ("layers.10.weight", &[BLOCK + 3]),
             ("layers.2.weight", &[2, 3]),
@@ -188,7 +189,7 @@ mod tests {
             ("scale", &[]),
         ]);
         let bytes = written(&weights).expect("written");
-        // computed with the writer that held all tensors in memory
+        // computed with an earlier writer that held all tensors in memory
         let expected = "6e7e378ddb581145b91992d2d87d01ea2f27eaf850e2f5f60b228da909d56b51";
         assert_eq!(hex(&Sha256::digest(&bytes)), expected);
     }

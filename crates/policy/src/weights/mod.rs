@@ -1,4 +1,4 @@
-//! Weights: safetensors files read strictly, and written one tensor at a time with bytes that depend on nothing but the content.
+//! Weights: strict reading of safetensors files, and writing one tensor at a time, with bytes that depend only on the content.
 
 mod error;
 mod tensors;

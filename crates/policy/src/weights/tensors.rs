@@ -1,25 +1,25 @@
-//! Named f32 tensors in memory, and whatever else gives them out one at a time.
+//! Named f32 tensors in memory, and the trait for sources that return one tensor at a time.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt::Debug};
 
 use super::error::WeightsError;
 use crate::params::ParamSpec;
 
-/// A named f32 tensor in memory.
+/// Shape and values of an f32 tensor in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weight {
-    /// Sizes.
+    /// Size of each axis.
     pub shape: Vec<usize>,
     /// Row-major values.
     pub data: Vec<f32>,
 }
 
-/// Weights that are given out one tensor at a time, so that nobody needs memory for all of them.
+/// Source of weights that returns one tensor at a time, so that memory for all tensors is not necessary.
 pub trait Weights: Debug {
     /// Returns the row-major values of one tensor.
     ///
     /// # Errors
-    /// The tensor is missing, has another shape or a type that is not read.
+    /// The tensor is missing, or has another shape or an unsupported type.
     fn values(&self, spec: &ParamSpec) -> Result<Cow<'_, [f32]>, WeightsError>;
 }
 
@@ -39,10 +39,10 @@ impl Weights for BTreeMap<String, Weight> {
     }
 }
 
-/// Searched at once for values that are not finite: without a branch per value the search is several times faster.
+/// Number of values checked for finiteness at once; without a branch per value the check is several times faster.
 const BLOCK: usize = 4096;
 
-/// Rejects NaN and infinity among `values`, of which `value` makes numbers.
+/// Rejects NaN and infinity among `values`, which `value` converts to f32.
 pub(super) fn check_finite<T: Copy>(name: &str, values: &[T], value: impl Fn(T) -> f32) -> Result<(), WeightsError> {
     let finite = |block: &[T]| block.iter().fold(true, |all, v| all & value(*v).is_finite());
     let Some(number) = values.chunks(BLOCK).position(|block| !finite(block)) else {

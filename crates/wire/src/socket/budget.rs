@@ -1,9 +1,9 @@
-//! One budget of bytes for all messages that are being received or wait to be handled, over all connections of an endpoint.
+//! Budget of bytes for all messages that are being received or wait to be handled, over all connections of an endpoint.
 //!
-//! Large messages have three quarters of it, so that they never hold up the others. Bytes are reserved as they arrive, not as they are
-//! announced. When a part is used up, a connection whose message has begun and does not move is closed, the largest first; others
-//! wait. When only unfinished messages hold it, and all of them wait, one of them may go beyond it, so that they cannot block each other
-//! for ever.
+//! Large messages have three quarters of the budget, so that small messages never wait for large ones. Bytes are reserved on
+//! arrival, not on announcement. When a part is used up, the connection with the largest stalled unfinished message is closed;
+//! other messages wait. When only unfinished messages hold the part and all of these messages wait, one may exceed the budget.
+//! This prevents a deadlock.
 
 use std::{
     collections::BTreeMap,
@@ -15,18 +15,18 @@ use tokio::sync::Notify;
 
 use super::closer::{Closed, Closer};
 
-/// A message that has not moved for so long makes room for others.
+/// Time without progress after which an unfinished message may be dropped to make room.
 const STALLED: Duration = Duration::from_millis(100);
-/// Bytes by which a message moves: at the slowest rate that a message may have, they come in less than [`STALLED`].
+/// Bytes that count as progress: at the slowest allowed rate this many bytes arrive in less than [`STALLED`].
 const MOVE_BYTES: usize = 16 << 10;
-/// Who makes room is looked for no more often than this.
+/// Least time between two searches for a stalled message.
 const SEARCH: Duration = Duration::from_millis(10);
 
 #[derive(Debug)]
 struct Unfinished {
     bytes: usize,
     moved: Instant,
-    /// It waits for this side: for bytes of the budget, for its pace, or to be decoded.
+    /// Whether the message waits for this side: for bytes of the budget, for its pace, or to be decoded.
     waits: bool,
     closer: Arc<Closer>,
 }
@@ -36,13 +36,13 @@ struct State {
     searched: Instant,
     used: usize,
     unfinished: BTreeMap<u64, Unfinished>,
-    /// Bytes that these hold.
+    /// Bytes that unfinished messages hold.
     unfinished_bytes: usize,
-    /// Who may go beyond the budget.
+    /// Connection that may exceed the budget.
     finisher: Option<u64>,
 }
 
-/// The budget of an endpoint.
+/// Budget of an endpoint.
 #[derive(Debug)]
 pub(super) struct Budget {
     small: Arc<Pool>,
@@ -57,7 +57,7 @@ impl Budget {
         }
     }
 
-    /// Begins a message of a connection; it holds nothing yet.
+    /// Starts a message of a connection, holding no bytes yet.
     pub(super) fn begin(&self, large: bool, connection: u64, closer: &Arc<Closer>) -> Receiving {
         if large { &self.large } else { &self.small }.begin(connection, closer)
     }
@@ -114,18 +114,18 @@ impl Pool {
     }
 }
 
-/// What an unfinished message holds; dropping it frees the bytes.
+/// Bytes that an unfinished message holds; dropping the value frees the bytes.
 #[derive(Debug)]
 pub(super) struct Receiving {
     pool: Arc<Pool>,
     connection: u64,
     bytes: usize,
-    /// Bytes that arrived since it moved.
+    /// Bytes that arrived since the last progress.
     still: usize,
 }
 
 impl Receiving {
-    /// Reserves bytes, waits for them if need be, and returns how long that took.
+    /// Reserves bytes, waits if necessary, and returns the time waited.
     pub(super) async fn grow(&mut self, bytes: usize) -> Duration {
         if self.try_grow(bytes) {
             return Duration::ZERO;
@@ -137,7 +137,7 @@ impl Receiving {
             if self.try_grow(bytes) {
                 return begun.elapsed();
             }
-            // a message that stalls later than this one began to wait is found at the next round
+            // the next round finds messages that stalled after this wait started
             drop(tokio::time::timeout(STALLED, freed).await);
         }
     }
@@ -181,7 +181,7 @@ impl Receiving {
         granted
     }
 
-    /// Bytes arrived: enough of them, and the message has moved.
+    /// Counts arrived bytes; [`MOVE_BYTES`] of them count as progress.
     pub(super) fn arrived(&mut self, bytes: usize) {
         self.still += bytes;
         if self.still >= MOVE_BYTES {
@@ -190,7 +190,7 @@ impl Receiving {
         }
     }
 
-    /// Says whether the message waits for this side, which is no standing still.
+    /// Sets whether the message waits for this side; such a wait does not count as stalling.
     pub(super) fn waits(&self, waits: bool) {
         if let Some(own) = self.pool.lock().unfinished.get_mut(&self.connection) {
             own.waits = waits;
@@ -198,7 +198,7 @@ impl Receiving {
         }
     }
 
-    /// The message is complete: it holds its bytes until it is handled.
+    /// Completes the message, which holds its bytes until handled.
     pub(super) fn complete(mut self) -> Held {
         let bytes = std::mem::take(&mut self.bytes);
         self.pool.lock().unfinished_bytes -= bytes;
@@ -220,7 +220,7 @@ impl Drop for Receiving {
     }
 }
 
-/// What a complete message holds; dropping it frees the bytes.
+/// Bytes that a complete message holds; dropping the value frees the bytes.
 #[derive(Debug)]
 pub(super) struct Held {
     pool: Arc<Pool>,

@@ -1,4 +1,4 @@
-//! Ends a connection from outside its task, and says why connections ended.
+//! Ends a connection from outside its task, and counts why connections ended.
 
 use std::sync::{
     OnceLock,
@@ -7,27 +7,27 @@ use std::sync::{
 
 use tokio::sync::Notify;
 
-/// Why a connection ended.
+/// Reason for the end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Closed {
-    /// The peer closed it, or its network failed.
+    /// The peer closed the connection, or the network failed.
     Left,
     /// Greeting or handshake took too long.
     Handshake,
-    /// It broke the protocol or a limit of a frame.
+    /// The peer broke the protocol or a limit of a frame.
     Protocol,
-    /// A begun message did not arrive in time.
+    /// A started message did not arrive in time.
     Late,
-    /// It did not take what was sent to it.
+    /// The peer accepted too little of what was sent.
     Slow,
-    /// Too many of its messages in a row could not be decoded.
+    /// Too many messages in a row could not be decoded.
     Malformed,
-    /// It was idle and made room for another.
+    /// The connection was idle and made room for another.
     Evicted,
-    /// It came when all places were taken by connections in use.
+    /// Connections in use held all places, or memory for a message was unavailable.
     Full,
-    /// This side ended.
+    /// This side stopped.
     Stopped,
 }
 
@@ -45,7 +45,7 @@ impl Closed {
         Self::Stopped,
     ];
 
-    /// Name in metrics.
+    /// Returns the name in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Left => "left",
@@ -61,7 +61,7 @@ impl Closed {
     }
 }
 
-/// Counts of an endpoint since its start.
+/// Connection counts of an endpoint since its start.
 #[derive(Debug, Default)]
 pub struct Counters {
     pub(super) opened: AtomicU64,
@@ -75,20 +75,20 @@ impl Counters {
         }
     }
 
-    /// Connections that were closed, by reason.
+    /// Returns the number of closed connections by reason.
     pub fn closed(&self) -> impl Iterator<Item = (Closed, u64)> + '_ {
         let counts = self.closed.iter().map(|counter| counter.load(Ordering::Relaxed));
         Closed::ALL.into_iter().zip(counts)
     }
 
-    /// Connections that are open.
+    /// Returns the number of open connections.
     pub fn open(&self) -> u64 {
         let closed: u64 = self.closed().map(|(_, count)| count).sum();
         self.opened.load(Ordering::Relaxed).saturating_sub(closed)
     }
 }
 
-/// Asks the task of a connection to end it; the first reason counts.
+/// Request to the task of a connection to end; the first reason counts.
 #[derive(Debug, Default)]
 pub(super) struct Closer {
     reason: OnceLock<Closed>,

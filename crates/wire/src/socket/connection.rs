@@ -1,4 +1,4 @@
-//! One connection: handshake, and messages read under the limits of the endpoint.
+//! One connection: the handshake, and reading of messages under the limits of the endpoint.
 
 use std::{
     collections::TryReserveError,
@@ -23,25 +23,25 @@ use crate::{
     zmtp::{self, GREETING_BYTES, SocketType, ZmtpError},
 };
 
-/// Bytes that are reserved, made room for and read at a time; then other connections have their turn.
+/// Bytes that are reserved, allocated and read in one step; other connections run between steps.
 const STEP_BYTES: usize = 256 << 10;
-/// The same while little of the message has come: nobody reserves much by a header alone.
+/// Bytes of a step while little of the message has arrived: a header alone must not reserve much.
 const FIRST_STEP_BYTES: usize = 16 << 10;
-/// Once so much of a body is here, room is made for all of it, so that it is copied once at most: until bytes arrive, room costs
-/// address space alone.
+/// Received bytes of a body after which memory for the whole body is reserved, so that the body is copied at most once. Reserved
+/// memory costs only address space until bytes arrive.
 const PROVEN_BYTES: usize = 4 << 20;
-/// Seconds of a peer's messages and bytes that may come at once.
+/// Burst of a peer's messages (and, below, bytes) that may arrive at once, in seconds.
 const MESSAGE_BURST: f64 = 1.0;
 const BYTE_BURST: f64 = 0.1;
-/// Shorter waits than the timer's resolution are left to the next one.
+/// Resolution of the timer; shorter waits are added to the next wait.
 const LEAST_WAIT: Duration = Duration::from_millis(1);
-/// Keep-alive: a host that vanished is found after 15 s + 4 x 5 s, by the system itself, however busy the peer's process is.
+/// Keep-alive: the kernel detects a vanished host after 15 s + 4 x 5 s, however busy the peer's process is.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 4;
 const VANISHED: Duration = Duration::from_secs(35);
 
-/// Why a connection cannot go on.
+/// Reason for closing a connection.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Fault {
     #[error("it closed the connection")]
@@ -54,7 +54,7 @@ pub(super) enum Fault {
     Late { received: usize, expected: usize },
     #[error("the handshake took longer than {0:?}")]
     Handshake(Duration),
-    #[error("it does not take what is sent to it")]
+    #[error("it accepts too little of what is sent")]
     Slow,
     #[error("there is no memory for its message")]
     Memory(#[source] TryReserveError),
@@ -88,18 +88,18 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
-    // the same while bytes are on their way, when no probes are sent
+    // the same limit while sent bytes are unacknowledged, when the kernel sends no probes
     sockopt::set_tcp_user_timeout(stream, VANISHED.as_millis() as u32)?;
     Ok(())
 }
 
-/// What the connections of an endpoint share.
+/// State that the connections of an endpoint share.
 #[derive(Debug)]
 pub(super) struct Traffic {
     pub(super) limits: Arc<Limits>,
     queued: Arc<Queued>,
     large: Mutex<Pace>,
-    /// Large messages are read by one connection at a time, a step each, so that others come between.
+    /// One connection at a time reads a step of a large message, so that other connections run between steps.
     reading: Semaphore,
 }
 
@@ -122,7 +122,7 @@ impl Traffic {
     }
 }
 
-/// Opens a connection: greeting and READY both ways, within the time for it.
+/// Opens a connection: greeting and READY both ways, within [`Limits::handshake`].
 pub(super) async fn open(
     stream: TcpStream,
     own: SocketType,
@@ -153,7 +153,7 @@ pub(super) async fn open(
     Ok((reader, outbox))
 }
 
-/// Reads a message's bytes against the clock.
+/// Deadline of a message's bytes.
 struct Clock {
     begun: Instant,
     grace: Duration,
@@ -169,24 +169,24 @@ impl Clock {
         }
     }
 
-    /// Time until `expected` bytes must be here.
+    /// Returns the time left until `expected` bytes must have arrived.
     fn left(&self, expected: usize) -> Duration {
         let time = Duration::from_secs_f64(expected as f64 / self.bytes_per_second as f64);
         (self.begun + self.grace + time).saturating_duration_since(Instant::now())
     }
 
-    /// The next step has its own time: none is saved up.
+    /// Starts the time of the next step; unused time of earlier steps is not added.
     fn restart(&mut self) {
         self.begun = Instant::now();
     }
 
-    /// Time that this side took does not count.
+    /// Extends the deadline by a delay that this side caused.
     fn pause(&mut self, time: Duration) {
         self.begun += time;
     }
 }
 
-/// The reading half.
+/// Reading half of a connection.
 #[derive(Debug)]
 pub(super) struct Reader {
     stream: Arc<TcpStream>,
@@ -197,7 +197,7 @@ pub(super) struct Reader {
     bytes: Pace,
 }
 
-/// Waits and returns how long that took.
+/// Waits and returns the elapsed time.
 async fn rest(wait: Duration) -> Duration {
     if wait < LEAST_WAIT {
         return Duration::ZERO;
@@ -207,7 +207,7 @@ async fn rest(wait: Duration) -> Duration {
     begun.elapsed()
 }
 
-/// Reads what is there, at least a byte; the end of the stream is a fault.
+/// Reads the available bytes, at least one; the end of the stream is a fault.
 async fn read(stream: &TcpStream, into: &mut impl BufMut) -> Result<(), Fault> {
     loop {
         stream.readable().await.map_err(Fault::Io)?;
@@ -220,7 +220,7 @@ async fn read(stream: &TcpStream, into: &mut impl BufMut) -> Result<(), Fault> {
     }
 }
 
-/// The bytes of a message. Large ones are freed on another thread: giving back their pages takes milliseconds.
+/// Bytes of a message. Large bodies are freed on another thread: returning their pages takes milliseconds.
 #[derive(Debug, Default)]
 struct Body(Vec<u8>);
 
@@ -236,7 +236,7 @@ impl Drop for Body {
 }
 
 impl Reader {
-    /// Registers the connection with the runtime that calls this, which reads and writes it from now on.
+    /// Registers the connection with the calling runtime, which does all later reads and writes.
     pub(super) fn move_here(&mut self, outbox: &Outbox) -> io::Result<()> {
         let stream = Arc::new(TcpStream::from_std(self.stream.as_fd().try_clone_to_owned()?.into())?);
         outbox.write_to(Arc::clone(&stream));
@@ -244,7 +244,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads ahead; the end of the stream is a fault.
+    /// Reads available bytes into the buffer; the end of the stream is a fault.
     async fn fill(&mut self) -> Result<(), Fault> {
         if self.buffer.capacity() - self.buffer.len() < zmtp::MAX_HEADER_BYTES {
             self.buffer.reserve(READ_AHEAD_BYTES);
@@ -281,7 +281,7 @@ impl Reader {
         }
     }
 
-    /// Waits for the next message and reads it; commands in between are answered. Returns it with what it holds of the budget.
+    /// Waits for the next message, reads its body, and answers commands in between. Returns the body and its budget share.
     pub(super) async fn message(
         &mut self,
         budget: &Budget,
@@ -352,7 +352,7 @@ impl Reader {
             .unwrap_or(Err(Fault::Late { received, expected }))
     }
 
-    /// Reads a body of `size` bytes; memory that is touched grows with what arrives, not with what is announced.
+    /// Reads a body of `size` bytes; touched memory grows with the bytes that arrive, not with the announced size.
     async fn body(&mut self, size: usize, clock: &mut Clock, receiving: &mut Receiving) -> Result<Vec<u8>, Fault> {
         let large = size > LARGE_BYTES;
         let mut whole = Body::default();
@@ -387,7 +387,7 @@ impl Reader {
                         .map_err(Fault::Io)?;
                     let waited = Instant::now();
                     receiving.waits(true);
-                    // it is never closed
+                    // the semaphore is never closed
                     let turn = self.traffic.reading.acquire().await;
                     receiving.waits(false);
                     clock.pause(waited.elapsed());
@@ -403,7 +403,7 @@ impl Reader {
                 }
                 receiving.arrived(body.len() - received);
             }
-            // paid for what came, not for what was announced
+            // the pace counts bytes that arrived, not bytes that were announced
             let now = Instant::now();
             let mut wait = self.bytes.take(body.len() - begin, now);
             if large {

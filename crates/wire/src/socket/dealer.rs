@@ -1,4 +1,4 @@
-//! DEALER: one connection to a ROUTER.
+//! DEALER socket: one connection to a ROUTER.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -20,14 +20,14 @@ use crate::{
 
 /// Pause between attempts to connect.
 const RETRY: Duration = Duration::from_millis(250);
-/// Time of one attempt to reach the host. Short, so that a host that comes back is found within two seconds: the system itself
-/// asks again after 1, 3, 7, ... seconds.
+/// Time limit of one attempt to reach the host. Short, so that a returning host is found within two seconds: the kernel retries
+/// after 1, 3, 7, ... seconds.
 const ATTEMPT: Duration = Duration::from_millis(1500);
 
-/// Connects a DEALER; waits and retries until the other side is there.
+/// Connects a DEALER; waits and retries until the other side accepts.
 ///
 /// # Errors
-/// The endpoint is wrong.
+/// The endpoint is invalid.
 pub async fn connect_dealer(endpoint: &str) -> Result<(DealerSender, DealerReceiver), SocketError> {
     let address = check_endpoint(endpoint)?;
     let limits = Limits {
@@ -67,7 +67,7 @@ async fn attempt(address: &str, traffic: &Arc<Traffic>) -> Result<(DealerSender,
         outbox: Arc::clone(&outbox),
         closer: Arc::clone(&closer),
     });
-    // what waits is bounded in bytes as well: one message may always be received
+    // received messages are bounded in bytes as well; one message may always be received
     let budget = Budget::new(limits.received_bytes);
     tokio::spawn(async move {
         let ended = tokio::select! {
@@ -133,11 +133,11 @@ impl fmt::Debug for DealerSender {
 }
 
 impl DealerSender {
-    /// Sends a message; waits while too much waits to be sent already. A peer that takes nothing for
+    /// Sends a message; waits while the outbox is full. A peer that accepts no bytes for
     /// [`Limits::send_stall`] is disconnected.
     ///
     /// # Errors
-    /// The peer is gone or the message is too long.
+    /// The connection has ended or the message is too long.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<(), SocketError> {
         let frame = encode(message)?;
         let sent = self.handle.outbox.send_in_time(frame).await;
@@ -158,11 +158,11 @@ impl fmt::Debug for DealerReceiver {
 }
 
 impl DealerReceiver {
-    /// Waits for the next message. Safe to cancel. After [`SocketError::Disconnected`] both halves are dropped and
-    /// [`connect_dealer`] is called anew, so that the other side is greeted again.
+    /// Waits for the next message. Safe to cancel. After [`SocketError::Disconnected`], drop both halves and call
+    /// [`connect_dealer`] again, so that the peer gets a new greeting.
     ///
     /// # Errors
-    /// The other side is gone or the frame cannot be read.
+    /// The connection has ended or the frame cannot be decoded.
     pub async fn receive<T: DeserializeOwned>(&mut self) -> Result<T, SocketError> {
         match self.frames.recv().await {
             Some((frame, _held)) => Ok(decode(&frame)?),

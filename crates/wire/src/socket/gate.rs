@@ -1,4 +1,4 @@
-//! Who may hold a connection: a limit in total and per address; when it is reached, idle connections make room.
+//! Admission of connections: a limit in total and per address; at the limit, idle connections are evicted.
 
 use std::{
     collections::BTreeMap,
@@ -19,21 +19,22 @@ use tokio::net::{TcpListener, TcpStream};
 use super::closer::{Closed, Closer, Counters};
 use crate::limits::RESERVED_DESCRIPTORS;
 
-/// A connection that has finished its handshake and sent nothing may be evicted after so long.
+/// Idle time after which a connection without messages since its handshake may be evicted.
 const SILENT_IDLE: Duration = Duration::from_secs(1);
-/// A connection that has sent messages may be evicted after so long without one.
+/// Idle time after which a connection that has sent messages may be evicted.
 const ACTIVE_IDLE: Duration = Duration::from_mins(1);
-/// Pauses after the system had no descriptor for a connection.
+/// Pauses after consecutive failures to accept a connection, such as a lack of descriptors.
 const BACKOFF: [Duration; 4] = [
     Duration::from_millis(10),
     Duration::from_millis(50),
     Duration::from_millis(200),
     Duration::from_secs(1),
 ];
-/// Soft limit of descriptors that a process asks for, where its hard limit allows.
+/// Soft limit of descriptors that a process requests, as far as its hard limit allows.
 const WANTED_DESCRIPTORS: u64 = 65_536;
 
-/// Raises the soft limit of descriptors toward the hard one and returns how many connections fit beside what the process needs.
+/// Raises the soft limit of descriptors toward the hard limit. Returns how many connections fit in addition to the descriptors
+/// that the process needs.
 fn descriptors_for_connections() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let hard = limit.maximum.unwrap_or(u64::MAX);
@@ -46,15 +47,15 @@ fn descriptors_for_connections() -> usize {
         };
         match setrlimit(Resource::Nofile, raised) {
             Ok(()) => soft = wanted,
-            Err(error) => tracing::debug!("the limit of {soft} descriptors stays: {error}"),
+            Err(error) => tracing::debug!("the limit of {soft} descriptors is unchanged: {error}"),
         }
     }
-    // a process with very few keeps half of them
+    // a process with very few descriptors keeps half for itself
     let left = soft.saturating_sub(RESERVED_DESCRIPTORS).max(soft / 2);
     usize::try_from(left).unwrap_or(usize::MAX)
 }
 
-/// How far a connection has come.
+/// Stage of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 enum Stage {
@@ -107,7 +108,7 @@ struct Place {
     activity: Arc<Activity>,
 }
 
-/// The places of an endpoint.
+/// Connection slots ("places") of an endpoint.
 #[derive(Debug)]
 pub struct Gate {
     most: usize,
@@ -118,7 +119,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate for at most `connections`, and for no more than the process has descriptors for. One address has at most three
+    /// Returns a gate for at most `connections`, limited by the descriptors of the process. One address has at most three
     /// quarters of the places, so that no host can lock out all others.
     pub fn new(connections: usize) -> Arc<Self> {
         let most = connections.min(descriptors_for_connections()).max(1);
@@ -131,7 +132,7 @@ impl Gate {
         })
     }
 
-    /// Counts of connections.
+    /// Returns the connection counts.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }
@@ -141,8 +142,8 @@ impl Gate {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Accepts the next connection that has a place. Where the system has no descriptor left, an idle connection makes room and
-    /// the next attempt waits a little. Safe to cancel.
+    /// Accepts the next connection that gets a place. When the system has no descriptor left, an idle connection is evicted and
+    /// the next attempt waits briefly. Safe to cancel.
     pub async fn accept(self: &Arc<Self>, listener: &TcpListener) -> (TcpStream, Admission) {
         let mut failures = 0;
         loop {
@@ -230,7 +231,7 @@ impl Gate {
     }
 }
 
-/// Closes the connection that has come least far and is idle for longest, if one may be closed.
+/// Closes the evictable connection at the earliest stage, the longest idle first; returns whether there was one.
 fn evict(places: &BTreeMap<u64, Place>, address: Option<IpAddr>) -> bool {
     let idle = places
         .values()
@@ -243,38 +244,38 @@ fn evict(places: &BTreeMap<u64, Place>, address: Option<IpAddr>) -> bool {
     idle.is_some()
 }
 
-/// The place of a connection; it is free again when this is dropped.
+/// Place of a connection; dropping the value frees the place.
 #[derive(Debug)]
 pub struct Admission {
     gate: Arc<Gate>,
     pub(super) id: u64,
-    /// Where the connection comes from.
+    /// Address of the peer.
     pub address: IpAddr,
     pub(super) closer: Arc<Closer>,
     activity: Arc<Activity>,
 }
 
 impl Admission {
-    /// Waits until the connection must make room.
+    /// Waits until the connection is asked to close, and returns the reason.
     pub async fn evicted(&self) -> Closed {
         self.closer.closed().await
     }
 
-    /// The handshake is done.
+    /// Records that the handshake is complete.
     pub(super) fn opened(&self) {
         self.activity.reach(Stage::Silent);
     }
 
-    /// A message came.
+    /// Records that a message arrived.
     pub fn active(&self) {
         self.activity.reach(Stage::Active);
     }
 
-    /// Frees the place and counts why.
+    /// Frees the place and counts the reason.
     pub fn leave(self, reason: Closed) {
         self.gate.counters.count(reason);
         self.gate.lock().remove(&self.id);
-        // dropping it would count once more
+        // removed above, so that dropping `self` does not count again
         self.closer.close(reason);
     }
 }

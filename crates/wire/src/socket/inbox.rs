@@ -1,5 +1,5 @@
-//! What all peers of a ROUTER sent and nobody has handled yet: one queue per peer, taken in turn, so that a busy peer does not
-//! hold up the others. Peers that come or go wait behind those that talk: a crowd at the door does not hold them up either.
+//! Unhandled messages of all peers of a ROUTER: one queue per peer, taken in turn, so that a busy peer does not delay the others.
+//! Peers that connect or disconnect wait behind established peers, so that many short connections cause no delay either.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -8,30 +8,30 @@ use std::{
 
 use tokio::sync::Notify;
 
-/// So many items of peers that talk are handled for one of a peer that comes or goes.
+/// Items of established peers that are handled for one item of a peer that connects or disconnects.
 const TALKING: u32 = 4;
 
-/// Where a peer's item stands.
+/// Class of a peer's item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// The first or the last of the peer.
+    /// First or last item of the peer.
     Door,
-    /// Any other.
+    /// Any other item.
     Talk,
 }
 
 #[derive(Debug)]
 struct State<T> {
     queues: HashMap<u64, VecDeque<(Turn, T)>>,
-    /// Peers with something in their queue, the next one first, by what that is.
+    /// Peers with a [`Turn::Talk`] item at the head of their queue, the next peer first; [`Turn::Door`] items are in `door`.
     talking: VecDeque<u64>,
     door: VecDeque<u64>,
-    /// Items of talking peers since the last of a peer at the door.
+    /// [`Turn::Talk`] items since the last [`Turn::Door`] item.
     since: u32,
 }
 
 impl<T> State<T> {
-    /// The peer has its turn at the end, for what is first in its queue.
+    /// Appends the peer to the line for the item at the head of its queue.
     fn line_up(&mut self, peer: u64) {
         match self.queues.get(&peer).and_then(|queue| queue.front()) {
             Some((Turn::Talk, _)) => self.talking.push_back(peer),
@@ -43,7 +43,7 @@ impl<T> State<T> {
     }
 }
 
-/// The inbox. The producer of a peer's items bounds them.
+/// Inbox of a ROUTER. The producer of a peer's items bounds their number.
 #[derive(Debug)]
 pub(super) struct Inbox<T> {
     state: Mutex<State<T>>,
@@ -94,7 +94,7 @@ impl<T> Inbox<T> {
         Some((peer, item))
     }
 
-    /// Waits for the next item, of the peers in turn. One task at a time; safe to cancel.
+    /// Waits for the next item; takes peers in turn. One task at a time; safe to cancel.
     pub(super) async fn next(&self) -> (u64, T) {
         loop {
             if let Some(next) = self.pop() {

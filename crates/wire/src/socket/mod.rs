@@ -1,9 +1,9 @@
-//! ZeroMQ endpoints: a ROUTER that anyone may connect to, a DEALER that stays connected to one, and the rule that plain endpoints
+//! ZeroMQ endpoints: a ROUTER that accepts any peer, a DEALER that connects to one ROUTER, and the rule that plain endpoints
 //! stay on loopback.
 //!
-//! Both speak ZMTP 3.1 on their own sockets (`crate::zmtp`), because what a peer may cost is bounded at every layer ([`Limits`]):
-//! connections by the [`gate`], bytes that arrive by the budget, messages that wait by a fair inbox, bytes that leave by an outbox
-//! per peer. Nothing here waits for a single peer but the task of its own connection.
+//! Both speak ZMTP 3.1 on their own sockets (`crate::zmtp`), so that the cost of a peer is bounded at every layer ([`Limits`]).
+//! The [`gate`] bounds connections, the budget arriving bytes, a fair inbox waiting messages, and an outbox per peer the bytes to
+//! send. Only the task of a peer's own connection waits for the peer.
 
 use std::{io, net::IpAddr};
 
@@ -23,14 +23,14 @@ pub use closer::{Closed, Counters};
 pub use dealer::{DealerReceiver, DealerSender, connect_dealer};
 pub use router::{Peer, RouterEvent, RouterReceiver, RouterSender, bind_router};
 
-/// A socket operation that failed.
+/// Failure of a socket operation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SocketError {
-    /// An endpoint that is not `tcp://HOST:PORT`.
+    /// The endpoint is not `tcp://HOST:PORT`.
     #[error("endpoint `{0}`: expected tcp://HOST:PORT, like tcp://127.0.0.1:5555")]
     Endpoint(String),
-    /// A plain endpoint on a network.
+    /// The endpoint is plain and not on loopback.
     #[error(
         "endpoint `{0}` is not on loopback: frames are not sealed yet, so use 127.0.0.1 and a tunnel (ssh -L, WireGuard) between machines"
     )]
@@ -38,32 +38,32 @@ pub enum SocketError {
     /// Binding failed.
     #[error("failed to listen on `{endpoint}`{remedy}")]
     Bind {
-        /// Where.
+        /// Endpoint as configured.
         endpoint: String,
-        /// What to do, where that is known.
+        /// Remedy, where one is known; otherwise empty.
         remedy: &'static str,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// The peer does not take what is sent to it; its connection is closed.
-    #[error("the other side does not take what is sent to it")]
+    /// The peer accepts too little of what is sent; its connection is closed.
+    #[error("the other side accepts too little of what is sent")]
     Slow,
-    /// The other side is gone.
+    /// The other side closed the connection.
     #[error("the other side closed the connection")]
     Disconnected,
-    /// A frame that cannot be read or written.
+    /// A frame cannot be decoded or encoded.
     #[error(transparent)]
     Codec(#[from] CodecError),
 }
 
 impl SocketError {
-    /// Returns whether the endpoint is wrong as it is written, rather than a connection.
+    /// Returns whether the endpoint itself is invalid, as opposed to a failed connection.
     pub fn is_wrong_endpoint(&self) -> bool {
         matches!(self, Self::Endpoint(_) | Self::NotLoopback(_))
     }
 }
 
-/// Returns whether `HOST:PORT` is on loopback; `None` when it is not of that form.
+/// Returns whether `HOST:PORT` is on loopback; `None` for a text of another form.
 pub fn is_loopback(address: &str) -> Option<bool> {
     let (host, port) = address.rsplit_once(':')?;
     port.parse::<u16>().ok()?;
@@ -71,10 +71,10 @@ pub fn is_loopback(address: &str) -> Option<bool> {
     Some(host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()))
 }
 
-/// Checks an endpoint: `tcp://HOST:PORT` with a loopback host. Returns `HOST:PORT`.
+/// Checks that an endpoint is `tcp://HOST:PORT` with a loopback host. Returns `HOST:PORT`.
 ///
 /// # Errors
-/// Says what was expected.
+/// The endpoint has another form or is not on loopback.
 pub fn check_endpoint(endpoint: &str) -> Result<&str, SocketError> {
     let address = endpoint.strip_prefix("tcp://");
     match address.and_then(|address| Some((address, is_loopback(address)?))) {

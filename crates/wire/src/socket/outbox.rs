@@ -1,5 +1,5 @@
-//! What waits to be sent to one peer: bounded in bytes and messages, written without waiting by whoever sends, and by the
-//! connection's task once the socket takes more.
+//! Send queue of one peer, bounded in bytes and messages. The sender writes without waiting; the connection's task writes the
+//! rest once the socket accepts more.
 
 use std::{
     collections::VecDeque,
@@ -19,12 +19,12 @@ use crate::{
     zmtp::{MAX_HEADER_BYTES, message_header},
 };
 
-/// Pieces of one system call; a message has two.
+/// Buffers of one system call; a message has two.
 const PIECES: usize = 32;
-/// Frame header of an empty delimiter.
+/// Frame header of the empty delimiter.
 const DELIMITER: [u8; 2] = [1, 0];
 
-/// Bytes that wait to be sent to all peers of an endpoint.
+/// Bytes queued for all peers of an endpoint.
 #[derive(Debug, Default)]
 pub(super) struct Queued {
     bytes: AtomicUsize,
@@ -47,36 +47,36 @@ impl Item {
 struct State {
     stream: Arc<TcpStream>,
     items: VecDeque<Item>,
-    /// Bytes of the first item that are written.
+    /// Bytes of the first item already written.
     written: usize,
     bytes: usize,
-    /// When the peer last took bytes, or the first of those that wait came.
+    /// When the peer last accepted bytes, or when the first queued item arrived, whichever is later.
     taken: Instant,
-    /// The peer is not heard before.
+    /// Until when the peer is not read.
     rest_until: Option<Instant>,
     closed: Option<Closed>,
 }
 
-/// Why a message was not queued.
+/// Reason for not queuing a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unsent {
     /// The connection has ended.
     Gone,
-    /// Too much waits already.
+    /// The queue is full.
     Slow,
 }
 
-/// The outbox of a connection.
+/// Outbox of a connection.
 #[derive(Debug)]
 pub(super) struct Outbox {
     limits: Arc<Limits>,
     all: Arc<Queued>,
     state: Mutex<State>,
-    /// Something waits that the socket did not take at once.
+    /// Items are queued that the socket did not accept at once.
     filled: Notify,
-    /// There is room again, or the connection has ended.
+    /// Notified when the queue has room again, or the connection has ended.
     drained: Notify,
-    /// The peer is a REQ socket: its answers begin with an empty delimiter.
+    /// Whether the peer is a REQ socket, whose replies start with an empty delimiter.
     delimited: AtomicBool,
 }
 
@@ -106,33 +106,33 @@ impl Outbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on the bytes go to `stream`, the same connection in another runtime.
+    /// Switches writing to `stream`, the same connection in another runtime.
     pub(super) fn write_to(&self, stream: Arc<TcpStream>) {
         self.lock().stream = stream;
     }
 
-    /// From now on messages begin with an empty delimiter.
+    /// Starts every later message with an empty delimiter.
     pub(super) fn delimit(&self) {
         self.delimited.store(true, Ordering::Relaxed);
     }
 
-    /// The peer is not heard for a while.
+    /// Stops reading from the peer for `time`.
     pub(super) fn rest(&self, time: Duration) {
         self.lock().rest_until = Some(Instant::now() + time);
     }
 
-    /// How long the peer is not heard yet.
+    /// Returns the time for which the peer is still not read.
     pub(super) fn rest_left(&self) -> Duration {
         let until = self.lock().rest_until;
         until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
     }
 
-    /// Queues a message and writes what the socket takes at once. A peer for whom too much waits is disconnected.
+    /// Queues a message and writes what the socket accepts at once. A peer whose queue overflows is disconnected.
     pub(super) fn send(&self, body: Vec<u8>) -> Result<(), Unsent> {
         self.push(self.item(body), true)
     }
 
-    /// Waits for room, then queues a message and writes what the socket takes at once. One sender at a time.
+    /// Waits for room, then queues a message and writes what the socket accepts at once. One sender at a time.
     pub(super) async fn send_in_time(&self, body: Vec<u8>) -> Result<(), Unsent> {
         self.room().await?;
         self.push(self.item(body), false)
@@ -175,7 +175,7 @@ impl Outbox {
         let before = state.bytes;
         state.bytes += item.bytes();
         state.items.push_back(item);
-        // behind others the socket is full: its task writes when it takes more
+        // with other items queued the socket is full: the connection's task writes when the socket accepts more
         if state.items.len() == 1 {
             state.taken = Instant::now();
             self.write(&mut state);
@@ -200,7 +200,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// Keeps the sums over all peers.
+    /// Updates the sum over all peers after a change from `before` bytes.
     fn account(&self, before: usize, state: &State) {
         let after = state.bytes;
         if after > before {
@@ -210,7 +210,7 @@ impl Outbox {
         }
     }
 
-    /// Writes until all is written or the socket takes no more. A failed socket closes the outbox.
+    /// Writes until the queue is empty or the socket accepts no more. A failed socket closes the outbox.
     fn write(&self, state: &mut State) {
         while !state.items.is_empty() {
             let mut pieces = [IoSlice::new(&[]); PIECES];
@@ -263,28 +263,28 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// Ends it: what waits is dropped, later messages are rejected.
+    /// Closes the outbox: drops queued items and rejects later messages.
     pub(super) fn close(&self, reason: Closed) {
         self.finish(&mut self.lock(), reason);
     }
 
-    /// Whether more waits for all peers of the endpoint than may.
+    /// Returns whether the bytes queued for all peers of the endpoint exceed the limit.
     pub(super) fn is_too_much_for_all(&self) -> bool {
         self.all.bytes.load(Ordering::Relaxed) > self.limits.queued_bytes
     }
 
-    /// Since when the peer has taken nothing of what waits; `None` when nothing waits.
+    /// Returns since when the peer has accepted no queued bytes; `None` if the queue is empty.
     pub(super) fn waiting_since(&self) -> Option<Instant> {
         let state = self.lock();
         (state.bytes > 0).then_some(state.taken)
     }
 
-    /// Bytes that wait.
+    /// Returns the number of queued bytes.
     pub(super) fn queued_bytes(&self) -> usize {
         self.lock().bytes
     }
 
-    /// Waits until the peer has taken enough that another message may wait.
+    /// Waits until the queue has room for another message.
     async fn room(&self) -> Result<(), Unsent> {
         loop {
             let drained = self.drained.notified();
@@ -303,7 +303,7 @@ impl Outbox {
         }
     }
 
-    /// Writes what waits whenever the socket takes more; ends when the connection has failed or the peer takes nothing.
+    /// Writes queued items whenever the socket accepts more; ends when the connection fails or the peer accepts nothing.
     pub(super) async fn run(&self) -> Closed {
         loop {
             loop {

@@ -1,8 +1,8 @@
-//! Spreads what peers send over time.
+//! Rate limit of what peers send.
 
 use std::time::{Duration, Instant};
 
-/// So many units per second, after a first burst.
+/// Rate limit in units per second, after a first burst.
 #[derive(Debug)]
 pub(super) struct Pace {
     per_second: f64,
@@ -12,7 +12,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// A pace with a burst of what `burst` seconds bring.
+    /// Returns a pace of `per_second` units whose burst is `burst` seconds of units.
     pub(super) fn new(per_second: f64, burst: f64) -> Self {
         Self {
             per_second,
@@ -22,8 +22,8 @@ impl Pace {
         }
     }
 
-    /// Takes units at `now` and returns how long to wait before the next are taken. More than there is becomes a debt, which later
-    /// takers wait for too.
+    /// Takes units at `now` and returns how long to wait before taking more. Units beyond the balance become a debt, which
+    /// later takers wait for as well.
     pub(super) fn take(&mut self, units: usize, now: Instant) -> Duration {
         let earned = now.saturating_duration_since(self.since).as_secs_f64() * self.per_second;
         self.since = now;

@@ -1,4 +1,4 @@
-//! ROUTER: accepts any number of peers, hears them in turn and answers each without waiting.
+//! ROUTER socket: accepts any number of peers, receives from the peers in turn and sends to each peer without waiting.
 
 use std::{
     collections::HashMap,
@@ -32,15 +32,15 @@ use crate::{
     zmtp::SocketType,
 };
 
-/// Bytes of memory that one element of a message may take once it is decoded.
+/// Most bytes of memory that one decoded element of a message may take.
 const ELEMENT_BYTES: usize = 64;
-/// A connection is new for so long.
+/// Time for which a connection counts as new.
 const NEW: Duration = Duration::from_secs(1);
-/// Niceness of the threads for newcomers and for large frames.
+/// Niceness of the threads for new connections and for large frames.
 const NICENESS: i32 = 5;
 
-/// Who sent a frame; the answer goes there. A name of one connection, not of what the peer calls itself: nobody gets the messages
-/// of another by announcing its identity.
+/// Sender of a frame and address of the reply. Names one connection, not the identity that the peer announces; announcing
+/// another peer's identity therefore diverts no messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Peer(u64);
 
@@ -50,17 +50,17 @@ impl From<Peer> for u64 {
     }
 }
 
-/// What happens at a ROUTER.
+/// Event at a ROUTER.
 #[derive(Debug)]
 pub enum RouterEvent<T> {
-    /// A frame came; one that cannot be read carries its error, so that the sender can be answered.
+    /// A frame arrived; a frame that cannot be decoded carries its error, so that the receiver can answer the sender.
     Frame(Peer, Result<T, CodecError>),
-    /// A peer's connection has ended. The last event of this peer.
+    /// A peer's connection has ended. Last event of this peer.
     Gone(Peer),
 }
 
 struct Entry<T> {
-    /// `None`: the connection has ended.
+    /// `None` if the connection has ended.
     frame: Option<Result<T, CodecError>>,
     _held: Option<Held>,
     _place: Option<OwnedSemaphorePermit>,
@@ -73,10 +73,10 @@ fn lock(peers: &Peers) -> MutexGuard<'_, HashMap<u64, Arc<Outbox>>> {
     peers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Binds a ROUTER for messages of type `T` and returns its halves with the endpoint that it really has (port 0 picks a free one).
+/// Binds a ROUTER for messages of type `T` and returns its halves with the bound endpoint (port 0 selects a free port).
 ///
 /// # Errors
-/// The endpoint is wrong or in use.
+/// The endpoint is invalid or in use.
 pub async fn bind_router<T: DeserializeOwned + Send + 'static>(
     endpoint: &str,
     limits: Limits,
@@ -120,8 +120,8 @@ pub async fn bind_router<T: DeserializeOwned + Send + 'static>(
     Ok((sender, receiver, format!("tcp://{bound}")))
 }
 
-/// Starts the thread of newcomers: it accepts, shakes hands, and serves each connection for its first [`NEW`], so that no crowd
-/// that comes and goes holds up the threads that serve the others. Ends when the returned sender is dropped.
+/// Starts the thread of new connections, which accepts, shakes hands, and serves each connection for its first [`NEW`]. Many
+/// short connections therefore do not delay the threads of established ones. Ends when the returned sender is dropped.
 fn open_door<T: DeserializeOwned + Send + 'static>(
     listener: std::net::TcpListener,
     gate: Arc<Gate>,
@@ -150,13 +150,13 @@ fn open_door<T: DeserializeOwned + Send + 'static>(
         if let Err(error) = ended {
             tracing::error!("no more connections are accepted: {error}");
         }
-        // a decoder that is still at work keeps no one waiting
+        // do not wait for a decoder that is still running
         runtime.shutdown_background();
     })?;
     Ok(closing)
 }
 
-/// A place in the list of peers; the peer is off it, and its socket can close, when this is dropped.
+/// Entry in the list of peers. Dropping the entry removes the peer, so that its socket can close.
 struct Listed {
     peers: Peers,
     id: u64,
@@ -168,27 +168,27 @@ impl Drop for Listed {
     }
 }
 
-/// One connection and what it has come to.
+/// One connection and its state.
 struct Connection {
     reader: Reader,
     outbox: Arc<Outbox>,
     admission: Admission,
     listed: Listed,
-    /// Places of its messages in the inbox.
+    /// Permits for this connection's messages in the inbox.
     places: Arc<Semaphore>,
     /// Messages in a row that could not be decoded.
     malformed: u32,
     turn: Turn,
 }
 
-/// What the connections of a ROUTER share.
+/// State that all connections of a ROUTER share.
 struct Shared<T> {
     traffic: Arc<Traffic>,
     budget: Arc<Budget>,
     peers: Peers,
     inbox: Arc<Inbox<Entry<T>>>,
     large: mpsc::Sender<Large<T>>,
-    /// The runtime that serves connections that are not new.
+    /// Runtime that serves established connections, those that are no longer new.
     hall: Handle,
 }
 
@@ -206,7 +206,7 @@ impl<T> Clone for Shared<T> {
 }
 
 impl<T: DeserializeOwned + Send + 'static> Shared<T> {
-    /// A connection from its greeting on, for as long as it is new.
+    /// Serves a connection from its greeting until the connection is no longer new.
     async fn welcome(self, stream: TcpStream, admission: Admission) {
         let opened = tokio::select! {
             opened = open(stream, SocketType::Router, &self.traffic) => opened,
@@ -247,7 +247,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         }
     }
 
-    /// Serves a connection to its end, or to its first message after `until`, when it is returned.
+    /// Serves a connection to its end (`None`), or to its first message after `until` and returns the connection.
     async fn serve(&self, mut connection: Connection, until: Option<Instant>) -> Option<Connection> {
         let outbox = Arc::clone(&connection.outbox);
         let closer = Arc::clone(&connection.admission.closer);
@@ -261,7 +261,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         };
         if reason == Closed::Slow {
             let address = connection.admission.address;
-            tracing::warn!("closed a connection from {address}: it does not take what is sent to it");
+            tracing::warn!("closed a connection from {address}: it accepts too little of what is sent");
         }
         self.leave(connection, reason);
         None
@@ -288,7 +288,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
         admission.leave(reason);
     }
 
-    /// Reads messages until the connection ends, with the reason, or is not new any more, with none.
+    /// Reads messages; returns the reason when the connection ends, `None` when the connection is no longer new.
     async fn read(&self, connection: &mut Connection, until: Option<Instant>) -> Option<Closed> {
         let Connection {
             reader,
@@ -335,7 +335,7 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
                     _place: Some(place),
                 },
             );
-            // a newcomer has one try with more than a few bytes: counting them is not free
+            // a new connection may send one large malformed message: counting elements costs time
             let suspect = until.is_some() && large && *malformed > 0;
             if suspect || *malformed > self.traffic.limits.malformed_messages {
                 tracing::warn!(
@@ -362,26 +362,26 @@ impl<T: DeserializeOwned + Send + 'static> Shared<T> {
     }
 }
 
-/// A large frame and who waits for it.
+/// Large frame and the channel for the decoded message.
 struct Large<T> {
     frame: Vec<u8>,
     answer: oneshot::Sender<Result<T, CodecError>>,
 }
 
-/// Starts the thread that decodes large frames, one at a time. Ends when nobody can send any more.
+/// Starts the thread that decodes large frames, one at a time. Ends when all senders are dropped.
 fn decode_large<T: DeserializeOwned + Send + 'static>() -> std::io::Result<mpsc::Sender<Large<T>>> {
     let (sender, mut waiting) = mpsc::channel::<Large<T>>(1);
     std::thread::Builder::new().name("large".to_owned()).spawn(move || {
         give_way();
         while let Some(Large { frame, answer }) = waiting.blocking_recv() {
-            // an error is that of a connection that has ended
+            // an error means that the connection has ended
             drop(answer.send(decode(&frame)));
         }
     })?;
     Ok(sender)
 }
 
-/// Lowers the priority of this thread: what it does may wait where processors are short, inference may not.
+/// Lowers the priority of this thread: its work may wait when processors are busy, inference may not.
 fn give_way() {
     if let Err(error) = setpriority_process(Some(gettid()), NICENESS) {
         tracing::debug!("a thread in the background keeps its priority: {error}");
@@ -390,14 +390,14 @@ fn give_way() {
 
 fn report(admission: &Admission, fault: &Fault) {
     match fault {
-        // a client that leaves is no fault
+        // a client that disconnects is not a fault
         Fault::Left | Fault::Io(_) => tracing::debug!("a connection from {} ended: {fault}", admission.address),
         Fault::Handshake(_) => tracing::debug!("closed a connection from {}: {fault}", admission.address),
         fault => tracing::warn!("closed a connection from {}: {fault}", admission.address),
     }
 }
 
-/// The sending half of a ROUTER; cheap to clone.
+/// Sending half of a ROUTER; cheap to clone.
 #[derive(Clone)]
 pub struct RouterSender {
     peers: Peers,
@@ -411,18 +411,18 @@ impl fmt::Debug for RouterSender {
 }
 
 impl RouterSender {
-    /// Queues a message for a peer and returns at once. A peer that takes too little of what is sent to it is disconnected; its
+    /// Queues a message for a peer and returns at once. A peer whose outbox overflows is disconnected; its
     /// [`RouterEvent::Gone`] follows.
     ///
     /// # Errors
-    /// The peer is gone or too slow, or the message is too long.
+    /// The peer is disconnected or too slow, or the message is too long.
     pub fn send<M: Serialize>(&self, peer: Peer, message: &M) -> Result<(), SocketError> {
         let frame = encode(message)?;
         let outbox = lock(&self.peers).get(&peer.0).map(Arc::clone);
         let outbox = outbox.ok_or(SocketError::Disconnected)?;
         let sent = outbox.send(frame);
         if outbox.is_too_much_for_all() {
-            // the peer that has taken nothing for longest makes room
+            // disconnect the peer that has accepted no bytes for longest
             let slowest = lock(&self.peers)
                 .values()
                 .filter_map(|outbox| Some((outbox.waiting_since()?, outbox)))
@@ -438,29 +438,29 @@ impl RouterSender {
         })
     }
 
-    /// Hears a peer again after `time` only, as one that asks for more than can be served.
+    /// Stops reading from a peer for `time`, for a peer that requests more than can be served.
     pub fn rest(&self, peer: Peer, time: Duration) {
         if let Some(outbox) = lock(&self.peers).get(&peer.0) {
             outbox.rest(time);
         }
     }
 
-    /// Bytes that wait to be sent to a peer; 0 when it is gone.
+    /// Returns the number of bytes queued for a peer; 0 if the peer is disconnected.
     pub fn queued_bytes(&self, peer: Peer) -> usize {
         lock(&self.peers).get(&peer.0).map_or(0, |outbox| outbox.queued_bytes())
     }
 
-    /// Counts of connections.
+    /// Returns the connection counts.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 }
 
-/// The receiving half of a ROUTER; dropping it closes the endpoint and all connections.
+/// Receiving half of a ROUTER; dropping the half closes the endpoint and all connections.
 pub struct RouterReceiver<T> {
     inbox: Arc<Inbox<Entry<T>>>,
     gate: Arc<Gate>,
-    /// Dropping it closes the door.
+    /// Dropping this sender stops the thread that accepts connections.
     _closing: oneshot::Sender<()>,
 }
 
@@ -471,7 +471,7 @@ impl<T> fmt::Debug for RouterReceiver<T> {
 }
 
 impl<T> RouterReceiver<T> {
-    /// Waits for the next frame or the next end of a connection; peers are heard in turn. Safe to cancel.
+    /// Waits for the next frame or the next end of a connection; takes peers in turn. Safe to cancel.
     pub async fn receive(&mut self) -> RouterEvent<T> {
         let (peer, entry) = self.inbox.next().await;
         match entry.frame {

@@ -1,4 +1,4 @@
-//! A ROUTER and a DEALER against peers that speak ZMTP by hand, well-behaved and hostile.
+//! Tests of ROUTER and DEALER against well-behaved and hostile peers that write ZMTP byte by byte.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::{
     zmtp::{self, GREETING_BYTES, SocketType, frame_header, message_header},
 };
 
-/// Long enough for anything that happens at all.
+/// Time limit of every expected event.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn quick() -> Limits {
@@ -33,7 +33,7 @@ async fn router(limits: Limits) -> (RouterSender, RouterReceiver<String>, String
     bind_router("tcp://127.0.0.1:0", limits).await.expect("a free port")
 }
 
-/// A peer whose every byte the test chooses.
+/// Peer whose every byte the test chooses.
 struct Raw {
     stream: TcpStream,
     seen: Vec<u8>,
@@ -91,7 +91,7 @@ impl Raw {
         self.seen.drain(..count).collect()
     }
 
-    /// The next frame's body; `None` when the connection ends.
+    /// Returns the body of the next frame; `None` when the connection ends.
     async fn frame(&mut self) -> Option<Vec<u8>> {
         loop {
             if let Some((header, length)) = frame_header(&self.seen).expect("a sound header") {
@@ -127,7 +127,7 @@ async fn message(receive: &mut RouterReceiver<String>) -> (Peer, String) {
     }
 }
 
-/// Waits until so many connections were closed for a reason: a peer sees the end a moment before it is counted.
+/// Waits until `expected` connections were closed for `reason`: a peer sees the end shortly before the counter changes.
 async fn closed(send: &RouterSender, reason: Closed, expected: u64) {
     let count = || {
         send.counters()
@@ -145,7 +145,7 @@ async fn closed(send: &RouterSender, reason: Closed, expected: u64) {
     assert_eq!(count(), expected, "{reason:?} of {:?}", send.counters());
 }
 
-/// A well-behaved peer is answered; what the test before did to the endpoint has not harmed it.
+/// Asserts that the endpoint answers a well-behaved peer after the preceding test steps.
 async fn serves(endpoint: &str, send: &RouterSender, receive: &mut RouterReceiver<String>) {
     let mut peer = Raw::open(endpoint).await;
     peer.say("are you there").await;
@@ -161,7 +161,7 @@ async fn serves(endpoint: &str, send: &RouterSender, receive: &mut RouterReceive
     assert_eq!(peer.hears().await, "yes");
 }
 
-/// Bytes as large as one likes; texts have a limit of their own.
+/// Byte string of any length; texts have a limit of their own.
 #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 struct Bytes(#[serde(with = "serde_bytes")] Vec<u8>);
 
@@ -170,7 +170,7 @@ async fn a_dealer_and_a_router_talk_both_ways() {
     let bound = bind_router::<Bytes>("tcp://127.0.0.1:0", Limits::default()).await;
     let (send, mut receive, endpoint) = bound.expect("a free port");
     let (mut out, mut back) = connect_dealer(&endpoint).await.expect("connected");
-    // short, long and more than a socket takes at once
+    // short, long and more than a socket accepts at once
     for size in [0, 1, 255, 256, 100_000, 8 << 20] {
         let sent = Bytes(vec![7; size]);
         out.send(&sent).await.expect("sent");
@@ -355,7 +355,7 @@ async fn a_message_that_does_not_arrive_ends_its_connection() {
         peer.write(started).await;
         peer.is_closed().await;
     }
-    // one that comes too slowly: a byte now and then, for as long as the other side takes it
+    // a message that arrives too slowly: single bytes for as long as the other side accepts them
     let mut peer = Raw::open(&endpoint).await;
     peer.write(&[2, 0, 0, 0, 0, 0, 16, 0, 0]).await;
     let begun = Instant::now();
@@ -425,7 +425,7 @@ async fn a_peer_that_takes_nothing_for_long_is_disconnected() {
     let mut deaf = Raw::open(&endpoint).await;
     deaf.say("answer me").await;
     let (peer, _) = message(&mut receive).await;
-    // more than both sockets hold, less than may wait
+    // more than both sockets hold, less than the queue limit
     send.send(peer, &"x".repeat(30 << 20)).expect("queued");
     assert!(matches!(event(&mut receive).await, RouterEvent::Gone(gone) if gone == peer));
     closed(&send, Closed::Slow, 1).await;
@@ -491,7 +491,7 @@ async fn a_flood_does_not_hold_up_the_others() {
     for _ in 0..200 {
         flood.say("flood").await;
     }
-    // the flood waits before anybody is heard
+    // the flood is queued before any message is received
     let (first, _) = message(&mut receive).await;
     quiet.say("quiet").await;
     let mut before = 0;

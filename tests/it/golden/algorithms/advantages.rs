@@ -77,8 +77,8 @@ fn check_grpo(case: &Case<'_>, coverage: &mut Coverage) {
     }
 }
 
-/// What the reference records as `reinpp`, from its cause: the reward's step is taken from the mirrored environment's
-/// first valid step, the penalty is clamped at 10, and the normalisation divides by the biased deviation.
+/// Reproduces the reference's `reinpp` from its cause. The reward's step is the mirrored environment's first valid step, the penalty is
+/// clamped at 10, and the normalization divides by the biased deviation.
 fn reference_reinpp(layout: Layout, rewards: &[f32], mask: &[bool], penalty: &[f64]) -> Vec<f32> {
     let mut to_go = vec![0.0f64; layout.len()];
     for (env, reward) in rewards.iter().enumerate() {
@@ -110,8 +110,8 @@ fn reference_reinpp(layout: Layout, rewards: &[f32], mask: &[bool], penalty: &[f
         .collect()
 }
 
-/// REINFORCE++ as the paper has it: the reward at the end of the sample's own valid steps, less the penalty, to go;
-/// normalised over the batch by the unbiased deviation. The reference's defects are stated with both numbers.
+/// Checks REINFORCE++ of the paper: the reward to go, with the reward at the end of the sample's own valid steps, less the penalty.
+/// Advantages are normalized over the batch by the unbiased deviation. The reference's defects are stated with both numbers.
 fn check_reinpp(case: &Case<'_>, coverage: &mut Coverage) {
     let mask_array = case.array("in.loss_mask");
     let (layout, mask) = (Layout::of(&mask_array), mask_array.bool());
@@ -216,7 +216,7 @@ fn check_reinpp(case: &Case<'_>, coverage: &mut Coverage) {
 fn advantages_agree_with_the_reference() {
     run(
         "rlinf_advantages",
-        // multi-turn agents, video generators, distillation from a teacher
+        // for multi-turn agents, video generators, distillation from a teacher
         &["grpo_dynamic", "grpo_video", "opd"],
         |case, coverage| {
             let name = case.spec["fn"]

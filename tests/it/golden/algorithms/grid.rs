@@ -1,6 +1,5 @@
-//! The reference's lock-step layout: row-major `[steps, envs]` arrays with a column per environment, and chunks in
-//! `[chunks, envs, width]`. Ours are episodes: here columns are cut into them, and what the product's estimators say of them is laid out
-//! as a grid again.
+//! The reference's lock-step layout: row-major `[steps, envs]` arrays with a column per environment, and chunks in `[chunks, envs, width]`.
+//! Ours are episodes. Here columns are cut into episodes, and the estimates of the library are laid out as a grid again.
 
 use std::ops::Range;
 
@@ -31,19 +30,19 @@ impl Layout {
 pub(super) struct Span {
     pub(super) env: usize,
     pub(super) steps: Range<usize>,
-    /// Whether it ended; else the grid ended before it.
+    /// Whether the episode ended; otherwise the grid ended before the episode.
     ended: bool,
 }
 
 impl Span {
-    /// What a grid says of the episode.
+    /// Returns a grid's values of the episode.
     fn column<'a, T: Copy>(&'a self, layout: Layout, grid: &'a [T]) -> impl Iterator<Item = T> + 'a {
         self.steps.clone().map(move |step| grid[step * layout.envs + self.env])
     }
 }
 
-/// Every environment's episodes in time. Row `t + 1` of `dones` says whether step `t` was an episode's last; row 0, of what was before
-/// the grid, is not read.
+/// Returns every environment's episodes in the order of time. Row `t + 1` of `dones` marks whether step `t` was an episode's last; row 0
+/// belongs to the time before the grid and is not read.
 pub(super) fn episodes(layout: Layout, dones: &[bool]) -> Vec<Span> {
     assert_eq!(dones.len(), layout.len() + layout.envs);
     let mut spans = Vec::new();
@@ -61,14 +60,14 @@ pub(super) fn episodes(layout: Layout, dones: &[bool]) -> Vec<Span> {
     spans
 }
 
-/// The first episode of every environment: what the reference's loss masks leave of a column.
+/// Returns the first episode of every environment, the part of a column within the reference's loss masks.
 pub(super) fn first_episodes(layout: Layout, dones: &[bool]) -> Vec<Span> {
     let mut spans = episodes(layout, dones);
     spans.retain(|span| span.steps.start == 0);
     spans
 }
 
-/// What there is for each step of every episode as a grid, with the default outside of them.
+/// Returns the values of each step of every episode as a grid, with the default outside of episodes.
 pub(super) fn lay_out<T: Copy + Default>(layout: Layout, spans: &[Span], per_step: &[Vec<T>]) -> Vec<T> {
     assert_eq!(spans.len(), per_step.len());
     let mut grid = vec![T::default(); layout.len()];
@@ -81,21 +80,21 @@ pub(super) fn lay_out<T: Copy + Default>(layout: Layout, spans: &[Span], per_ste
     grid
 }
 
-/// The steps of these episodes.
+/// Returns the mask of these episodes' steps.
 pub(super) fn mask_of(layout: Layout, spans: &[Span]) -> Vec<bool> {
     let per_step: Vec<Vec<bool>> = spans.iter().map(|span| vec![true; span.steps.len()]).collect();
     lay_out(layout, spans, &per_step)
 }
 
-/// What a grid's episodes are estimated from.
+/// Inputs of the estimators for a grid's episodes.
 pub(super) struct Recorded<'a> {
     pub(super) layout: Layout,
-    /// `[steps, envs]`.
+    /// Rewards `[steps, envs]`.
     pub(super) rewards: &'a [f32],
-    /// `[steps + 1, envs]`, or empty without a critic. An end counts as terminal; only an episode that is still open at the grid's end
-    /// goes on, from the last row.
+    /// Values `[steps + 1, envs]`, or empty without a critic. An end counts as terminal; only an episode that is open at the grid's end is
+    /// bootstrapped, from the last row.
     pub(super) values: &'a [f32],
-    /// A group is this many environments in a row.
+    /// Consecutive environments of a group.
     pub(super) group_size: usize,
 }
 
@@ -130,7 +129,7 @@ impl Recorded<'_> {
         of(&episodes)
     }
 
-    /// Advantages and returns by the product's estimator of this name, as grids.
+    /// Returns advantages and returns by the library's estimator of this name, as grids.
     pub(super) fn estimate(&self, name: &str, settings: EstimatorSettings, spans: &[Span]) -> Result<Advantages> {
         let estimate = estimator(name).unwrap_or_else(|| panic!("no estimator `{name}`"));
         let estimated = self.with_episodes(spans, |episodes| estimate(episodes, settings))?;
@@ -141,14 +140,14 @@ impl Recorded<'_> {
         })
     }
 
-    /// The score of every episode.
+    /// Returns the score of every episode.
     pub(super) fn scores(&self, spans: &[Span]) -> Vec<f32> {
         self.with_episodes(spans, |episodes| episodes.iter().map(Episode::score).collect())
     }
 }
 
-/// Advantages by an estimator that reads nothing but the episodes' scores: one episode per environment, as many steps as the mask has.
-/// Where the mask is not set they are 0, as in the reference.
+/// Returns advantages by an estimator that reads only the episodes' scores, with one episode per environment and the mask's number of
+/// steps. Advantages are 0 where the mask is not set, as in the reference.
 pub(super) fn of_scores(name: &str, scores: &[f32], mask: &Array, group_size: usize) -> Result<Vec<f32>> {
     let layout = Layout::of(mask);
     // in the last step
@@ -174,7 +173,7 @@ pub(super) fn of_scores(name: &str, scores: &[f32], mask: &Array, group_size: us
     Ok(advantages)
 }
 
-/// `[chunks, envs, width]` as `[chunks * width, envs]`: time runs through each chunk.
+/// Converts `[chunks, envs, width]` to `[chunks * width, envs]`; time runs through each chunk.
 pub(super) fn steps_of<T: Copy>(shape: &[usize], chunks: &[T]) -> Vec<T> {
     let (envs, width) = (shape[1], shape[2]);
     (0..chunks.len())
@@ -183,7 +182,7 @@ pub(super) fn steps_of<T: Copy>(shape: &[usize], chunks: &[T]) -> Vec<T> {
         .collect()
 }
 
-/// The inverse of [`steps_of`]; `shape` is that of the chunks.
+/// Inverts [`steps_of`]; `shape` is the shape of the chunks.
 pub(super) fn chunks_of<T: Copy>(shape: &[usize], steps: &[T]) -> Vec<T> {
     let (envs, width) = (shape[1], shape[2]);
     (0..steps.len())

@@ -1,4 +1,4 @@
-//! Functions that the losses are made of.
+//! Parts of the losses.
 
 use learner::{
     advantage::normalize,
@@ -36,7 +36,7 @@ fn loss_helpers_agree_with_the_reference() {
                 }
             }
             "masked_mean_ratio" => {
-                // the reference is given length over longest length
+                // the reference reads the length over the longest length
                 let (values, mask) = (case.input("values"), case.input("mask"));
                 let longest = 1e6;
                 let lengths = case.input("loss_mask_ratio") * longest;
@@ -71,7 +71,7 @@ fn loss_helpers_agree_with_the_reference() {
                 case.close("explained variance", sums.value().unwrap(), case.scalar("out.out"));
             }
             "kl_penalty" if matches!(case.text("kl_penalty"), "k3" | "low_var_kl") => {
-                // the reference is given reference and present policy, ours the log-ratio
+                // the reference reads reference and current policy, ours the log-ratio
                 let ours = floats(&k3(&(case.input("ref_logprob") - case.input("logprob"))));
                 let recorded = case.array("out.out").data;
                 for (got, want) in ours.iter().zip(&recorded) {

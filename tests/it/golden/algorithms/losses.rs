@@ -26,12 +26,12 @@ pub(super) fn actor_settings(case: &Case<'_>) -> ActorSettings {
     }
 }
 
-/// Plain loop in f64 over the elements of one policy loss: the oracle of our metrics and, with the reference's
-/// denominators, of the recorded ones.
+/// Sums of a plain f64 loop over the elements of one policy loss: the oracle of our metrics and, with the reference's denominators, of the
+/// recorded metrics.
 pub(super) struct ActorOracle {
     metrics: BTreeMap<&'static str, f64>,
     reference: BTreeMap<&'static str, f64>,
-    /// Valid elements over set mask entries: by how much the reference's sums are too large.
+    /// Valid elements over set mask entries, the factor by which the reference's sums are too large.
     pub(super) excess: f64,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
         let log_ratio = settings
             .clip_log_ratio
             .map_or(moved, |(low, high)| moved.clamp(low, high));
-        // f32, as both programs have it: an overflow is infinite here too
+        // f32, as in both programs: an overflow is infinite here too
         let ratio = f64::from((log_ratio as f32).exp());
         let clipped_ratio = ratio.clamp(1.0 - settings.clip_ratio_low, 1.0 + settings.clip_ratio_high);
         let (unclipped, clipped) = (-advantage[at] * ratio, -advantage[at] * clipped_ratio);
@@ -100,7 +100,7 @@ pub(super) fn actor_oracle(input: &ActorInput<'_>, settings: &ActorSettings) -> 
         ("approx_kl", mean("clamped_k1") * excess),
         ("clip_fraction", mean("clip_fraction") * excess),
     ]);
-    // with weights by episode that mean is another one
+    // with weights by episode that mean differs
     if settings.episode_steps.is_none() {
         reference.insert("policy_loss_abs", mean("policy_loss_abs") * excess);
     }
@@ -132,7 +132,7 @@ pub(super) fn check_actor_metrics(case: &Case<'_>, oracle: &ActorOracle, ours: &
     }
 }
 
-/// The line that states the two estimates of the KL where a clamp of the log-ratio parts them: ours is of the policy, not of the clamp.
+/// Returns the line with both estimates of the KL if a clamp of the log-ratio makes them differ; ours is of the policy, not of the clamp.
 pub(super) fn clamped_kl(case: &Case<'_>, oracle: &ActorOracle) -> Option<String> {
     let (clamped, ours) = (
         oracle.reference["approx_kl"] / oracle.excess,
@@ -285,7 +285,7 @@ fn check_decoupled(case: &Case<'_>, coverage: &mut Coverage) {
     ours.loss.backward();
     let excess = actor_oracle(&input, &settings).excess;
     let dropped = ours.metrics.behaviour_clip_fraction;
-    // the reference divides by the elements that are left, ours by all valid ones
+    // the reference divides by the remaining elements, ours by all valid elements
     let factor = excess / (1.0 - dropped);
     check_loss(case, &ours.loss, &tensors.logprob, "out.grad.logprobs", factor);
     case.close(
@@ -307,7 +307,7 @@ fn check_decoupled(case: &Case<'_>, coverage: &mut Coverage) {
     check_decoupled_metrics(case, &ours.metrics, excess);
 }
 
-/// Metrics of decoupled PPO that ours has too: over the valid elements, where none of them was dropped.
+/// Compares the metrics of decoupled PPO that ours also has, over the valid elements, if no element was dropped.
 pub(super) fn check_decoupled_metrics(case: &Case<'_>, ours: &ActorMetrics, excess: f64) {
     if ours.behaviour_clip_fraction > 0.0 {
         return;
@@ -322,8 +322,8 @@ pub(super) fn check_decoupled_metrics(case: &Case<'_>, ours: &ActorMetrics, exce
     }
 }
 
-/// Reference's `value_clip_ratio`: the share of clipped values, masked ones too, that lie outside the clip. Only rounding
-/// puts any there.
+/// Returns the reference's `value_clip_ratio`: the share of clipped values outside the clip, including masked values. Only rounding puts a
+/// value there.
 fn reference_value_clip_ratio(input: &CriticInput<'_>, clip: f64) -> f64 {
     tch::no_grad(|| {
         let clipped = input.old_value + (input.value - input.old_value).clamp(-clip, clip);
@@ -346,7 +346,7 @@ fn true_value_clip_fraction(input: &CriticInput<'_>, clip: f64) -> f64 {
     outside.count() as f64 / valid.max(1.0)
 }
 
-/// Critic metrics of a case; returns the line that states the two clip shares where they differ.
+/// Compares the critic metrics of a case; returns the line with both clip shares if they differ.
 pub(super) fn check_critic_metrics(
     case: &Case<'_>,
     input: &CriticInput<'_>,

@@ -1,5 +1,5 @@
-//! Advantages, losses, optimizer and schedules against the recorded reference. Where the reference is wrong, both
-//! numbers are stated: the recorded one is reproduced from its cause by a few lines here, ours is the library's.
+//! Compares advantages, losses, optimizer and schedules with the recorded reference. Where the reference is wrong, both numbers are stated:
+//! a few lines here reproduce the recorded number from its cause, and ours is the library's.
 #![expect(
     clippy::expect_used,
     clippy::float_cmp,
@@ -84,7 +84,8 @@ impl Case<'_> {
     }
 }
 
-/// Equal within [`ABS`] of a number of order 1; large ones (an overflowing ratio) to the same number of digits.
+/// Returns whether two numbers are equal within [`ABS`] of a number of order 1; large numbers (an overflowing ratio) to the same number of
+/// digits.
 fn same(got: f64, want: f64) -> bool {
     (got.is_nan() && want.is_nan()) || got == want || (got - want).abs() <= ABS * want.abs().max(1.0)
 }
@@ -106,7 +107,7 @@ fn as_floats(flags: &[bool]) -> Vec<f32> {
     flags.iter().map(|flag| f32::from(u8::from(*flag))).collect()
 }
 
-/// What became of the cases of one file. Every case is in exactly one list.
+/// Results of the cases of one file. Every case is in exactly one list.
 #[derive(Default)]
 struct Coverage {
     same: Vec<String>,
@@ -121,7 +122,7 @@ impl Coverage {
     fn not_offered(&mut self, case: &Case<'_>, function: &str) {
         self.not_offered.push((case.id.clone(), function.to_owned()));
     }
-    /// Prints the counts; `not_offered` are the functions of the file that belong to other policies than ours, sorted.
+    /// Prints the counts; `not_offered` are the file's functions of other policies than ours, sorted.
     fn finish(self, stem: &str, total: usize, not_offered: &[&str]) {
         println!(
             "golden {stem}: {total} cases, {} equal, {} differ on purpose, {} not offered: {:?}",
@@ -134,7 +135,7 @@ impl Coverage {
             println!("  {case}: {why}");
         }
         crate::differences::check_cases(stem, &self.differs);
-        // another set may lack a function, and may have none that this list does not name
+        // another set may lack a function, but must not have one that this list does not name
         let listed = not_offered.iter().copied().collect::<BTreeSet<_>>();
         let left_out: BTreeSet<&str> = self.not_offered.iter().map(|(_, function)| function.as_str()).collect();
         assert!(
@@ -149,7 +150,7 @@ impl Coverage {
     }
 }
 
-/// Runs `check` on every case of a golden file; it says what became of the case in the coverage.
+/// Runs `check` on every case of a golden file; `check` enters the result of the case into the coverage.
 fn run(stem: &str, not_offered: &[&str], mut check: impl FnMut(&Case<'_>, &mut Coverage)) {
     let golden = Golden::open(stem);
     let all = golden_cases(stem);

@@ -49,7 +49,7 @@ fn check_adamw(case: &Case<'_>) {
             .map(|step| case.array(&format!("out.p{step}.{name}")).data)
             .collect::<Vec<_>>()
     };
-    // where a recording shows one state at every step, its tensors are views of the last one: only that is a fact
+    // if a recording shows one state at every step, its tensors are views of the last state, and only the last state is compared
     let recorded_each = names
         .iter()
         .any(|name| states(name).windows(2).any(|pair| pair[0] != pair[1]));
@@ -94,7 +94,7 @@ fn check_adamw(case: &Case<'_>) {
     }
 }
 
-/// `AdamW` as a plain loop in f64, by parameter name.
+/// State of a plain f64 loop of `AdamW`, by parameter name.
 #[derive(Default)]
 struct AdamWOracle(BTreeMap<String, OracleState>);
 
@@ -142,7 +142,7 @@ fn check_schedule(case: &Case<'_>, coverage: &mut Coverage) {
     let total_steps = case.need("num_training_steps") as u64;
     let warmup_steps = case.need("num_warmup_steps") as u64;
     let recorded = case.array("out.lr").data;
-    // f64 on both sides: what is left is the order of the operations
+    // f64 on both sides: only the order of the operations differs
     let check = |schedule: Schedule, until: usize| {
         for (step, lr) in recorded.iter().take(until).enumerate() {
             let ours = base_lr * schedule.factor(step as u64);

@@ -13,8 +13,8 @@ use super::{
     run,
 };
 
-/// Which steps or, at the chunk level, which chunks were an episode's last, of `[chunks + 1, envs, width]` flags; a row more than there
-/// are steps.
+/// Returns which steps or, at the chunk level, which chunks were an episode's last, from `[chunks + 1, envs, width]` flags; one row more
+/// than steps.
 fn ends(dones: &Array, chunk_level: bool) -> (Layout, Vec<bool>) {
     let (envs, width) = (dones.shape[1], dones.shape[2]);
     let rows = if chunk_level {
@@ -27,7 +27,7 @@ fn ends(dones: &Array, chunk_level: bool) -> (Layout, Vec<bool>) {
     (Layout { steps, envs }, rows)
 }
 
-/// Rewards `[chunks, envs, width]` of steps or, at the chunk level, of chunks.
+/// Returns the rewards of steps or, at the chunk level, of chunks, from `[chunks, envs, width]`.
 fn rewards_of(rewards: &Array, chunk_level: bool) -> Vec<f32> {
     if chunk_level {
         let chunks = rewards.f32();
@@ -40,14 +40,14 @@ fn rewards_of(rewards: &Array, chunk_level: bool) -> Vec<f32> {
     }
 }
 
-/// Steps of the first episodes of `[chunks + 1, envs, width]` flags, one number per environment.
+/// Returns the number of steps of each environment's first episode, from `[chunks + 1, envs, width]` flags.
 fn first_lengths(dones: &Array) -> Vec<f32> {
     let (layout, ends) = ends(dones, false);
     let first = first_episodes(layout, &ends);
     first.iter().map(|span| span.steps.len() as f32).collect()
 }
 
-/// A number per environment for every element of an array `[chunks, envs, width]`.
+/// Repeats a number per environment for every element of an array `[chunks, envs, width]`.
 fn repeated(per_env: &[f32], shape: &[usize]) -> Vec<f32> {
     (0..shape.iter().product())
         .map(|at| per_env[at / shape[2] % shape[1]])
@@ -76,7 +76,7 @@ fn check_pipeline(case: &Case<'_>) {
         case.close_array("out.pre.values", &rows);
         rows
     });
-    // what the reference masks is what is after the first episodes
+    // the reference masks the steps after the first episodes
     let first = first_episodes(layout, &ends);
     let mask = case.has("in.loss_mask").then(|| {
         let mask = mask_of(layout, &first);
@@ -117,7 +117,7 @@ fn check_pipeline(case: &Case<'_>) {
     }
 }
 
-/// The group filter. The reference first puts rollouts that followed one another side by side; that is read as recorded.
+/// Checks the group filter. The reference first puts consecutive rollouts side by side; this result is read as recorded.
 fn check_preprocess(case: &Case<'_>) {
     let chunk_level = case.text("reward_type") == "chunk_level";
     let dones = case.array("out.dones");

@@ -1,4 +1,4 @@
-//! Whole losses of the registry, by level of the log-probability.
+//! Complete losses of the registry, by level of the log-probability.
 
 use integration_tests::assert_close_relative;
 use learner::loss::{

@@ -1,28 +1,28 @@
-//! From modules to arrows: every import and path resolved to the module that defines what it names.
+//! From modules to arrows: every import and path is resolved to the module of the definition.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::source::Module;
 
-/// What one module uses of another: each name with the line of its first use and that of its definition.
+/// Names that one module uses of another, each with the lines of its first use and of its definition.
 pub(crate) type Uses = BTreeMap<String, (usize, usize)>;
 
-/// All uses, by the numbers of the module that uses and the module that is used.
+/// All uses, by the numbers of the using and the used module.
 pub(crate) type Arrows = BTreeMap<(usize, usize), Uses>;
 
-/// Where a path leads.
+/// Target of a path.
 enum Target {
     Module(usize),
     Item { module: usize, name: String, line: usize },
 }
 
-/// Names that are being looked up: an import may lead to itself.
+/// Names whose lookup is in progress: an import may lead to itself.
 type Open = BTreeSet<(usize, String)>;
 
 /// Returns the arrows between the modules of one crate.
 ///
-/// A module that re-exports what its descendants define does not use them by that, and a path that leads through a re-export leads to the
-/// definition. What a macro defines counts as defined in the first line of the module that is named.
+/// A re-export of a descendant's definition is not a use, and a path through a re-export leads to the definition. An item that a macro
+/// defines counts as defined in the first line of the named module.
 pub(crate) fn arrows(modules: &[Module]) -> Arrows {
     let mut arrows = Arrows::new();
     for (from, module) in modules.iter().enumerate() {
@@ -56,12 +56,12 @@ pub(crate) fn arrows(modules: &[Module]) -> Arrows {
     arrows
 }
 
-/// Returns a module and all that hold it, from itself to the root.
+/// Returns a module and its ancestors, up to the root.
 pub(crate) fn ancestors(modules: &[Module], module: usize) -> Vec<usize> {
     std::iter::successors(Some(module), |module| modules[*module].parent).collect()
 }
 
-/// Follows a path from a module; `None` where it leaves the crate.
+/// Follows a path from a module; `None` for a path out of the crate.
 fn resolve(modules: &[Module], from: usize, path: &[String], open: &mut Open) -> Option<Target> {
     let (first, mut rest) = path.split_first()?;
     let mut at = match first.as_str() {
@@ -87,7 +87,7 @@ fn item(module: usize, name: &str, line: usize) -> Target {
     Target::Item { module, name, line }
 }
 
-/// Finds a name in a module. The last name of a path is an item rather than a module, another one a module rather than an item.
+/// Finds a name in a module. The last name of a path prefers an item to a module; earlier names prefer a module.
 fn find(modules: &[Module], module: usize, name: &str, last: bool, open: &mut Open) -> Option<Target> {
     if !open.insert((module, name.to_owned())) {
         return None;
@@ -111,7 +111,7 @@ fn find(modules: &[Module], module: usize, name: &str, last: bool, open: &mut Op
             .imports
             .iter()
             .find(|import| import.name.as_deref() == Some(name))?;
-        // what comes from another crate is at home where it is imported
+        // an item of another crate counts as defined at its import
         let foreign = item(module, name, import.line);
         Some(resolve(modules, module, &import.path, open).unwrap_or(foreign))
     };

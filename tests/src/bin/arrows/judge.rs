@@ -7,15 +7,15 @@ use crate::{
     source::Module,
 };
 
-/// Names that are shown for one arrow at most.
+/// Largest number of names that are shown for one arrow.
 const SHOWN: usize = 4;
 
-/// What the rules say of a crate.
+/// Result of the rules for a crate.
 #[derive(Debug)]
 pub(crate) struct Verdict {
-    /// Direction of the arrows along the lists of modules, for a person.
+    /// Direction of the arrows along the lists of modules, as text.
     pub(crate) direction: String,
-    /// Broken rules.
+    /// Violations of the rules.
     pub(crate) errors: Vec<String>,
 }
 
@@ -54,13 +54,13 @@ pub(crate) fn judge(modules: &[Module], arrows: &Arrows) -> Verdict {
 struct Step {
     arrow: (usize, usize),
     list: usize,
-    /// Place in the list of the module that uses.
+    /// Place in the list of the using module.
     from: usize,
-    /// Place in the list of the module that is used.
+    /// Place in the list of the used module.
     to: usize,
 }
 
-/// Returns the arrows between modules that have the same parent, or whose ancestors have.
+/// Returns the arrows between modules with a common parent, and between modules whose ancestors have a common parent.
 fn steps(modules: &[Module], arrows: &Arrows) -> Vec<Step> {
     let mut steps = Vec::new();
     for &(user, used) in arrows.keys() {
@@ -72,7 +72,7 @@ fn steps(modules: &[Module], arrows: &Arrows) -> Vec<Step> {
                 ends => break ends,
             }
         };
-        // one of them holds the other: a parent is in no list with its children
+        // one module holds the other: a parent is in no list with its children
         let (Some(from), Some(to)) = (from, to) else { continue };
         let place = |module| modules[list].children.iter().position(|child| *child == module);
         let (Some(from), Some(to)) = (place(from), place(to)) else {
@@ -123,7 +123,7 @@ fn circles(modules: &[Module], arrows: &Arrows) -> Vec<String> {
     errors
 }
 
-/// Returns a line that names both files of an arrow, what is used, and where.
+/// Returns a line with both files of an arrow, the used names and their lines.
 fn shown(modules: &[Module], (user, used): (usize, usize), uses: &Uses) -> String {
     let (user, used) = (modules[user].file.display(), modules[used].file.display());
     let name =

@@ -1,6 +1,6 @@
 //! `arrows`: fails when files of a crate of this workspace use each other in a circle, or against the order of the modules.
 //!
-//! `scripts/check` runs this program. Method calls are not seen, only what is named: imports, paths, macros, attributes.
+//! `scripts/check` runs this program. Only names are seen (imports, paths, macros, attributes), not method calls.
 
 use std::{
     io::Write,
@@ -21,7 +21,7 @@ mod tests;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
-    /// Folder of the workspace; default: the current one.
+    /// Folder of the workspace; default: the current folder.
     workspace: Option<PathBuf>,
 }
 

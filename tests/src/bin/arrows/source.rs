@@ -1,4 +1,4 @@
-//! The modules of a crate as written: what each one declares, imports and mentions. Code that only tests compile is left out.
+//! The modules of a crate as written, with declarations, imports and mentions. Code that only tests compile is excluded.
 
 use std::path::{Path, PathBuf};
 
@@ -27,9 +27,9 @@ const SERDE_PATHS: [&str; 9] = [
 /// A `use` of one name.
 #[derive(Debug)]
 pub(crate) struct Import {
-    /// Name that is bound here; `None` for a glob.
+    /// Bound name; `None` for a glob.
     pub(crate) name: Option<String>,
-    /// Path that is imported, as written.
+    /// Imported path, as written.
     pub(crate) path: Vec<String>,
     /// Line in the file.
     pub(crate) line: usize,
@@ -59,20 +59,20 @@ pub(crate) struct Module {
     pub(crate) parent: Option<usize>,
     /// Children in the order of their declarations.
     pub(crate) children: Vec<usize>,
-    /// Items that are defined here, each with its line.
+    /// Defined items, each with its line.
     pub(crate) items: Vec<(String, usize)>,
     /// All `use` of the module.
     pub(crate) imports: Vec<Import>,
     /// All paths of the module outside of `use`.
     pub(crate) mentions: Vec<Mention>,
-    /// Folder of the files of its children.
+    /// Folder of the children's files.
     folder: PathBuf,
 }
 
-/// Reads the modules of a crate from its root file; the root is the first of them.
+/// Reads the modules of a crate from its root file; the root is the first module.
 ///
 /// # Errors
-/// A file is missing or is not Rust.
+/// A file is missing or is not valid Rust.
 pub(crate) fn modules(root: &Path) -> anyhow::Result<Vec<Module>> {
     let mut reader = Reader {
         modules: Vec::new(),
@@ -131,7 +131,7 @@ impl Reader {
         }
     }
 
-    /// Reads a module with a body, or the file of one without.
+    /// Reads a module with a body, or the file of a module without a body.
     fn read_module(&mut self, item: &ItemMod) -> anyhow::Result<()> {
         let name = item.ident.unraw().to_string();
         let parent = &self.modules[self.current];
@@ -310,7 +310,7 @@ fn line(spanned: &impl Spanned) -> usize {
     spanned.span().start().line
 }
 
-/// Returns whether an attribute leaves code out of every build but that of tests.
+/// Returns whether an attribute excludes code from every build except tests.
 fn only_for_tests(attributes: &[Attribute]) -> bool {
     fn needs_test(tokens: TokenStream) -> bool {
         let tokens: Vec<TokenTree> = tokens.into_iter().collect();

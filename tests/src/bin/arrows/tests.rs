@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::{graph::arrows, judge::judge, source::modules};
 
-/// Returns the direction and the errors of a crate of these files, the root first; folders are left out of the texts.
+/// Returns the direction and the errors of a crate of these files, the root first; folders are removed from the texts.
 fn check(files: &[(&str, &str)]) -> (String, Vec<String>) {
     let folder = tempfile::tempdir().expect("a folder");
     for (name, text) in files {

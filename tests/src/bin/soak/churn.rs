@@ -21,15 +21,15 @@ use integration_tests::{
 
 use crate::shared::{Attacked, end_with_parent, finish, plan, say, scratch};
 
-/// Time without one served connection that counts as a hang.
+/// Time without a served connection after which a phase counts as hung.
 const HANG: Duration = Duration::from_secs(20);
 
-/// What a connection says.
+/// Message of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Frame {
     /// A valid request, which is answered.
     Act,
-    /// Bytes that are no message, which are refused.
+    /// Bytes that are not a message, which are refused.
     Junk,
 }
 
@@ -42,20 +42,20 @@ impl Frame {
     }
 }
 
-/// What `soak churn` is told.
+/// Arguments of `soak churn`.
 #[derive(Debug, Args)]
 pub(crate) struct ChurnArgs {
-    /// Connections of each phase.
+    /// Number of connections of each phase.
     #[arg(default_value_t = 200_000)]
     connections: u64,
-    /// What each connection says.
+    /// Message of each connection.
     #[arg(long, value_enum, default_value_t = Frame::Act)]
     frame: Frame,
     #[command(flatten)]
     attacked: Attacked,
 }
 
-/// What a client is told.
+/// Arguments of a client process.
 #[derive(Debug, Args)]
 pub(crate) struct ServedArgs {
     #[arg(long)]
@@ -66,7 +66,7 @@ pub(crate) struct ServedArgs {
     frame: Frame,
 }
 
-/// `soak served`: one well-behaved churning client; prints served and failed connections twice a second.
+/// Runs `soak served`, one well-behaved churning client; prints served and failed connections twice a second.
 pub(crate) fn served(args: &ServedArgs) -> bool {
     end_with_parent();
     let plan = plan(&std::env::temp_dir());
@@ -83,7 +83,7 @@ pub(crate) fn served(args: &ServedArgs) -> bool {
     };
     let mut said = Instant::now();
     let line = |tally: &Tally| {
-        // junk is served by a refusal or by the end of the connection
+        // a refusal or the end of the connection counts as served for junk
         let refused = tally.refused + tally.closed;
         let served = tally.answered + if junk { refused } else { 0 };
         format!("{served} {}", tally.opened + tally.unopened - served)
@@ -98,7 +98,7 @@ pub(crate) fn served(args: &ServedArgs) -> bool {
     true
 }
 
-/// Runs the phases and prints their table.
+/// Runs the phases, prints their table and returns whether every bound was kept.
 pub(crate) fn run(args: &ChurnArgs) -> bool {
     let scratch = scratch();
     let connections = args.connections;
@@ -195,7 +195,7 @@ fn churn_phase(server: &mut Server, connections: u64, processes: u64, frame: &st
     }
     let seconds = begin.elapsed().as_secs_f64();
     for client in &mut clients {
-        // a client that has ended is only collected
+        // a client that has ended is only reaped
         drop(client.kill());
         client.wait().expect("waiting for a client");
     }

@@ -12,23 +12,23 @@ use integration_tests::{
 
 use crate::shared::{Attacked, end_with_parent, finish, plan, say, scratch};
 
-/// Descriptors of the engine in the attacks on them.
+/// Descriptors of the engine in the attacks on descriptors.
 const SCARCE_DESCRIPTORS: u64 = 1024;
 
 fn names() -> PossibleValuesParser {
     PossibleValuesParser::new(ATTACKS.iter().map(|attack| attack.name))
 }
 
-/// What `soak hostile` is told.
+/// Arguments of `soak hostile`.
 #[derive(Debug, Args)]
 pub(crate) struct HostileArgs {
     /// Seconds of each attack.
     #[arg(default_value_t = 60)]
     seconds: u64,
-    /// Attacks to carry out; default: all.
+    /// Attacks to run; default: all.
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = names())]
     only: Vec<String>,
-    /// Seconds for which the steady client is measured before each attack, without it.
+    /// Seconds of the steady client's measurement before each attack.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     idle_seconds: u64,
     /// Niceness of the attackers.
@@ -38,7 +38,7 @@ pub(crate) struct HostileArgs {
     attacked: Attacked,
 }
 
-/// What an attacker is told.
+/// Arguments of an attacker process.
 #[derive(Debug, Args)]
 pub(crate) struct AttackArgs {
     #[arg(value_parser = names())]
@@ -51,7 +51,7 @@ pub(crate) struct AttackArgs {
     seconds: f64,
 }
 
-/// Carries the attacks out and prints their table.
+/// Runs the attacks, prints their table and returns whether every bound was kept.
 pub(crate) fn run(args: &HostileArgs) -> bool {
     let scratch = scratch();
     let programs = args.attacked.programs();
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &HostileArgs) -> bool {
         if !measured.breaches.is_empty() {
             breached.push(attack.name.to_owned());
         }
-        // a learner gives up when no engine delivers for two minutes: each attack has its own
+        // a learner ends when no engine delivers for two minutes, so each attack has a new learner
         if measured.broken || attack.target == Target::Learner {
             end(&mut running);
         }
@@ -114,7 +114,7 @@ pub(crate) fn run(args: &HostileArgs) -> bool {
     failed.is_empty()
 }
 
-/// One attacker process.
+/// Runs one attacker process.
 pub(crate) fn attack(args: &AttackArgs) -> bool {
     end_with_parent();
     let found = ATTACKS.iter().find(|attack| attack.name == args.name);

@@ -1,5 +1,5 @@
-//! `soak kills`: a run whose learner, engine and env worker are killed at random moments gives what an undisturbed one gives: every
-//! iteration once, with all of its episodes, and the same weights bit for bit.
+//! `soak kills`: kills a run's learner, engine and env worker at random moments and compares with an undisturbed run. Every iteration
+//! occurs once, with all of its episodes, and the weights are equal bit for bit.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,7 @@ use policy::{
 
 use crate::shared::{Attacked, say, scratch};
 
-/// A run of seconds whose results do not depend on how its rows are batched.
+/// Overrides for a run of seconds whose results do not depend on batching.
 const TINY: [&str; 9] = [
     "env.train.total_num_envs=8",
     "env.eval.train_episodes=8",
@@ -35,7 +35,7 @@ const TINY: [&str; 9] = [
     "rollout.fixed_batch=8",
 ];
 const NAMES: [&str; 3] = ["learner", "rollout-engine", "env-worker"];
-/// Longest time without the end of a run.
+/// Longest duration of a run.
 const PATIENCE: Duration = Duration::from_mins(20);
 
 /// The three processes of a run.
@@ -107,21 +107,21 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Whether the learner has ended, and how.
+    /// Returns the learner's exit status; `None` while the learner runs.
     fn ended(&mut self) -> Option<bool> {
         let learner = self.children.get_mut("learner")?;
         let status = learner.try_wait().expect("asking for the state of a child")?;
         Some(status.success())
     }
 
-    /// Digest of the last checkpoint's weights and optimizer.
+    /// Returns the digest of the last checkpoint's weights and optimizer.
     fn digests(&self, iterations: usize) -> [String; 2] {
         let folder = checkpoint(&self.dir, iterations);
         ["model.safetensors", "optimizer.safetensors"]
             .map(|name| describe_file(&folder.join(name)).map_or_else(|error| error.to_string(), |file| file.sha256))
     }
 
-    /// Episodes of each training iteration, in the order of the log.
+    /// Returns the number of episodes of each training iteration, in the order of the log.
     fn episodes(&self) -> Vec<(u64, f64)> {
         let text = std::fs::read_to_string(self.dir.join("metrics.jsonl")).unwrap_or_default();
         text.lines()
@@ -143,28 +143,28 @@ impl Drop for Run<'_> {
     }
 }
 
-/// Folder of the checkpoint after an iteration.
+/// Returns the folder of the checkpoint after an iteration.
 fn checkpoint(dir: &Path, iteration: usize) -> PathBuf {
     dir.join(format!("checkpoints/iteration_{iteration:06}"))
 }
 
-/// What `soak kills` is told.
+/// Arguments of `soak kills`.
 #[derive(Debug, Args)]
 pub(crate) struct KillsArgs {
-    /// Processes to kill.
+    /// Number of processes to kill.
     #[arg(long, default_value_t = 18)]
     kills: u32,
-    /// Iterations of the run.
+    /// Number of iterations of the run.
     #[arg(long, default_value_t = 24)]
     iterations: usize,
-    /// Seed of the moments and the victims; default: drawn.
+    /// Seed of the moments and the killed processes; default: the current time.
     #[arg(long)]
     seed: Option<u64>,
     #[command(flatten)]
     attacked: Attacked,
 }
 
-/// Runs twice and compares.
+/// Runs once undisturbed and once with kills, and returns whether the results are equal.
 pub(crate) fn run(args: &KillsArgs) -> bool {
     let scratch = scratch();
     let programs = args.attacked.programs();

@@ -1,4 +1,4 @@
-//! `soak latency`: round trips of well-behaved clients of an engine that runs already.
+//! `soak latency`: round trips of well-behaved clients of a running engine.
 
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use integration_tests::{
 
 use crate::shared::{plan, say};
 
-/// What `soak latency` is told.
+/// Arguments of `soak latency`.
 #[derive(Debug, Args)]
 pub(crate) struct LatencyArgs {
     /// Endpoint of the engine.
     #[arg(long)]
     engine: String,
-    /// Clients that ask at the same time.
+    /// Number of concurrent clients.
     #[arg(long, default_value_t = 1)]
     clients: usize,
-    /// Seconds of the measurement.
+    /// Duration of the measurement in seconds.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
     /// Pause of a client after each answer.

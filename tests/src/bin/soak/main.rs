@@ -1,7 +1,7 @@
-//! The soak: an engine and a learner under hostile peers, for as long as one likes, with a well-behaved client in addition.
+//! The soak: an engine and a learner under hostile peers for any duration, with a well-behaved client in addition.
 //!
-//! `scripts/soak` builds and starts this program. Attackers are processes of their own, so that they take neither memory nor descriptors
-//! from the client that measures, and give way to it (`nice`), as attackers on another machine would.
+//! `scripts/soak` builds and starts this program. Attackers are separate processes, so the measuring client keeps its memory
+//! and descriptors. Attackers run at a lower priority (`nice`), like attackers on another host.
 #![expect(
     clippy::expect_used,
     reason = "the soak ends with the reason when its own machine fails it"
@@ -21,7 +21,7 @@ mod reconnect;
 
 use crate::shared::say;
 
-/// Long runs of an engine and a learner under hostile and under short-lived peers; fails where a bound is broken.
+/// Runs an engine and a learner for long under hostile and under short-lived peers; fails if a bound is exceeded.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
@@ -33,20 +33,20 @@ struct Cli {
 enum Command {
     /// Serve short-lived connections of 1, 2, 4 and 8 processes, with one request each.
     Churn(churn::ChurnArgs),
-    /// Carry out every attack, with the round trips of a steady client beside it and idle.
+    /// Run every attack, and measure the round trips of a steady client during the attack and idle.
     Hostile(hostile::HostileArgs),
-    /// Measure how soon an env worker and an engine are connected when the other side returns.
+    /// Measure the time until an env worker and an engine reconnect when the other side returns.
     Reconnect(reconnect::ReconnectArgs),
-    /// Kill learner, engine and env worker at random moments of a run, and compare it with one that was left alone.
+    /// Kill learner, engine and env worker at random moments of a run, and compare with an undisturbed run.
     Kills(kills::KillsArgs),
-    /// Measure round trips of well-behaved clients that ask a running engine for one row each.
+    /// Measure round trips of well-behaved clients that request one row each from a running engine.
     Latency(latency::LatencyArgs),
-    /// Name the attacks.
+    /// List the attacks.
     List,
-    /// Be one attacker; ends with standard input.
+    /// Run one attacker; ends with standard input.
     #[command(hide = true)]
     Attack(hostile::AttackArgs),
-    /// Be one short-lived client after the other; ends with standard input.
+    /// Run short-lived clients in turn; ends with standard input.
     #[command(hide = true)]
     Served(churn::ServedArgs),
 }

@@ -1,4 +1,4 @@
-//! `soak reconnect`: how soon an env worker and an engine are connected again when the other side returns after an absence.
+//! `soak reconnect`: time until an env worker and an engine reconnect when the other side returns after an absence.
 
 use std::{
     io::{ErrorKind, Read},
@@ -12,12 +12,12 @@ use integration_tests::{hostile::pause, ring::fixed_endpoint};
 
 use crate::shared::{Attacked, plan, say, scratch};
 
-/// Longest time from the return of the other side to a connection.
+/// Longest accepted time from the return of the other side to a connection.
 const ALLOWED: Duration = Duration::from_secs(2);
-/// Time to wait for a connection at all.
+/// Longest wait for a connection.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Listens on an address and returns the time to the greeting of a peer; `None` when none comes.
+/// Listens on an address and returns the time to a peer's greeting; `None` without a greeting.
 fn greeted(address: &str) -> Option<Duration> {
     let listener = TcpListener::bind(address).expect("the port is free again");
     listener.set_nonblocking(true).expect("a socket");
@@ -25,7 +25,7 @@ fn greeted(address: &str) -> Option<Duration> {
     while begin.elapsed() < PATIENCE {
         match listener.accept() {
             Ok((stream, _)) if greets(&stream) => return Some(begin.elapsed()),
-            // a connection of an attempt that has ended meanwhile
+            // connection of an attempt that has already ended
             Ok(_) => {}
             Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}"),
         }
@@ -41,7 +41,7 @@ fn greets(mut stream: &TcpStream) -> bool {
     stream.read_exact(&mut greeting).is_ok() && greeting[0] == 0xff
 }
 
-/// A program that ends with this value.
+/// A program that ends when this value is dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -51,17 +51,17 @@ impl Drop for Running {
     }
 }
 
-/// What `soak reconnect` is told.
+/// Arguments of `soak reconnect`.
 #[derive(Debug, Args)]
 pub(crate) struct ReconnectArgs {
-    /// Seconds of each absence.
+    /// Durations of the absences in seconds.
     #[arg(long, value_name = "SECONDS", value_delimiter = ',', default_values_t = [1, 5, 60])]
     absences: Vec<u64>,
     #[command(flatten)]
     attacked: Attacked,
 }
 
-/// Measures a worker and an engine and prints a line for each absence.
+/// Measures a worker and an engine, prints one line per absence and returns whether every bound was kept.
 pub(crate) fn run(args: &ReconnectArgs) -> bool {
     let scratch = scratch();
     let (programs, plan) = (args.attacked.programs(), plan(scratch.path()));
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &ReconnectArgs) -> bool {
                 Some(time) => (time <= ALLOWED, format!("{:.2} s", time.as_secs_f64())),
                 None => (false, "never".to_owned()),
             };
-            // the first time is that of the program's start
+            // the first time is the program's start
             let counts = *absence > 0;
             good &= verdict || !counts;
             let mark = if verdict || !counts { "" } else { "  FAILED" };

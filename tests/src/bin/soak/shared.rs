@@ -1,4 +1,4 @@
-//! What the commands of the soak share: the attacked programs, a folder, a plan, lines of output, the end of a process.
+//! Shared parts of the soak's commands: attacked programs, folder, plan, lines of output, end of a process.
 
 use std::{
     io::{Read, Write},
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 /// The attacked programs.
 #[derive(Debug, Args)]
 pub(crate) struct Attacked {
-    /// Folder of rollout-engine, learner, export and env-worker; default: `PIRL_PROGRAMS`, else beside this program.
+    /// Folder of rollout-engine, learner, export and env-worker; default: `PIRL_PROGRAMS`, otherwise this program's folder.
     #[arg(long, value_name = "DIR")]
     programs: Option<String>,
     /// Address space of an attacked process in GiB (`ulimit -v`); default: no limit.
@@ -31,7 +31,7 @@ impl Attacked {
         Programs::new(self.programs.as_deref())
     }
 
-    /// Bytes of address space.
+    /// Returns the limit of the address space in bytes.
     pub(crate) fn address_space(&self) -> Option<u64> {
         self.address_space_gib.map(|gib| gib << 30)
     }
@@ -44,12 +44,12 @@ pub(crate) fn say(line: &str) {
     out.flush().expect("writing to standard output");
 }
 
-/// Makes a folder that is removed with the value.
+/// Makes a folder that is removed when the value is dropped.
 pub(crate) fn scratch() -> TempDir {
     tempfile::tempdir().expect("creating a folder for the soak")
 }
 
-/// The plan of the tabletop, its output in `dir`.
+/// Returns the plan of the tabletop, with its output in `dir`.
 pub(crate) fn plan(dir: &Path) -> RunPlan {
     ring::plan(dir, &[])
 }
@@ -66,7 +66,7 @@ pub(crate) fn end_with_parent() {
     });
 }
 
-/// Asks a server to end and says how that went.
+/// Sends SIGTERM to a server, prints the result and returns whether the server ended in time.
 pub(crate) fn finish(server: &mut Server) -> bool {
     if let Some(status) = server.ended() {
         say(&format!(

@@ -1,4 +1,4 @@
-"""The environments that a worker can drive, by name."""
+"""Environments that a worker can drive, by name."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 from .base import ChunkEnv, EnvError
 
-#: Simulators that published recipes use and no adapter drives yet, with the reason.
+#: Simulators of published recipes that have no adapter yet, with the reason.
 WITHOUT_ADAPTER = {
     "behavior": "BEHAVIOR-1K needs Isaac Sim, OmniGibson and its scenes, which no package holds",
     "calvin": "its scenes and task oracle come from a source checkout of calvin_env, not from a package",
     "gsenv": "its splats and robot come from a source checkout of ManiSkill-GS, not from a package",
     "isaaclab": "the task `Isaac-Stack-Cube-Franka-IK-Rel-Visuomotor-Rewarded-v0` is in RLinf's fork of Isaac Lab and needs Isaac Sim",
-    "maniskill": "the tasks `PutOnPlateInScene25*` and their meshes are no part of the package mani_skill",
+    "maniskill": "the tasks `PutOnPlateInScene25*` and their meshes are not part of the package mani_skill",
     "robotwin": "its tasks and assets come from a source checkout of RoboTwin, not from a package",
 }
 
@@ -21,7 +21,7 @@ NAMES = tuple(sorted(["gym", "libero", "metaworld", *WITHOUT_ADAPTER]))
 
 
 def make(name: str, params: dict[str, Any]) -> ChunkEnv:
-    """One environment. Raises `EnvError` for an unknown name or parameter. The simulator is imported only here."""
+    """Returns one environment, importing its simulator. Raises `EnvError` for an unknown name or parameter."""
     if name == "metaworld":
         from .metaworld_env import MetaWorldEnv
 

@@ -1,4 +1,4 @@
-"""What a worker asks of an environment: reset from a key, step an action chunk, observe once."""
+"""Interface of environments: reset from a key, step an action chunk, observe once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 
 class EnvError(Exception):
-    """An environment could not be made or stepped; the text is one lower-case fragment that says what to do."""
+    """Failure to make or step an environment; the text is one lower-case fragment with the remedy."""
 
 
 @dataclasses.dataclass
 class EnvSpec:
-    """Sizes and limits of an environment; constant over its life."""
+    """Sizes and limits of an environment, constant over its life."""
 
     #: (name, height px, width px) of every image, in the order of `Observation.images`
     cameras: list[tuple[str, int, int]]
@@ -25,13 +25,13 @@ class EnvSpec:
     max_episode_steps: int
     #: names of the tasks that `reset` can choose from
     tasks: list[str]
-    #: one sentence per task
+    #: instruction of each task, one sentence
     prompts: list[str]
 
 
 @dataclasses.dataclass
 class Observation:
-    """What the policy sees: images uint8 [h, w, 3] (row 0 on top), state float32 [state_dim], one sentence."""
+    """Observation of the policy: images uint8 [h, w, 3] (row 0 on top), state float32 [state_dim], instruction (one sentence)."""
 
     images: list[np.ndarray]
     state: np.ndarray
@@ -40,58 +40,59 @@ class Observation:
 
 @dataclasses.dataclass
 class ChunkResult:
-    """Outcome of one action chunk. Its length is the number of env steps made, which is less than the chunk's if the episode ended."""
+    """Outcome of one action chunk."""
 
+    #: reward of each executed env step; shorter than the chunk if the episode ended within the chunk
     rewards: list[float]
     #: the task was solved (or failed for good): no value is bootstrapped
     terminated: bool
-    #: the time limit came: a value is bootstrapped
+    #: the time limit was reached: a value is bootstrapped
     truncated: bool
     success: bool
 
 
 class ChunkEnv(Protocol):
-    """One environment that is stepped by whole action chunks; a frame is rendered per `observe`, never per step."""
+    """One environment, stepped by whole action chunks; frames are rendered once per `observe`, never per step."""
 
     def spec(self) -> EnvSpec: ...
 
     def reset(self, seed: int, env: int, episode: int, reset_state: int | None = None, task: int | None = None) -> Observation:
-        """Starts the episode that the key (seed, env, episode) names; equal keys give equal observations, whatever ran before.
+        """Starts the episode of the key (seed, env, episode); equal keys give equal observations, whatever ran before.
 
-        With `reset_state` the scene is that of (seed, reset_state), the same in every env of a group. `task` is an index into
-        `EnvSpec.tasks`; None takes `reset_state`, without one `env`, modulo their number.
+        With `reset_state`, (seed, reset_state) selects the scene, the same in every env of a group. `task` is an index into
+        `EnvSpec.tasks`. If `task` is None, the index is `reset_state`, or else `env`, modulo the number of tasks.
         """
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions f32 [n, action_dim] in order and stops after the step that ends the episode."""
 
     def observe(self) -> Observation:
-        """The present observation; renders every camera once."""
+        """Returns the current observation; renders every camera once."""
 
     def render(self) -> np.ndarray:
-        """A picture for people, uint8 [h, w, 3]; may be larger than what the policy sees."""
+        """Returns a video frame, uint8 [h, w, 3], which may be larger than the policy's images."""
 
     def close(self) -> None: ...
 
 
-#: Second word of a key that comes from a group's reset state; no env index is as large, so the streams never meet.
+#: Second word of a key made from a group's reset state. No env index is as large, so that the streams are distinct.
 RESET_STATE_STREAM = 0xFFFF_FFFF_FFFF_FFFF
 
 
 def scene_key(seed: int, env: int, episode: int, reset_state: int | None) -> list[int]:
-    """The entropy words of one episode's scene."""
+    """Returns the entropy words of one episode's scene."""
     if reset_state is not None:
         return [seed, RESET_STATE_STREAM, reset_state]
     return [seed, env, episode]
 
 
 def scene_generator(key: list[int]) -> np.random.Generator:
-    """A generator whose stream depends on the key alone."""
+    """Returns a generator whose stream depends only on the key."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def checked_actions(actions: np.ndarray, action_dim: int, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
-    """Actions as f32 [n, action_dim] clipped to the box. Raises `EnvError` for another shape or a value that is not finite."""
+    """Returns actions as f32 [n, action_dim] clipped to the box. Raises `EnvError` for another shape or a nonfinite value."""
     array = np.asarray(actions, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != action_dim:
         raise EnvError(f"expected actions of shape [n, {action_dim}], found {list(array.shape)}")
@@ -101,7 +102,7 @@ def checked_actions(actions: np.ndarray, action_dim: int, low: np.ndarray | floa
 
 
 def stepped(actions: np.ndarray, step: Callable[[np.ndarray], tuple[float, bool, bool, bool]]) -> ChunkResult:
-    """Executes a chunk until the episode ends: `step` gives reward, terminated, truncated and success of one action."""
+    """Executes a chunk until the episode ends; `step` returns reward, terminated, truncated and success of one action."""
     result = ChunkResult([], False, False, False)
     for action in actions:
         reward, result.terminated, result.truncated, result.success = step(action)
@@ -112,7 +113,7 @@ def stepped(actions: np.ndarray, step: Callable[[np.ndarray], tuple[float, bool,
 
 
 def refuse_unknown(params: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises `EnvError` that names the first unknown parameter and the nearest right one."""
+    """Raises `EnvError` that names the first unknown parameter and the nearest known parameter."""
     names = sorted(known)
     for key in params:
         if key not in names:
@@ -122,7 +123,7 @@ def refuse_unknown(params: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Box-filtered copy of a uint8 [h, w, 3] image; the sizes need not divide each other."""
+    """Returns a box-filtered copy of a uint8 [h, w, 3] image; the sizes need not divide each other."""
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
     if image.shape[0] % height == 0 and image.shape[1] % width == 0:

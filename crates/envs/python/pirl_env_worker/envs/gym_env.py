@@ -1,4 +1,4 @@
-"""General adapter: any gymnasium environment with `rgb_array` rendering and a one-dimensional Box action."""
+"""General adapter of gymnasium environments with `rgb_array` rendering and a one-dimensional Box action."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class GymEnv:
         return self._spec
 
     def reset(self, seed: int, env: int, episode: int, reset_state: int | None = None, task: int | None = None) -> Observation:
-        del task  # there is one
+        del task  # there is only one task
         word = int(scene_generator(scene_key(seed, env, episode, reset_state)).integers(0, 2**31 - 1))
         self._observation, _ = self._env.reset(seed=word)
         self._elapsed = 0

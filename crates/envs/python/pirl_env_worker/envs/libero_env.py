@@ -1,7 +1,7 @@
 """LIBERO as a `ChunkEnv`: the suites' own initial states, both cameras, a reward of 1 for success.
 
-Written from the public interface of hf-libero 0.1.4 and tested against a stand-in for it (tests/test_libero_env.py): LIBERO's meshes
-are in no package, so the simulator itself was not run with this file.
+Written from the public interface of hf-libero 0.1.4 and tested against a stand-in (tests/test_libero_env.py). LIBERO's meshes are
+not in any package; therefore the simulator itself was not run with this file.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import numpy as np
 
 from .base import ChunkResult, EnvError, EnvSpec, Observation, checked_actions, refuse_unknown, resized, scene_generator, scene_key, stepped
 
-#: Suite -> time limit in env steps where the parameters give none.
+#: Suite -> default time limit in env steps.
 MAX_EPISODE_STEPS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400, "libero_130": 512}
-#: All 130 tasks, in this order.
+#: Suites of `libero_130`, in order; 130 tasks in total.
 PARTS_OF_130 = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 PARAMS = {
     "suite": "libero_spatial",  # one of MAX_EPISODE_STEPS
-    "tasks": None,  # numbers of the suite's tasks that are played, in training and evaluation; None: all
+    "tasks": None,  # numbers of the suite's tasks to use, in training and evaluation; None: all
     "image_size": 256,  # side of both images in px
     "max_episode_steps": 0,  # 0: by suite
-    "settle_steps": 15,  # steps at rest with an open gripper after a reset, not counted
+    "settle_steps": 15,  # env steps at rest with an open gripper after a reset, not counted
 }
 
 CAMERAS = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 ACTION_DIM = 7  # end-effector motion (3), rotation (3), gripper (-1 opens, +1 closes)
-STATE_DIM = 8  # end-effector position in metres, its axis-angle in radians, two finger positions in metres
+STATE_DIM = 8  # end-effector position in meters, its axis-angle in radians, two finger positions in meters
 AT_REST = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 
 
 class LiberoEnv:
-    """One LIBERO environment. It holds the simulator of one task at a time: another task builds another simulator."""
+    """One LIBERO environment, which holds the simulator of one task at a time; a change of task builds a new simulator."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         refuse_unknown(params, PARAMS)
@@ -67,7 +67,7 @@ class LiberoEnv:
         return self._spec
 
     def reset(self, seed: int, env: int, episode: int, reset_state: int | None = None, task: int | None = None) -> Observation:
-        # a group has one task: it is drawn by what the group shares
+        # a group has one task, therefore selected by the shared reset state
         chosen = (env if reset_state is None else reset_state) % len(self._tasks) if task is None else task
         if not 0 <= chosen < len(self._tasks):
             raise EnvError(f"task index {task} is outside 0..{len(self._tasks)}")
@@ -110,7 +110,7 @@ class LiberoEnv:
         self._sim, self._task, self._over = None, None, True
 
     def _build(self, task: int) -> None:
-        """The simulator of `task`, and its initial states."""
+        """Builds the simulator of `task` and loads its initial states."""
         if task == self._task:
             return
         self.close()
@@ -129,7 +129,7 @@ class LiberoEnv:
 
 
 def _chosen(tasks: list[Any], numbers: Any) -> list[Any]:
-    """The tasks of these numbers, in their order; all without numbers."""
+    """Returns the tasks with these numbers, in the order of `numbers`; all tasks if `numbers` is None."""
     if numbers is None:
         return tasks
     if not (isinstance(numbers, list) and numbers):
@@ -143,7 +143,7 @@ def _chosen(tasks: list[Any], numbers: Any) -> list[Any]:
 
 
 def _import_libero() -> Any:
-    """`libero.libero` with what is used of it. Its first import asks on the terminal for a folder: that is refused here."""
+    """Imports `libero.libero` and the submodules in use. Rejects the first import, which would ask for a folder on the terminal."""
     config = pathlib.Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser() / "config.yaml"
     try:
         if not config.is_file():
@@ -157,12 +157,12 @@ def _import_libero() -> Any:
 
 
 def _upright(image: np.ndarray) -> np.ndarray:
-    """LIBERO's cameras are upside down and the published checkpoints were trained on images turned by half a turn."""
+    """Returns the image rotated by 180 degrees: LIBERO's cameras are upside down, and the published checkpoints were trained so."""
     return np.asarray(image, dtype=np.uint8)[::-1, ::-1]
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """Unit quaternion (x, y, z, w) to axis times angle in radians, the angle in 0..2 pi: `2 acos(w) v / |v|` with `v = (x, y, z)`."""
+    """Returns axis times angle (radians, 0..2 pi) of a unit quaternion (x, y, z, w): `2 acos(w) v / |v|` with `v = (x, y, z)`."""
     vector, w = np.asarray(quaternion[:3], dtype=np.float64), float(np.clip(quaternion[3], -1.0, 1.0))
     length = np.sqrt(1.0 - w * w)
     if length < 1e-9:

@@ -18,18 +18,19 @@ from .mujoco_render import Camera, FrameRenderer
 
 PARAMS = {
     "task": "reach-v3",  # one task name, a list, or a set: mt50, ml45-train, ml45-test
-    "prompts": "",  # JSON file, an object of task -> sentence: the words that a checkpoint was trained with; empty: metaworld_tasks.py
+    "prompts": "",  # JSON file, an object of task -> sentence, as a checkpoint was trained; empty: metaworld_tasks.py
     "cameras": ["corner2"],  # names of `CAMERAS`
     "image_size": 64,  # side of every image in px
-    "supersample": 2,  # frames are drawn this many times larger and box-filtered
+    "supersample": 2,  # factor by which frames are rendered larger before box filtering
     "render_quality": "fast",  # fast | full; full has shadows, reflections and 4 samples, at ten times the cost
-    "goal_radius": 0.02,  # drawn radius of the goal marker in metres; MetaWorld's is 0.02
+    "goal_radius": 0.02,  # drawn radius of the goal marker in meters; MetaWorld's is 0.02
     "max_episode_steps": 0,  # 0: by task (metaworld_tasks.py)
     "reward": "sparse",  # sparse: 1 in the step of success; dense: MetaWorld's own 0..10, divided by 10
-    "settle_steps": 15,  # zero-action steps after a reset, not counted
+    "settle_steps": 15,  # zero-action env steps after a reset, not counted
 }
 
-#: `corner2` is MetaWorld's camera in the pose that published pi0 recipes use (both axes reversed); the others are free cameras round the work area.
+#: `corner2` is MetaWorld's camera in the pose of published pi0 recipes (both axes reversed), `corner2_near` its narrow view.
+#: The others are free cameras around the work area.
 CAMERAS = {
     camera.name: camera
     for camera in (
@@ -41,16 +42,16 @@ CAMERAS = {
     )
 }
 
-#: Arrays of the model that tasks write when they build a scene.
+#: Arrays of the model that tasks modify when building a scene.
 POSES = ("body_pos", "body_quat", "geom_pos", "geom_quat", "site_pos", "site_quat")
 
 ACTION_DIM = 4  # dx, dy, dz in units of 1 cm per step, gripper effort (-1 opens, +1 closes)
-VIDEO_SIZE = 192  # side in px of a picture for people
-STATE_DIM = 4  # gripper x, y, z in metres, gripper opening 0..1
+VIDEO_SIZE = 192  # side of a video frame in px
+STATE_DIM = 4  # gripper x, y, z in meters, gripper opening 0..1
 
 
 def _prompts(path: str, names: list[str]) -> list[str]:
-    """The sentence of each task: ours, or those of a JSON file."""
+    """Returns the sentence of each task: from metaworld_tasks.py, or from the JSON file `path`."""
     if not path:
         return [tasks.PROMPTS[name] for name in names]
     try:
@@ -66,8 +67,8 @@ def _prompts(path: str, names: list[str]) -> list[str]:
 class MetaWorldEnv:
     """One MetaWorld environment of one or several tasks.
 
-    State: the first four numbers of MetaWorld's observation, [gripper x, y, z in metres, opening 0..1]; objects and goal are in the image
-    alone. A step lasts 12.5 ms of simulated time. Success terminates; the time limit truncates.
+    State: the first four numbers of MetaWorld's observation, [gripper x, y, z in meters, opening 0..1]; only the image shows objects
+    and goal. An env step lasts 12.5 ms of simulated time. Success terminates; the time limit truncates.
     """
 
     def __init__(self, params: dict[str, Any]) -> None:
@@ -113,15 +114,15 @@ class MetaWorldEnv:
         return self.observe()
 
     def reset_scene(self, seed: int, env: int, episode: int, reset_state: int | None = None, task: int | None = None) -> None:
-        """`reset` without rendering."""
+        """Does `reset` without rendering."""
         # a group has one task: it is drawn by what the group shares
         self._task = (env if reset_state is None else reset_state) % len(self._tasks) if task is None else task
         if not 0 <= self._task < len(self._tasks):
             raise EnvError(f"task index {task} is outside 0..{len(self._tasks)}")
         sim = self._sim()
         sim.np_random = scene_generator(scene_key(seed, env, episode, reset_state))
-        # MetaWorld's own `reset` builds the scene twice, each time from what the last episode left in the model; built once, from
-        # the model's own poses and clean data, it depends on the key alone
+        # MetaWorld's own `reset` builds the scene twice, each time from the model state that the last episode left. Here the scene
+        # is built once, from the model's initial poses and clean data, and depends only on the key.
         for name, value in self._poses[self._task].items():
             getattr(sim.model, name)[:] = value
         mujoco.mj_resetData(sim.model, sim.data)
@@ -161,22 +162,22 @@ class MetaWorldEnv:
     def close(self) -> None:
         self._simulators.clear()
 
-    # What demonstrations and pre-training scenes need beyond the policy's view.
+    # Additional interface for demonstrations and pre-training scenes.
 
     @property
     def task_index(self) -> int:
         return self._task
 
     def limit(self, task: int) -> int:
-        """Time limit of a task in env steps."""
+        """Returns the time limit of a task in env steps."""
         return self._limits[task]
 
     def nudge(self, action: np.ndarray) -> None:
-        """One env step that counts for nothing: no reward, no time, no end."""
+        """Executes one env step outside the episode: no reward, no time, no end."""
         self._full_observation = self._sim().step(action)[0]
 
     def expert_action(self, bias: np.ndarray) -> np.ndarray:
-        """MetaWorld's scripted action f32 [4] in -1..=1, taken as if every object and the goal stood `bias` metres beside their places."""
+        """Returns MetaWorld's scripted action f32 [4] in -1..=1, with every object and the goal assumed offset by `bias` (meters)."""
         observation = self._full_observation.copy()
         observation[4:7] += bias
         if np.any(observation[11:14]):  # a second object
@@ -188,9 +189,9 @@ class MetaWorldEnv:
         return np.clip(np.asarray(action, dtype=np.float32)[:ACTION_DIM], -1.0, 1.0)
 
     def keypoints(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the sentence names, the goal, and the point between the fingers.
+        """Returns the places of the named object, the goal, and the point between the fingers.
 
-        Returns image coordinates f32 [cameras, 3, 2] in 0..1 (x right, y down) and positions f32 [3, 3] in metres, world.
+        Image coordinates f32 [cameras, 3, 2] in 0..1 (x right, y down), and positions f32 [3, 3] in meters, world.
         """
         sim = self._sim()
         positions = self.positions()
@@ -199,14 +200,14 @@ class MetaWorldEnv:
         return np.stack(in_images), positions.astype(np.float32)
 
     def positions(self) -> np.ndarray:
-        """The three places of `keypoints`, f64 [3, 3] in metres, world."""
+        """Returns the three positions of `keypoints`, f64 [3, 3] in meters, world."""
         sim = self._sim()
         goal = np.asarray(sim._target_pos, dtype=np.float64)
         named = goal if self._tasks[self._task] in tasks.NAMES_GOAL else np.asarray(sim._get_pos_objects(), dtype=np.float64)[:3]
         return np.stack([named, goal, sim.tcp_center])
 
     def workspace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Corners f64 [3], [3] in metres of the box where the gripper is sent for pre-training scenes."""
+        """Returns the corners f64 [3], [3] in meters of the box of gripper targets for pre-training scenes."""
         return np.array([-0.2, 0.5, 0.06]), np.array([0.2, 0.9, 0.35])
 
     def _sim(self) -> Any:
@@ -219,7 +220,7 @@ class MetaWorldEnv:
             if sim._partially_observable:
                 sim._partially_observable = False
                 del sim.sawyer_observation_space
-            sim.max_path_length = np.iinfo(np.int64).max  # the time limit is ours
+            sim.max_path_length = np.iinfo(np.int64).max  # this adapter enforces the time limit
             if mujoco.mj_name2id(sim.model, mujoco.mjtObj.mjOBJ_SITE, "goal") >= 0:
                 sim.model.site("goal").size[0] = self._params["goal_radius"]
             self._poses[self._task] = {name: getattr(sim.model, name).copy() for name in POSES}

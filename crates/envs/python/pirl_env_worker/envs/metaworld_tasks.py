@@ -1,4 +1,4 @@
-"""MetaWorld's fifty tasks as data: the sentence that a policy is told, the time limit, and what the sentence names."""
+"""Data of MetaWorld's fifty tasks: the instruction, the time limit, and whether the instruction names the goal."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ PROMPTS = {
     "window-open-v3": "open the window",
 }
 
-#: The five tasks that MetaWorld's ML45 keeps for testing (Yu et al. 2019, "Meta-World").
+#: The five test tasks of MetaWorld's ML45 (Yu et al. 2019, "Meta-World").
 ML45_TEST = ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3")
 
-#: Names that stand for several tasks.
+#: Names of task sets.
 SETS = {
     "mt50": list(PROMPTS),
     "ml45-train": [task for task in PROMPTS if task not in ML45_TEST],
     "ml45-test": list(ML45_TEST),
 }
 
-#: Tasks whose sentence names the goal itself, not an object to move.
+#: Tasks whose instruction names the goal itself, not an object to move.
 NAMES_GOAL = ("hand-insert-v3", "reach-v3", "reach-wall-v3")
 
-#: Time limit in env steps where the parameters give none; about twice the scripted expert's median.
+#: Default time limit in env steps, about twice the scripted expert's median.
 MAX_EPISODE_STEPS = {"push-v3": 120, "drawer-open-v3": 150, "reach-v3": 100}
 DEFAULT_MAX_EPISODE_STEPS = 200

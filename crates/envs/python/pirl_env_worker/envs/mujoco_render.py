@@ -1,4 +1,4 @@
-"""Off-screen MuJoCo frames: one graphics context per model file and size, shared by all environments of a process."""
+"""Off-screen rendering with MuJoCo: one graphics context per model file and size, shared by all environments of a process."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """Where a frame is taken from: a camera of the model (`fixed`, moved to `position` if given) or a free one around `lookat`."""
+    """Camera of a frame: a camera of the model (`fixed`, moved to `position` if given) or a free camera around `lookat`."""
 
     name: str
     #: vertical field of view in degrees
     fovy: float
     fixed: str | None = None
-    #: metres, in the frame of the camera's body
+    #: meters, in the frame of the camera's body
     position: tuple[float, float, float] | None = None
-    #: both image axes are reversed
+    #: whether both image axes are reversed
     flipped: bool = False
-    #: metres, world
+    #: meters, world
     lookat: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    #: metres
+    #: meters
     distance: float = 1.0
     #: degrees
     azimuth: float = 0.0
@@ -30,13 +30,13 @@ class Camera:
 
 
 class FrameRenderer:
-    """Draws any `MjData` of one model file. `quality` is `full` (the model's shadows, reflections, 4 samples) or `fast` (none of them)."""
+    """Renderer of any `MjData` of one model file. `quality`: `full` (shadows, reflections, 4 samples, as modeled) or `fast` (none)."""
 
     _shared: dict[tuple, "FrameRenderer"] = {}
 
     @classmethod
     def shared(cls, key: str, model: mujoco.MjModel, size: int, quality: str) -> "FrameRenderer":
-        """The process's renderer for the model file `key`. Textures and meshes are uploaded once; models of one file may differ in poses."""
+        """Returns the process's renderer of the model file `key`. Uploads textures and meshes once; models may differ in poses."""
         entry = (key, size, quality)
         if entry not in cls._shared:
             cls._shared[entry] = cls(model, size, quality)
@@ -62,7 +62,7 @@ class FrameRenderer:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
 
     def frame(self, model: mujoco.MjModel, data: mujoco.MjData, camera: Camera) -> np.ndarray:
-        """One frame, uint8 [size, size, 3], row 0 on top."""
+        """Returns one frame, uint8 [size, size, 3], row 0 on top."""
         self._gl.make_current()
         self._place(model, data, camera)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -72,8 +72,9 @@ class FrameRenderer:
         return self._pixels[:, ::-1].copy() if camera.flipped else self._pixels[::-1].copy()
 
     def project(self, model: mujoco.MjModel, data: mujoco.MjData, camera: Camera, points: np.ndarray) -> np.ndarray:
-        """World points f64 [p, 3] in metres to image coordinates f32 [p, 2] in 0..1 (x right, y down); outside the frame they leave that range.
+        """Returns image coordinates f32 [p, 2] of world points f64 [p, 3] in meters.
 
+        Coordinates run from 0 to 1 (x right, y down); points outside the frame have coordinates outside 0..1.
         Pinhole: with depth d = f . (p - o), x = 1/2 + r . (p - o) / (2 d tan(fovy / 2)) and y = 1/2 - u . (p - o) / (2 d tan(fovy / 2)),
         for a square image with camera origin o and unit vectors f forward, u up, r = f x u.
         """
