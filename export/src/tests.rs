@@ -514,7 +514,7 @@ fn wrong_graphs_are_refused_with_the_reason() {
         }
     }
     let error = refusal(4, DENOISE_GRAPH, &prost::Message::encode_to_vec(&model));
-    assert!(error.contains("which nothing before it makes"), "{error}");
+    assert!(error.contains("which no earlier node makes"), "{error}");
 }
 
 #[test]
