@@ -430,6 +430,8 @@ impl<R, P> Queue<R, P> {
         let Some(place) = waiting.out.iter().position(|out| out.number == number.0) else {
             return;
         };
+        // the device has a job now: who pushes next wakes a preparing thread
+        waiting.idle = false;
         match waiting.out.get(place) {
             Some(out) if out.large => {
                 let since = out.since;
@@ -600,6 +602,10 @@ impl<R, P> Queue<R, P> {
                 Duration::ZERO
             };
             waiting = if left.is_zero() {
+                if !waiting.idle {
+                    // a job that is waited for is prepared by somebody, whoever was woken when it came
+                    self.to_cut.notify_one();
+                }
                 self.to_take.wait(waiting).unwrap_or_else(PoisonError::into_inner)
             } else {
                 let (waiting, _) = self

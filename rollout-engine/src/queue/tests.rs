@@ -323,3 +323,21 @@ fn closing_returns_large_jobs_and_drains_the_others() {
     assert!(queue.cut(1).is_none());
     assert!(matches!(queue.take(Duration::from_mins(1), 1), Taken::Closed));
 }
+
+/// A job that arrives between a staged job and the wake-up of the device's thread needs a preparing thread: the device's thread runs what is
+/// staged, and prepares nothing. (Two clients once waited forever for each other's batch.)
+#[test]
+fn a_device_with_a_staged_job_is_not_idle() {
+    let queue: Numbers = Queue::new(99, 4);
+    push(&queue, request(1, 1, 1)).expect("room");
+    let (number, first) = prepared(queue.cut(1).expect("the batch has room"));
+    queue.lock().idle = true; // the device's thread waits while the job is being prepared
+    queue.stage(number, first);
+    assert!(!queue.lock().idle, "the next job wakes a preparing thread");
+    queue.lock().idle = true;
+    push(&queue, request(2, 2, 1)).expect("room");
+    assert!(
+        !queue.lock().idle,
+        "one job wakes the device's thread, the next a preparing thread"
+    );
+}
