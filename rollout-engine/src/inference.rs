@@ -214,12 +214,8 @@ impl<D: Device> Inference<D> {
     fn run(&mut self, work: &mpsc::Receiver<Work<D>>, deadline: Duration) {
         loop {
             let shared = self.shared.clone();
-            let results = match shared.queue.take(deadline, self.fixed_batch.unwrap_or(1)) {
+            let results = match shared.queue.take(deadline) {
                 Taken::Closed => return,
-                Taken::Cut(cut) => {
-                    prepare(&shared, cut);
-                    continue;
-                }
                 Taken::Woken => {
                     for work in work.try_iter() {
                         self.work(work);

@@ -24,6 +24,8 @@ const RECENT: Duration = Duration::from_secs(1);
 const LARGE_WAIT: Duration = Duration::from_secs(1);
 /// Maximum number of unfinished large jobs, over all clients; the parts that are answered take memory.
 const MAX_BEGUN: usize = 4;
+/// Staged jobs that wait for a job in preparation are looked at again after this time.
+const RECHECK: Duration = Duration::from_millis(10);
 /// Time for which waiting jobs are still answered after the queue was closed.
 const DRAIN: Duration = Duration::from_secs(4);
 
@@ -63,8 +65,6 @@ pub enum Taken<R, P> {
     Whole(Vec<Prepared<R, P>>),
     /// Run a part of a large job, then call [`Queue::put_back`] or [`Queue::finished`].
     Part(Prepared<R, P>),
-    /// Prepare this job: no job is prepared, so the device would have to wait.
-    Cut(Cut<P>),
     /// Check for work outside the queue: [`Queue::wake`] was called.
     Woken,
     /// The queue is closed and empty.
@@ -117,8 +117,6 @@ struct Waiting<R, P> {
     /// Whether the last batch was a part although whole jobs waited; whole jobs are next then.
     forced: bool,
     woken: bool,
-    /// Whether the device's thread waits while no job is prepared.
-    idle: bool,
     closed: Option<Instant>,
 }
 
@@ -311,7 +309,6 @@ impl<R, P> Queue<R, P> {
                 recent: None,
                 forced: false,
                 woken: false,
-                idle: false,
                 closed: None,
             }),
             to_cut: Condvar::new(),
@@ -372,14 +369,8 @@ impl<R, P> Queue<R, P> {
             waiting.recent = Some(job.queued);
         }
         waiting.push(job, false);
-        let idle = std::mem::take(&mut waiting.idle);
         drop(waiting);
-        // an idle device's thread prepares the job itself, without a change of threads
-        if idle {
-            self.to_take.notify_one();
-        } else {
-            self.to_cut.notify_one();
-        }
+        self.to_cut.notify_one();
         Ok(())
     }
 
@@ -392,18 +383,11 @@ impl<R, P> Queue<R, P> {
         if waiting.closed.is_some() {
             return;
         }
-        let several = jobs.len() > 1;
         for job in jobs {
             waiting.push(job, false);
         }
-        let idle = std::mem::take(&mut waiting.idle);
         drop(waiting);
-        if idle {
-            self.to_take.notify_one();
-        }
-        if several || !idle {
-            self.to_cut.notify_all();
-        }
+        self.to_cut.notify_all();
     }
 
     /// Blocks until there is a job to prepare. A whole job is returned while the next batch has room, a part of a large job while no
@@ -430,8 +414,6 @@ impl<R, P> Queue<R, P> {
         let Some(place) = waiting.out.iter().position(|out| out.number == number.0) else {
             return;
         };
-        // the device has a job now: who pushes next wakes a preparing thread
-        waiting.idle = false;
         match waiting.out.get(place) {
             Some(out) if out.large => {
                 let since = out.since;
@@ -501,6 +483,8 @@ impl<R, P> Queue<R, P> {
         );
         drop(waiting);
         self.to_cut.notify_one();
+        // the device's thread may have waited for one of these jobs to be prepared
+        self.to_take.notify_one();
         removed
     }
 
@@ -552,11 +536,10 @@ impl<R, P> Queue<R, P> {
 
     /// Blocks until there is work for the device's thread. Whole jobs are returned when they fill a batch, or when the oldest has
     /// waited for `deadline` and all jobs that arrived within that time are prepared. A part of a large job is returned when there
-    /// are no whole jobs. If no job is prepared, a job to prepare is returned, with `least` as in [`Queue::cut`].
-    pub fn take(&self, deadline: Duration, least: usize) -> Taken<R, P> {
+    /// are no whole jobs.
+    pub fn take(&self, deadline: Duration) -> Taken<R, P> {
         let mut waiting = self.lock();
         loop {
-            waiting.idle = false;
             if std::mem::take(&mut waiting.woken) {
                 return Taken::Woken;
             }
@@ -586,26 +569,19 @@ impl<R, P> Queue<R, P> {
                 if room == 0 || (left.is_zero() && !waiting.more_is_coming(oldest + deadline, room)) {
                     return self.whole(waiting);
                 }
-                left
+                // a job that is waited for may be displaced instead of prepared
+                if left.is_zero() { RECHECK } else { left }
             } else {
-                if let Some(cut) = waiting.next_cut(self.max_rows, least) {
-                    return Taken::Cut(cut);
-                }
                 // whole jobs that are being prepared come first
-                if waiting.preparing().next().is_none()
+                if !waiting.more_is_coming(Instant::now(), self.max_rows)
                     && let Some((part, _)) = waiting.staged_part.take()
                 {
                     waiting.forced = false;
                     return self.part(waiting, part);
                 }
-                waiting.idle = true;
                 Duration::ZERO
             };
             waiting = if left.is_zero() {
-                if !waiting.idle {
-                    // a job that is waited for is prepared by somebody, whoever was woken when it came
-                    self.to_cut.notify_one();
-                }
                 self.to_take.wait(waiting).unwrap_or_else(PoisonError::into_inner)
             } else {
                 let (waiting, _) = self

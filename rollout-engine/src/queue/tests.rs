@@ -1,3 +1,5 @@
+use std::thread;
+
 use policy::{noise::NoiseKey, transform::RawObservation};
 use tokio::sync::oneshot;
 use wire::messages::Mode;
@@ -75,7 +77,7 @@ fn numbers(jobs: &[Job]) -> Vec<u32> {
 /// Returns the numbers of the next batch, which has whole jobs.
 fn whole(queue: &Numbers, deadline: Duration) -> Vec<u32> {
     prepare(queue);
-    match queue.take(deadline, 1) {
+    match queue.take(deadline) {
         Taken::Whole(jobs) => jobs.iter().filter_map(|job| job.rows.first().copied()).collect(),
         other => panic!("expected whole jobs, got {other:?}"),
     }
@@ -84,7 +86,7 @@ fn whole(queue: &Numbers, deadline: Duration) -> Vec<u32> {
 /// Takes a part of a large job and puts the rest back.
 fn part(queue: &Numbers) -> (u64, usize) {
     prepare(queue);
-    match queue.take(Duration::ZERO, 1) {
+    match queue.take(Duration::ZERO) {
         Taken::Part(Prepared { mut job, rows }) => {
             let line = job.line;
             job.progress = Some(());
@@ -146,7 +148,7 @@ fn overload_is_rejected_and_nothing_is_lost() {
     assert!(matches!(push(&queue, request(1, 5, 1)), Err(JobError::Closed)));
     assert_eq!(whole(&queue, Duration::ZERO), [1, 4], "what waited is served");
     assert!(queue.cut(1).is_none());
-    assert!(matches!(queue.take(Duration::ZERO, 1), Taken::Closed));
+    assert!(matches!(queue.take(Duration::ZERO), Taken::Closed));
 }
 
 #[test]
@@ -237,7 +239,7 @@ fn what_a_client_left_behind_is_not_answered() {
     push(&queue, request(3, 3, 1)).expect("room");
     assert_eq!(numbers(&queue.remove_client(1)), [1]);
     assert_eq!(whole(&queue, Duration::ZERO), [3]);
-    let Taken::Part(Prepared { job, .. }) = queue.take(Duration::ZERO, 1) else {
+    let Taken::Part(Prepared { job, .. }) = queue.take(Duration::ZERO) else {
         panic!("a part")
     };
     assert!(queue.remove_client(2).is_empty(), "its job is out for a part");
@@ -283,23 +285,6 @@ fn what_came_within_the_deadline_is_waited_for() {
 }
 
 #[test]
-fn a_device_that_would_wait_prepares_the_job_itself() {
-    let queue: Numbers = Queue::new(99, 4);
-    push(&queue, request(1, 1, 1)).expect("room");
-    push(&queue, request(2, 2, 1)).expect("room");
-    let Taken::Cut(cut) = queue.take(Duration::ZERO, 1) else {
-        panic!("nothing is prepared")
-    };
-    let (number, first) = prepared(cut);
-    queue.stage(number, first);
-    assert_eq!(
-        whole(&queue, Duration::ZERO),
-        [1, 2],
-        "a preparing thread has made the second ready"
-    );
-}
-
-#[test]
 fn no_more_than_a_batch_is_prepared_ahead() {
     let queue: Numbers = Queue::new(99, 4);
     for number in 1..=6 {
@@ -321,23 +306,26 @@ fn closing_returns_large_jobs_and_drains_the_others() {
     assert_eq!(numbers(&queue.close()), [2, 3]);
     assert_eq!(whole(&queue, Duration::from_mins(1)), [1]);
     assert!(queue.cut(1).is_none());
-    assert!(matches!(queue.take(Duration::from_mins(1), 1), Taken::Closed));
+    assert!(matches!(queue.take(Duration::from_mins(1)), Taken::Closed));
 }
 
-/// A job that arrives between a staged job and the wake-up of the device's thread needs a preparing thread: the device's thread runs what is
-/// staged, and prepares nothing. (Two clients once waited forever for each other's batch.)
 #[test]
-fn a_device_with_a_staged_job_is_not_idle() {
+fn a_job_whose_client_leaves_during_its_preparation_delays_nobody() {
     let queue: Numbers = Queue::new(99, 4);
     push(&queue, request(1, 1, 1)).expect("room");
-    let (number, first) = prepared(queue.cut(1).expect("the batch has room"));
-    queue.lock().idle = true; // the device's thread waits while the job is being prepared
-    queue.stage(number, first);
-    assert!(!queue.lock().idle, "the next job wakes a preparing thread");
-    queue.lock().idle = true;
+    prepare(&queue);
     push(&queue, request(2, 2, 1)).expect("room");
-    assert!(
-        !queue.lock().idle,
-        "one job wakes the device's thread, the next a preparing thread"
-    );
+    let (number, second) = prepared(queue.cut(1).expect("the batch has room"));
+    let deadline = Duration::from_millis(1);
+    thread::scope(|scope| {
+        // both came within the deadline, so the device's thread waits for the second
+        let device = scope.spawn(|| queue.take(deadline));
+        assert!(queue.remove_client(2).is_empty(), "its job is being prepared");
+        let Taken::Whole(jobs) = device.join().expect("the device's thread") else {
+            panic!("expected whole jobs")
+        };
+        assert_eq!(jobs.len(), 1);
+    });
+    queue.stage(number, second);
+    assert_eq!(queue.rows(), 0, "the job of a client that left is dropped");
 }
