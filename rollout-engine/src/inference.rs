@@ -115,6 +115,20 @@ impl<D: Device> InferenceThread<D> {
     }
 }
 
+/// Closes the queue when the thread of this guard panics: the other threads end too, and the engine stops with an error.
+struct CloseOnPanic(Arc<EngineQueue>);
+
+impl Drop for CloseOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let large = self.0.close();
+            for job in large.into_iter().chain(self.0.clear()) {
+                job.reply.send(Err(JobError::Closed));
+            }
+        }
+    }
+}
+
 /// Returns the number of preparing threads: one per four cores, at least 1 and at most 4.
 fn preparing_threads() -> usize {
     thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 4))
@@ -131,6 +145,7 @@ pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> st
         thread::Builder::new()
             .name(format!("prepare-{number}"))
             .spawn(move || {
+                let _guard = CloseOnPanic(Arc::clone(&shared.queue));
                 while let Some(cut) = shared.queue.cut(fixed_batch.unwrap_or(1)) {
                     prepare(&shared, cut);
                 }
@@ -144,9 +159,10 @@ pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> st
         shared,
         fixed_batch,
     };
-    thread::Builder::new()
-        .name("inference".to_owned())
-        .spawn(move || inference.run(&work, deadline))?;
+    thread::Builder::new().name("inference".to_owned()).spawn(move || {
+        let _guard = CloseOnPanic(Arc::clone(&inference.shared.queue));
+        inference.run(&work, deadline);
+    })?;
     Ok(InferenceThread { work: sender, queue })
 }
 
@@ -363,4 +379,56 @@ fn finish(policy: &Policy, asked: Asked, chunk: SampledChunk, metrics: &Metrics)
         value: chunk.value(manifest.sampling.mdp),
         record: asked.record.then(|| Box::new(chunk_record(manifest, chunk))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use policy::{noise::NoiseKey, transform::RawObservation};
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_others_and_answers_what_waits() {
+        let queue: Arc<EngineQueue> = Arc::new(Queue::new(9, 2));
+        let row = Row {
+            observation: RawObservation {
+                images: BTreeMap::new(),
+                state: Vec::new(),
+                prompt: String::new(),
+            },
+            key: NoiseKey {
+                seed: 0,
+                env: 0,
+                episode: 0,
+                chunk: 0,
+            },
+            mode: Mode::Eval,
+            record: false,
+            guidance: None,
+        };
+        let mut answers = Vec::new();
+        for rows in [1, 3] {
+            let (reply, answer) = oneshot::channel();
+            let job = Job::of_client(1, vec![row.clone(); rows], reply);
+            assert!(queue.push_client(job, &mut Vec::new()).is_ok());
+            answers.push(answer);
+        }
+        let guard = CloseOnPanic(Arc::clone(&queue));
+        let ended = thread::spawn(move || {
+            let _guard = guard;
+            panic!("as a defect would");
+        });
+        assert!(ended.join().is_err());
+        assert!(queue.cut(1).is_none(), "preparing threads end");
+        assert!(
+            matches!(queue.take(Duration::from_mins(1)), Taken::Closed),
+            "the inference thread ends"
+        );
+        for answer in answers {
+            assert!(matches!(answer.blocking_recv(), Ok(Err(JobError::Closed))));
+        }
+    }
 }

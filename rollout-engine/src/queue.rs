@@ -525,6 +525,9 @@ impl<R, P> Queue<R, P> {
         let staged = std::mem::take(&mut waiting.staged);
         let part = waiting.staged_part.take().map(|(part, _)| part);
         jobs.extend(staged.into_iter().chain(part).map(|prepared| prepared.job));
+        drop(waiting);
+        self.to_cut.notify_all();
+        self.to_take.notify_all();
         jobs
     }
 
