@@ -144,7 +144,8 @@ fn main() -> ExitCode {
 const LOAD_PATIENCE: Duration = Duration::from_secs(5);
 
 fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
-    let config = RunPlan::new(RunConfig::load(&args.config, &args.set)?)?.config;
+    let (config, origins) = RunConfig::load_with_origins(&args.config, &args.set)?;
+    let config = RunPlan::new(config).map_err(|error| error.locate(&origins))?.config;
     let mut rollout = config.rollout;
     if let Some(listen) = args.listen {
         rollout.listen = listen;
