@@ -20,7 +20,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Write a policy bundle from an openpi checkpoint
     Onnx(OnnxArgs),
-    /// Check a bundle: digests, manifest, weights, both graphs, and one golden run in the engine
+    /// Check a bundle: digests, manifest, weights, graphs, and one golden run in the engine
     Check(CheckArgs),
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct OnnxArgs {
     /// Policy version of the bundle
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) policy_version: u64,
-    /// Batch size of the graphs: a number, or `dynamic`
+    /// Batch size of the graphs: a number, or `dynamic` (with `rollout.provider = "cuda"`: `rollout.max_batch`)
     #[arg(long, value_name = "N|dynamic", default_value = "dynamic", value_parser = batch)]
     pub(crate) batch: Batch,
     /// Location of the denoise graph's weights; default: as in the configuration

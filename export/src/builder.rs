@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use policy::{
-    graph::{ElementType, TensorSpec},
+    config::Flavour,
+    element::{ElementType, bf16_bytes, f32_bytes},
+    graph::TensorSpec,
     params::ParamSpec,
     weights::Location,
 };
@@ -18,10 +20,26 @@ use crate::{
     shape::{Dim, fixed, text},
 };
 
-/// IR version of the written models.
-pub(crate) const IR_VERSION: i64 = 10;
-/// Operator set of the written models, the first with `Gelu`.
-pub(crate) const OPSET: i64 = 20;
+/// Domain of the operators that ONNX Runtime adds to those of ONNX.
+pub(crate) const MICROSOFT: &str = "com.microsoft";
+
+/// Returns the IR version of the written models.
+pub(crate) const fn ir_version(flavour: Flavour) -> i64 {
+    match flavour {
+        Flavour::Plain => 10,
+        Flavour::Cuda => 11,
+    }
+}
+
+/// Returns the operator sets of the written models, as domain and version.
+pub(crate) const fn operator_sets(flavour: Flavour) -> &'static [(&'static str, i64)] {
+    match flavour {
+        // the first with `Gelu`
+        Flavour::Plain => &[("", 20)],
+        // the first with `Attention` over a number of keys per row
+        Flavour::Cuda => &[("", 24), (MICROSOFT, 1)],
+    }
+}
 
 /// Error of building a graph.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -99,8 +117,9 @@ impl Value {
 #[derive(Debug)]
 pub struct GraphBuilder<'a> {
     name: String,
+    flavour: Flavour,
     batch: Option<usize>,
-    params: BTreeMap<String, ParamSpec>,
+    params: BTreeMap<String, TensorSpec>,
     order: Vec<String>,
     weights: WeightsAs<'a>,
     used: BTreeSet<String>,
@@ -116,8 +135,19 @@ pub struct GraphBuilder<'a> {
 impl<'a> GraphBuilder<'a> {
     /// Creates an empty graph over the weights `params`; a `batch` of `None` is symbolic.
     pub fn new(name: &str, batch: Option<usize>, params: Vec<ParamSpec>, weights: WeightsAs<'a>) -> Self {
+        let params = params.into_iter().map(TensorSpec::from).collect();
+        Self::of(name, Flavour::Plain, batch, params, weights)
+    }
+
+    /// Creates an empty graph of flavour `cuda` with `batch` rows; the weights are graph inputs.
+    pub fn cuda(name: &str, batch: usize, weights: Vec<TensorSpec>) -> Self {
+        Self::of(name, Flavour::Cuda, Some(batch), weights, WeightsAs::Inputs)
+    }
+
+    fn of(name: &str, flavour: Flavour, batch: Option<usize>, params: Vec<TensorSpec>, weights: WeightsAs<'a>) -> Self {
         Self {
             name: name.to_owned(),
+            flavour,
             batch,
             order: params.iter().map(|p| p.name.clone()).collect(),
             params: params.into_iter().map(|p| (p.name.clone(), p)).collect(),
@@ -141,6 +171,11 @@ impl<'a> GraphBuilder<'a> {
     /// Returns whether the weights are graph inputs.
     pub fn weights_are_inputs(&self) -> bool {
         matches!(self.weights, WeightsAs::Inputs)
+    }
+
+    /// Returns the flavour of the graph.
+    pub(crate) fn flavour(&self) -> Flavour {
+        self.flavour
     }
 
     /// Sets the prefix of the names of the following nodes.
@@ -190,8 +225,8 @@ impl<'a> GraphBuilder<'a> {
             .ok_or_else(|| GraphError::UnknownWeight(name.to_owned()))?;
         let value = Value {
             name: spec.name.clone(),
-            shape: fixed(&spec.shape),
-            elem: ElementType::F32,
+            shape: axes(spec),
+            elem: spec.element,
         };
         if self.used.insert(spec.name.clone())
             && let WeightsAs::External { file, locations } = self.weights
@@ -206,6 +241,19 @@ impl<'a> GraphBuilder<'a> {
     /// # Errors
     /// The number of values does not match the shape.
     pub fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Value, GraphError> {
+        self.constant_in(ElementType::F32, shape, data)
+    }
+
+    /// Adds a small constant of a float type, stored in the graph; values are rounded to the nearest, ties to even.
+    ///
+    /// # Errors
+    /// The number of values does not match the shape, or the type is not a float.
+    pub(crate) fn constant_in(
+        &mut self,
+        elem: ElementType,
+        shape: &[usize],
+        data: &[f32],
+    ) -> Result<Value, GraphError> {
         let name = self.next_name("const");
         if shape.iter().product::<usize>() != data.len() {
             return Err(GraphError::Node {
@@ -213,8 +261,17 @@ impl<'a> GraphBuilder<'a> {
                 detail: format!("{} values for shape {shape:?}", data.len()),
             });
         }
-        let raw = data.iter().flat_map(|v| v.to_le_bytes()).collect();
-        Ok(self.store(name, shape, ElementType::F32, raw))
+        let raw = match elem {
+            ElementType::F32 => f32_bytes(data),
+            ElementType::Bf16 => bf16_bytes(data),
+            other => {
+                return Err(GraphError::Node {
+                    node: name,
+                    detail: format!("a constant of type {other:?}, expected a float"),
+                });
+            }
+        };
+        Ok(self.store(name, shape, elem, raw))
     }
 
     /// Adds an f32 scalar, stored in the graph.
@@ -223,6 +280,12 @@ impl<'a> GraphBuilder<'a> {
     /// See [`GraphBuilder::constant`]; does not occur in practice.
     pub fn scalar(&mut self, value: f32) -> Result<Value, GraphError> {
         self.constant(&[], &[value])
+    }
+
+    /// Adds a 32-bit integer scalar, stored in the graph.
+    pub(crate) fn integer(&mut self, value: i32) -> Value {
+        let name = self.next_name("int");
+        self.store(name, &[], ElementType::I32, value.to_le_bytes().to_vec())
     }
 
     /// Adds an integer vector for shapes and axes; equal vectors are stored once.
@@ -316,6 +379,48 @@ impl<'a> GraphBuilder<'a> {
         values
     }
 
+    /// Adds a node of a domain with inputs and outputs that may be absent; returns the outputs that are present.
+    pub(crate) fn node_of(
+        &mut self,
+        (domain, op): (&str, &str),
+        inputs: &[Option<&Value>],
+        attributes: Vec<AttributeProto>,
+        outputs: &[Option<Vec<Dim>>],
+        elem: ElementType,
+    ) -> Vec<Value> {
+        let name = self.next_name(op);
+        let made: Vec<Option<Value>> = outputs
+            .iter()
+            .enumerate()
+            .map(|(i, shape)| {
+                shape.as_ref().map(|shape| Value {
+                    name: format!("{name}.{i}"),
+                    shape: shape.clone(),
+                    elem,
+                })
+            })
+            .collect();
+        // an empty name stands for an absent input or output
+        let names = |values: Vec<Option<&Value>>| -> Vec<String> {
+            let last = values.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+            values
+                .into_iter()
+                .take(last)
+                .map(|value| value.map_or_else(String::new, |value| value.name.clone()))
+                .collect()
+        };
+        self.nodes.push(NodeProto {
+            domain: (!domain.is_empty()).then(|| domain.to_owned()),
+            input: names(inputs.to_vec()),
+            output: names(made.iter().map(Option::as_ref).collect()),
+            name: Some(name),
+            op_type: Some(op.to_owned()),
+            attribute: attributes,
+            ..NodeProto::default()
+        });
+        made.into_iter().flatten().collect()
+    }
+
     /// Returns the bytes of the finished `.onnx` file.
     ///
     /// # Errors
@@ -332,7 +437,7 @@ impl<'a> GraphBuilder<'a> {
             .flatten()
             .filter_map(|name| {
                 let spec = self.params.get(name)?;
-                Some(value_info(name, ElementType::F32, &fixed(&spec.shape)))
+                Some(value_info(name, spec.element, &axes(spec)))
             });
         let input = self
             .inputs
@@ -354,11 +459,14 @@ impl<'a> GraphBuilder<'a> {
             ..GraphProto::default()
         };
         let model = ModelProto {
-            ir_version: Some(IR_VERSION),
-            opset_import: vec![OperatorSetIdProto {
-                domain: Some(String::new()),
-                version: Some(OPSET),
-            }],
+            ir_version: Some(ir_version(self.flavour)),
+            opset_import: operator_sets(self.flavour)
+                .iter()
+                .map(|(domain, version)| OperatorSetIdProto {
+                    domain: Some((*domain).to_owned()),
+                    version: Some(*version),
+                })
+                .collect(),
             producer_name: Some("pirl-export".to_owned()),
             producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             graph: Some(graph),
@@ -402,21 +510,25 @@ fn axes(spec: &TensorSpec) -> Vec<Dim> {
 pub(crate) const fn data_type(element: ElementType) -> i32 {
     match element {
         ElementType::F32 => 1,
+        ElementType::U8 => 2,
+        ElementType::I32 => 6,
         ElementType::I64 => 7,
         ElementType::Bool => 9,
+        ElementType::Bf16 => 16,
     }
 }
 
-fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>) -> Result<TensorProto, GraphError> {
+fn external(spec: &TensorSpec, file: &str, locations: &BTreeMap<String, Location>) -> Result<TensorProto, GraphError> {
     let location = locations.get(&spec.name).ok_or_else(|| GraphError::NoLocation {
         file: file.to_owned(),
         name: spec.name.clone(),
     })?;
-    let bytes = spec.shape.iter().product::<usize>() as u64 * 4;
-    if location.shape != spec.shape || location.length != bytes {
+    let shape = spec.shape(1);
+    let bytes = (shape.iter().product::<usize>() * spec.element.size()) as u64;
+    if location.shape != shape || location.length != bytes {
         return Err(GraphError::Location {
             name: spec.name.clone(),
-            expected: format!("shape {:?} and {bytes} bytes", spec.shape),
+            expected: format!("shape {shape:?} and {bytes} bytes"),
             found: format!("shape {:?} and {} bytes", location.shape, location.length),
         });
     }
@@ -426,8 +538,8 @@ fn external(spec: &ParamSpec, file: &str, locations: &BTreeMap<String, Location>
     };
     Ok(TensorProto {
         name: Some(spec.name.clone()),
-        dims: spec.shape.iter().map(|n| *n as i64).collect(),
-        data_type: Some(data_type(ElementType::F32)),
+        dims: shape.iter().map(|n| *n as i64).collect(),
+        data_type: Some(data_type(spec.element)),
         data_location: Some(DataLocation::External as i32),
         external_data: vec![
             entry("location", file.to_owned()),
@@ -649,5 +761,43 @@ mod tests {
         assert!(matches!(g.weight("b"), Err(GraphError::NoLocation { .. })));
         let g = GraphBuilder::new("g", None, vec![spec("a", &[2])], external);
         assert_eq!(g.finish(), Err(GraphError::UnusedWeight("a".to_owned())));
+    }
+
+    #[test]
+    fn a_constant_has_the_bytes_of_its_type() {
+        let mut g = GraphBuilder::cuda("g", 1, vec![]);
+        for elem in [ElementType::F32, ElementType::Bf16] {
+            g.constant_in(elem, &[2], &[1.0, -2.0]).expect("a float");
+        }
+        assert!(g.constant_in(ElementType::I64, &[1], &[1.0]).is_err(), "not a float");
+        let stored: Vec<&[u8]> = g.initializers.iter().map(TensorProto::raw_data).collect();
+        let wide: &[u8] = &[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0];
+        assert_eq!(stored, [wide, &[0x80, 0x3f, 0, 0xc0]]);
+    }
+
+    #[test]
+    fn absent_inputs_and_outputs_have_an_empty_name() {
+        let vector = |name: &str, axes: &[usize]| TensorSpec {
+            name: name.to_owned(),
+            element: ElementType::Bf16,
+            axes: axes.iter().copied().map(Axis::Fixed).collect(),
+        };
+        let mut g = GraphBuilder::cuda("g", 1, vec![vector("scale", &[4])]);
+        let x = g.input(&vector("x", &[1, 3, 4]));
+        let scale = g.weight("scale").expect("in the table");
+        let both = g.skip_rms_norm(&x, &x, &scale, 1e-6).expect("fits");
+        g.output(&vector("sum", &[1, 3, 4]), &both.sum).expect("as declared");
+        assert!(g.skip_rms_norm(&x, &x, &x, 1e-6).is_err(), "not a vector");
+        assert!(g.output(&rows("y", 4), &both.normed).is_err(), "another type");
+        let model = ModelProto::decode(g.finish().expect("graph").as_slice()).expect("ONNX");
+        let graph = model.graph.expect("graph");
+        let inputs: Vec<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+        assert_eq!(inputs, ["x", "scale"]);
+        let node = graph.node.first().expect("node");
+        assert_eq!(node.domain(), MICROSOFT);
+        assert_eq!(node.input, ["x", "x", "scale"]);
+        let empty: Vec<bool> = node.output.iter().map(String::is_empty).collect();
+        assert_eq!(empty, [false, true, true, false]);
+        assert_eq!(node.output.last().expect("four outputs"), "sum");
     }
 }

@@ -7,12 +7,14 @@ use std::{
 
 use policy::{
     bundle::{
-        BUNDLE_VERSION, Bundle, BundleError, BundleFile, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, Manifest,
-        PREFIX_GRAPH, SelfTest, Source, TOKENIZER_MODEL, VLM_WEIGHTS, publish,
+        BUNDLE_VERSION, Bundle, BundleError, BundleFile, EXPERT_WEIGHTS, FLOW_TIME, Manifest, SelfTest, Source,
+        TOKENIZER_MODEL, VLM_WEIGHTS, publish,
     },
-    config::{TokenizerConfig, WeightMode},
+    config::{Flavour, Precision, TokenizerConfig, WeightMode},
+    cuda::CudaError,
     dims::DimsError,
     flow::Sampling,
+    graph::{DENOISE_GRAPH, PREFIX_GRAPH},
     norm::NormStats,
     params::{ParamSpec, expert_params, vlm_params},
     plan::RunPlan,
@@ -22,7 +24,7 @@ use policy::{
 
 use crate::{
     builder::GraphError,
-    graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph},
+    graph::{GraphOptions, cuda::cuda_graphs, denoise::denoise_graph, prefix::prefix_graph},
 };
 
 /// Error of writing a bundle.
@@ -35,6 +37,12 @@ pub enum ExportError {
     /// A graph cannot be built.
     #[error(transparent)]
     Graph(#[from] GraphError),
+    /// The policy has no graphs of flavour `cuda`.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The weights of graphs of flavour `cuda` are not graph inputs.
+    #[error("`weights` is `constants`, expected `inputs` for graphs of flavour `cuda`")]
+    CudaWeights,
     /// A file cannot be written or read.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -97,7 +105,7 @@ pub enum WeightSource<'a> {
     Same(PathBuf, BundleFile),
 }
 
-/// Source of the two graphs of a new bundle.
+/// Source of the graphs of a new bundle.
 #[derive(Debug)]
 pub enum GraphSource<'a> {
     /// Graphs to build for the bundle's sizes and weight files.
@@ -115,7 +123,7 @@ pub struct BundleSpec<'a> {
     pub vlm: WeightSource<'a>,
     /// Weights of the action expert and the value head.
     pub expert: WeightSource<'a>,
-    /// Source of the two graphs.
+    /// Source of the graphs.
     pub graphs: GraphSource<'a>,
     /// `SentencePiece` model, if the manifest's tokenizer is of this kind.
     pub tokenizer: Option<Source<'a>>,
@@ -123,7 +131,8 @@ pub struct BundleSpec<'a> {
 
 /// Returns the manifest of a run's bundle, without `files`.
 ///
-/// A `batch` of `None` is symbolic. The path of a tokenizer model becomes the file's name in the bundle.
+/// A `batch` of `None` is symbolic; for graphs of flavour `cuda`, which have no symbolic batch, it is `rollout.max_batch`. The path of
+/// a tokenizer model becomes the file's name in the bundle.
 pub fn manifest_of(
     plan: &RunPlan,
     policy_version: u64,
@@ -131,7 +140,8 @@ pub fn manifest_of(
     norm_stats: Option<NormStats>,
     self_test: Option<SelfTest>,
 ) -> Manifest {
-    let model = &plan.config.actor.model;
+    let (model, rollout) = (&plan.config.actor.model, &plan.config.rollout);
+    let flavour = rollout.provider.flavour();
     Manifest {
         format_version: BUNDLE_VERSION,
         policy_version,
@@ -152,8 +162,13 @@ pub fn manifest_of(
         normalization: model.normalization,
         norm_stats,
         delta_actions: model.delta_actions.clone(),
-        weights: plan.config.rollout.weights,
-        batch,
+        flavour,
+        precision: rollout.precision,
+        weights: rollout.weights,
+        batch: match flavour {
+            Flavour::Plain => batch,
+            Flavour::Cuda => batch.or(Some(rollout.max_batch)),
+        },
         config_digest: plan.config_digest.clone(),
         self_test,
         files: Vec::new(),
@@ -195,36 +210,20 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
     manifest.dims.check()?;
     manifest.format_version = BUNDLE_VERSION;
     FLOW_TIME.clone_into(&mut manifest.flow_time);
+    if manifest.flavour == Flavour::Cuda && manifest.weights != WeightMode::Inputs {
+        return Err(ExportError::CudaWeights);
+    }
     let vlm_params = vlm_params(&manifest.dims);
     let expert_params = expert_params(&manifest.dims, &manifest.heads);
-    let (vlm, vlm_locations) = weight_file(VLM_WEIGHTS, vlm, &vlm_params)?;
-    let (expert, expert_locations) = weight_file(EXPERT_WEIGHTS, expert, &expert_params)?;
-    let (prefix, denoise) = match graphs {
-        GraphSource::Build => {
-            let options = GraphOptions {
-                batch: manifest.batch,
-                debug: false,
-            };
-            let head = &manifest.heads;
-            (
-                Source::Bytes(prefix_graph(
-                    &manifest.dims,
-                    manifest.heads.pooling(),
-                    &vlm_locations,
-                    options,
-                )?),
-                Source::Bytes(denoise_graph(
-                    &manifest.dims,
-                    head,
-                    &expert_locations,
-                    manifest.weights,
-                    options,
-                )?),
-            )
-        }
+    let (vlm, vlm_locations) = weight_file(VLM_WEIGHTS, vlm, &vlm_params, manifest.precision)?;
+    let (expert, expert_locations) = weight_file(EXPERT_WEIGHTS, expert, &expert_params, manifest.precision)?;
+    let mut files = match graphs {
+        GraphSource::Build => build_graphs(&manifest, &vlm_locations, &expert_locations)?,
         GraphSource::Reuse(earlier) => {
             reusable(earlier, &manifest)?;
-            same_layout(VLM_WEIGHTS, &file_locations(earlier, VLM_WEIGHTS)?, &vlm_locations)?;
+            if manifest.flavour == Flavour::Plain {
+                same_layout(VLM_WEIGHTS, &file_locations(earlier, VLM_WEIGHTS)?, &vlm_locations)?;
+            }
             if manifest.weights == WeightMode::Constants {
                 same_layout(
                     EXPERT_WEIGHTS,
@@ -232,15 +231,15 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
                     &expert_locations,
                 )?;
             }
-            (same_file(earlier, PREFIX_GRAPH)?, same_file(earlier, DENOISE_GRAPH)?)
+            let names = manifest.graph_files()?;
+            names
+                .into_iter()
+                .map(|name| same_file(earlier, &name).map(|source| (name, source)))
+                .collect::<Result<_, _>>()?
         }
     };
-    let mut files = vec![
-        (PREFIX_GRAPH.to_owned(), prefix),
-        (DENOISE_GRAPH.to_owned(), denoise),
-        (VLM_WEIGHTS.to_owned(), vlm),
-        (EXPERT_WEIGHTS.to_owned(), expert),
-    ];
+    files.push((VLM_WEIGHTS.to_owned(), vlm));
+    files.push((EXPERT_WEIGHTS.to_owned(), expert));
     match (&manifest.tokenizer, tokenizer) {
         (TokenizerConfig::SentencePiece { .. }, Some(source)) => files.push((TOKENIZER_MODEL.to_owned(), source)),
         (TokenizerConfig::Words { .. }, None) => {}
@@ -266,6 +265,30 @@ pub fn write_bundle(dir: &Path, spec: BundleSpec<'_>) -> Result<Bundle, ExportEr
         },
         other => other.into(),
     })
+}
+
+/// Returns the graphs of a bundle, as file names and contents.
+fn build_graphs<'a>(
+    manifest: &Manifest,
+    vlm: &BTreeMap<String, Location>,
+    expert: &BTreeMap<String, Location>,
+) -> Result<Vec<(String, Source<'a>)>, ExportError> {
+    let (dims, heads) = (&manifest.dims, &manifest.heads);
+    let graphs = if let Some(contract) = manifest.cuda()? {
+        cuda_graphs(&contract)?
+    } else {
+        let options = GraphOptions {
+            batch: manifest.batch,
+            debug: false,
+        };
+        let prefix = prefix_graph(dims, heads.pooling(), vlm, options)?;
+        let denoise = denoise_graph(dims, heads, expert, manifest.weights, options)?;
+        vec![(PREFIX_GRAPH.to_owned(), prefix), (DENOISE_GRAPH.to_owned(), denoise)]
+    };
+    Ok(graphs
+        .into_iter()
+        .map(|(name, bytes)| (name, Source::Bytes(bytes)))
+        .collect())
 }
 
 /// Changes between a policy version and its predecessor.
@@ -328,11 +351,16 @@ fn weight_file<'a>(
     file: &'static str,
     source: WeightSource<'a>,
     params: &[ParamSpec],
+    precision: Precision,
 ) -> Result<(Source<'a>, BTreeMap<String, Location>), ExportError> {
     let wrong = |source| ExportError::Weights { file, source };
     match source {
         WeightSource::Weights(weights) => {
-            let layout = Layout::of(params).map_err(wrong)?;
+            let layout = match precision {
+                Precision::F32 => Layout::of(params),
+                Precision::Bf16 => Layout::bf16(params),
+            };
+            let layout = layout.map_err(wrong)?;
             let found = layout.locations().clone();
             Ok((Source::Weights(layout, weights), found))
         }
@@ -345,7 +373,12 @@ fn weight_file<'a>(
 
 fn reusable(earlier: &Bundle, manifest: &Manifest) -> Result<(), ExportError> {
     let old = &earlier.manifest;
+    // graphs of flavour `cuda` contain the number of denoise steps
+    let steps = manifest.flavour == Flavour::Plain || old.sampling.num_steps == manifest.sampling.num_steps;
     let same = [
+        ("flavour", old.flavour == manifest.flavour),
+        ("precision", old.precision == manifest.precision),
+        ("num_steps", steps),
         ("dims", old.dims == manifest.dims),
         ("heads", old.heads == manifest.heads),
         ("weights", old.weights == manifest.weights),

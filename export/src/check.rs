@@ -1,4 +1,4 @@
-//! The check of a finished bundle: digests, manifest, weights, and the structure of both graphs. The check runs no inference.
+//! The check of a finished bundle: digests, manifest, weights, and the structure of the graphs. The check runs no inference.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,16 +8,18 @@ use std::{
 };
 
 use policy::{
-    bundle::{Bundle, BundleError, DENOISE_GRAPH, EXPERT_WEIGHTS, PREFIX_GRAPH, VLM_WEIGHTS},
-    config::WeightMode,
-    graph::{Axis, BATCH, ElementType, GraphContract, TensorSpec},
+    bundle::{Bundle, BundleError, EXPERT_WEIGHTS, VLM_WEIGHTS},
+    config::{Flavour, WeightMode},
+    element::ElementType,
+    graph::{Axis, BATCH, DENOISE_GRAPH, GraphContract, PREFIX_GRAPH, TensorSpec},
     params::{ParamSpec, expert_params, vlm_params},
     weights::{Location, WeightFile},
 };
 use prost::Message;
 
 use crate::{
-    builder::{IR_VERSION, OPSET, data_type},
+    builder::{data_type, ir_version, operator_sets},
+    graph::cuda::cuda_contracts,
     proto::{
         GraphProto, ModelProto, TensorProto, ValueInfoProto, tensor_proto::DataLocation, tensor_shape_proto, type_proto,
     },
@@ -36,7 +38,7 @@ pub enum CheckError {
     #[error("graph `{file}` is not one of this policy")]
     Graph {
         /// File of the graph.
-        file: &'static str,
+        file: String,
         /// The first wrong property.
         source: GraphFault,
     },
@@ -53,15 +55,22 @@ pub enum GraphFault {
     #[error("not an ONNX model")]
     Decode(#[source] prost::DecodeError),
     /// A newer format.
-    #[error("IR version {0}, expected at most {IR_VERSION}")]
-    IrVersion(i64),
+    #[error("IR version {found}, expected at most {expected}")]
+    IrVersion {
+        /// The version of the flavour.
+        expected: i64,
+        /// The version of the model.
+        found: i64,
+    },
     /// Another operator set.
-    #[error("operator set `{domain}` {version}, expected `` {OPSET}")]
+    #[error("operator set `{domain}` {version}, expected {expected}")]
     OperatorSet {
         /// Its domain.
         domain: String,
         /// Its version.
         version: i64,
+        /// The operator sets of the flavour.
+        expected: String,
     },
     /// A model without a graph.
     #[error("the model has no graph")]
@@ -114,8 +123,8 @@ pub enum GraphFault {
     /// A value with two definitions.
     #[error("`{0}` is defined twice")]
     Twice(String),
-    /// An operator that is not ONNX's.
-    #[error("node `{node}` is of domain `{domain}`, expected ONNX's own")]
+    /// An operator of another domain.
+    #[error("node `{node}` is of domain `{domain}`, which is not in the operator sets of the flavour")]
     Domain {
         /// Which node.
         node: String,
@@ -172,7 +181,7 @@ pub struct CheckReport {
     pub files: usize,
     /// Weights with the correct name and shape and with finite values only.
     pub weights: usize,
-    /// Nodes of both graphs.
+    /// Nodes of all graphs.
     pub nodes: usize,
 }
 
@@ -185,32 +194,57 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     bundle.verify()?;
     let manifest = &bundle.manifest;
     let (dims, head) = (&manifest.dims, &manifest.heads);
-    let prefix = Expected {
-        file: PREFIX_GRAPH,
-        contract: GraphContract::prefix(dims, manifest.batch),
-        weight_file: VLM_WEIGHTS,
-        params: vlm_params(dims),
-        mode: WeightMode::Constants,
+    let cuda = manifest.cuda().map_err(|error| BundleError::Manifest {
+        path: dir.to_owned(),
+        detail: error.to_string(),
+    })?;
+    let expected = match cuda {
+        Some(contract) => cuda_contracts(&contract)
+            .into_iter()
+            .map(|(file, contract)| Expected {
+                file,
+                flavour: Flavour::Cuda,
+                contract,
+                weight_file: EXPERT_WEIGHTS,
+                params: Vec::new(),
+                mode: WeightMode::Inputs,
+            })
+            .collect(),
+        None => vec![
+            Expected {
+                file: PREFIX_GRAPH.to_owned(),
+                flavour: Flavour::Plain,
+                contract: GraphContract::prefix(dims, manifest.batch),
+                weight_file: VLM_WEIGHTS,
+                params: vlm_params(dims),
+                mode: WeightMode::Constants,
+            },
+            Expected {
+                file: DENOISE_GRAPH.to_owned(),
+                flavour: Flavour::Plain,
+                contract: GraphContract::denoise(dims, head, manifest.weights, manifest.batch),
+                weight_file: EXPERT_WEIGHTS,
+                params: expert_params(dims, head),
+                mode: manifest.weights,
+            },
+        ],
     };
-    let denoise = Expected {
-        file: DENOISE_GRAPH,
-        contract: GraphContract::denoise(dims, head, manifest.weights, manifest.batch),
-        weight_file: EXPERT_WEIGHTS,
-        params: expert_params(dims, head),
-        mode: manifest.weights,
-    };
-    let nodes = prefix.check(&bundle)? + denoise.check(&bundle)?;
+    let mut nodes = 0;
+    for graph in &expected {
+        nodes += graph.check(&bundle)?;
+    }
     Ok(CheckReport {
         policy_version: manifest.policy_version,
         files: manifest.files.len(),
-        weights: prefix.params.len() + denoise.params.len(),
+        weights: manifest.params().len(),
         nodes,
     })
 }
 
 /// Requirements of a graph of a bundle.
 struct Expected {
-    file: &'static str,
+    file: String,
+    flavour: Flavour,
     contract: GraphContract,
     weight_file: &'static str,
     params: Vec<ParamSpec>,
@@ -221,10 +255,10 @@ impl Expected {
     /// Checks the graph against the requirements; returns the number of nodes.
     fn check(&self, bundle: &Bundle) -> Result<usize, CheckError> {
         let fail = |source| CheckError::Graph {
-            file: self.file,
+            file: self.file.clone(),
             source,
         };
-        let path = bundle.path(self.file);
+        let path = bundle.path(&self.file);
         let mut bytes = Vec::new();
         let io = |source| BundleError::Io {
             action: "reading",
@@ -245,14 +279,24 @@ impl Expected {
 
     fn structure(&self, bytes: &[u8], locations: &BTreeMap<String, Location>) -> Result<usize, GraphFault> {
         let model = ModelProto::decode(bytes).map_err(GraphFault::Decode)?;
-        if model.ir_version() > IR_VERSION {
-            return Err(GraphFault::IrVersion(model.ir_version()));
+        let expected = ir_version(self.flavour);
+        if model.ir_version() > expected {
+            return Err(GraphFault::IrVersion {
+                expected,
+                found: model.ir_version(),
+            });
         }
+        let sets = operator_sets(self.flavour);
         for set in &model.opset_import {
-            if !set.domain().is_empty() || set.version() != OPSET {
+            if !sets.contains(&(set.domain(), set.version())) {
+                let sets: Vec<String> = sets
+                    .iter()
+                    .map(|(domain, version)| format!("`{domain}` {version}"))
+                    .collect();
                 return Err(GraphFault::OperatorSet {
                     domain: set.domain().to_owned(),
                     version: set.version(),
+                    expected: sets.join(" and "),
                 });
             }
         }
@@ -265,7 +309,7 @@ impl Expected {
             &self.contract.outputs.iter().collect::<Vec<_>>(),
         )?;
         self.initializers(graph, locations)?;
-        defined(graph)?;
+        defined(graph, self.flavour)?;
         Ok(graph.node.len())
     }
 
@@ -332,7 +376,7 @@ impl Expected {
 }
 
 /// Checks that a node reads only earlier values, that names are unique, and that all outputs are defined.
-fn defined(graph: &GraphProto) -> Result<(), GraphFault> {
+fn defined(graph: &GraphProto, flavour: Flavour) -> Result<(), GraphFault> {
     let mut known: BTreeSet<&str> = BTreeSet::new();
     let given = graph
         .input
@@ -345,7 +389,10 @@ fn defined(graph: &GraphProto) -> Result<(), GraphFault> {
         }
     }
     for node in &graph.node {
-        if !node.domain().is_empty() {
+        if !operator_sets(flavour)
+            .iter()
+            .any(|(domain, _)| *domain == node.domain())
+        {
             return Err(GraphFault::Domain {
                 node: node.name().to_owned(),
                 domain: node.domain().to_owned(),
@@ -361,7 +408,8 @@ fn defined(graph: &GraphProto) -> Result<(), GraphFault> {
                 value: name.clone(),
             });
         }
-        for name in &node.output {
+        // an empty name stands for an absent output
+        for name in node.output.iter().filter(|name| !name.is_empty()) {
             if !known.insert(name) {
                 return Err(GraphFault::Twice(name.clone()));
             }
@@ -397,13 +445,21 @@ fn ports(kind: &'static str, found: &[ValueInfoProto], expected: &[&TensorSpec])
     Ok(())
 }
 
-fn spec_of(info: &ValueInfoProto) -> Option<TensorSpec> {
+/// Returns name, type and shape of a graph's input or output; `None` if it is not a tensor.
+pub(crate) fn spec_of(info: &ValueInfoProto) -> Option<TensorSpec> {
     let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref()?.value.as_ref() else {
         return None;
     };
-    let element = [ElementType::F32, ElementType::I64, ElementType::Bool]
-        .into_iter()
-        .find(|e| data_type(*e) == tensor.elem_type())?;
+    let element = [
+        ElementType::F32,
+        ElementType::Bf16,
+        ElementType::U8,
+        ElementType::I32,
+        ElementType::I64,
+        ElementType::Bool,
+    ]
+    .into_iter()
+    .find(|e| data_type(*e) == tensor.elem_type())?;
     let axis = |dim: &tensor_shape_proto::Dimension| match dim.value.as_ref()? {
         tensor_shape_proto::dimension::Value::DimValue(n) => usize::try_from(*n).ok().map(Axis::Fixed),
         tensor_shape_proto::dimension::Value::DimParam(name) => (name == BATCH).then_some(Axis::Batch),

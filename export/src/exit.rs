@@ -54,7 +54,9 @@ pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
 
 fn of_export(error: &ExportError) -> Class {
     match error {
-        ExportError::Dims(_) | ExportError::Tokenizer(_) => Class::Usage,
+        ExportError::Dims(_) | ExportError::Tokenizer(_) | ExportError::Cuda(_) | ExportError::CudaWeights => {
+            Class::Usage
+        }
         ExportError::Bundle(error) => process::exit::class(error, |_| None),
         ExportError::Graph(_) => Class::Other,
         ExportError::Weights { .. }

@@ -1,4 +1,4 @@
-//! Conversion of weights to a policy bundle: a builder for the two ONNX graphs, and the check of a finished bundle.
+//! Conversion of weights to a policy bundle: a builder for the ONNX graphs, and the check of a finished bundle.
 //!
 //! The graphs contain no weights. The external data of a graph is an offset and a length in the bundle's safetensors files. A new
 //! policy version therefore reuses the graphs of the first version and writes only the trained weights. The crate links no runtime.
@@ -13,6 +13,7 @@ mod proto;
 pub mod shape;
 pub mod builder;
 mod ops;
+mod fused;
 mod graph;
 pub mod bundle;
 pub mod check;
@@ -26,4 +27,4 @@ pub use bundle::{
     write_bundle,
 };
 pub use check::{CheckError, CheckReport, GraphFault, check_bundle};
-pub use graph::{GraphOptions, denoise::denoise_graph, prefix::prefix_graph};
+pub use graph::{GraphOptions, cuda::cuda_graphs, denoise::denoise_graph, prefix::prefix_graph};

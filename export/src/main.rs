@@ -84,7 +84,10 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
         bundle.manifest.policy_version,
         all.len(),
         bytes as f64 / f64::from(1 << 20),
-        args.batch.0.map_or_else(|| "dynamic".to_owned(), |n| n.to_string()),
+        bundle
+            .manifest
+            .batch
+            .map_or_else(|| "dynamic".to_owned(), |n| n.to_string()),
         match bundle.manifest.weights {
             policy::config::WeightMode::Constants => "constants",
             policy::config::WeightMode::Inputs => "inputs",

@@ -1,6 +1,6 @@
 //! Operations of the builder. Every operation checks the types and shapes of its inputs.
 
-use policy::graph::ElementType;
+use policy::{config::Flavour, element::ElementType};
 
 use crate::{
     builder::{GraphBuilder, GraphError, Value, data_type, float, int, ints, string},
@@ -10,13 +10,13 @@ use crate::{
 type Built = Result<Value, GraphError>;
 
 impl GraphBuilder<'_> {
-    fn need(&self, op: &str, holds: bool, detail: impl FnOnce() -> String) -> Result<(), GraphError> {
+    pub(crate) fn need(&self, op: &str, holds: bool, detail: impl FnOnce() -> String) -> Result<(), GraphError> {
         if holds { Ok(()) } else { Err(self.refuse(op, detail())) }
     }
 
-    fn need_float(&self, op: &str, value: &Value) -> Result<(), GraphError> {
-        self.need(op, value.elem == ElementType::F32, || {
-            format!("takes F32, found {:?}", value.elem)
+    pub(crate) fn need_float(&self, op: &str, value: &Value) -> Result<(), GraphError> {
+        self.need(op, matches!(value.elem, ElementType::F32 | ElementType::Bf16), || {
+            format!("takes a float, found {:?}", value.elem)
         })
     }
 
@@ -86,7 +86,7 @@ impl GraphBuilder<'_> {
 
     fn unary(&mut self, op: &str, x: &Value) -> Built {
         self.need_float(op, x)?;
-        Ok(self.node(op, &[x], vec![], x.shape.clone(), ElementType::F32))
+        Ok(self.node(op, &[x], vec![], x.shape.clone(), x.elem))
     }
 
     /// Returns the elementwise cosine.
@@ -157,7 +157,7 @@ impl GraphBuilder<'_> {
             &[x],
             vec![string("approximate", "tanh")],
             x.shape.clone(),
-            ElementType::F32,
+            x.elem,
         ))
     }
 
@@ -167,13 +167,7 @@ impl GraphBuilder<'_> {
     /// The input is not a float.
     pub fn softmax(&mut self, x: &Value) -> Built {
         self.need_float("Softmax", x)?;
-        Ok(self.node(
-            "Softmax",
-            &[x],
-            vec![int("axis", -1)],
-            x.shape.clone(),
-            ElementType::F32,
-        ))
+        Ok(self.node("Softmax", &[x], vec![int("axis", -1)], x.shape.clone(), x.elem))
     }
 
     /// Returns `x * rsqrt(mean(x^2) + eps) * scale` over the last axis; `scale` has the width of this axis.
@@ -220,7 +214,7 @@ impl GraphBuilder<'_> {
             &[x, weight, bias],
             attributes,
             x.shape.clone(),
-            ElementType::F32,
+            x.elem,
         ))
     }
 
@@ -233,7 +227,7 @@ impl GraphBuilder<'_> {
             .ok_or_else(|| self.refuse(op, format!("no axis {axis} in {}", text(&x.shape))))?;
         *slot = Dim::fixed(1);
         let axes = self.integers(&[axis as i64]);
-        Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, ElementType::F32))
+        Ok(self.node(op, &[x, &axes], vec![int("keepdims", 1)], shape, x.elem))
     }
 
     /// Returns the mean over one axis, which is kept with size 1.
@@ -285,7 +279,8 @@ impl GraphBuilder<'_> {
         Ok(self.node("Gemm", &inputs, vec![int("transB", 1)], shape, ElementType::F32))
     }
 
-    /// Applies a linear layer by name: `NAME.weight` and, if `with_bias` is set, `NAME.bias`.
+    /// Applies a linear layer by name: `NAME.weight` and, if `with_bias` is set, `NAME.bias`. The weight is `[out, in]`, in a graph
+    /// of flavour `cuda` `[in, out]`.
     ///
     /// # Errors
     /// A weight is missing, or the shapes do not match.
@@ -296,7 +291,11 @@ impl GraphBuilder<'_> {
         } else {
             None
         };
-        self.linear(x, &weight, bias.as_ref())
+        if self.flavour() == Flavour::Plain {
+            return self.linear(x, &weight, bias.as_ref());
+        }
+        let product = self.product(x, &weight)?;
+        bias.map_or(Ok(product.clone()), |bias| self.add(&product, &bias))
     }
 
     /// Returns the matrix product over the last two axes; the leading axes are equal.
@@ -307,6 +306,7 @@ impl GraphBuilder<'_> {
         let rank = a.shape.len();
         let fits = rank >= 2
             && b.shape.len() == rank
+            && a.elem == b.elem
             && a.shape.get(..rank - 2) == b.shape.get(..rank - 2)
             && a.axis(rank - 1) == b.axis(rank - 2);
         self.need("MatMul", fits, || {
@@ -315,7 +315,7 @@ impl GraphBuilder<'_> {
         let mut shape = a.shape.clone();
         shape.pop();
         shape.push(b.axis(rank - 1));
-        Ok(self.node("MatMul", &[a, b], vec![], shape, ElementType::F32))
+        Ok(self.node("MatMul", &[a, b], vec![], shape, a.elem))
     }
 
     /// Returns the same elements in another shape.

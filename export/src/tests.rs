@@ -9,13 +9,14 @@ use std::{
 
 use policy::{
     bundle::{
-        Bundle, BundleError, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
-        VerifiedFiles, write_weights,
+        Bundle, BundleError, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, VLM_WEIGHTS, VerifiedFiles, write_weights,
     },
-    config::{TokenizerConfig, WeightMode},
+    config::{Flavour, Precision, TokenizerConfig, WeightMode},
+    cuda::{Attention, CudaContract},
     dims::{PolicyDims, StackDims, Variant, VisionDims},
+    element::ElementType,
     flow::{Mdp, NoiseMethod, Sampling},
-    graph::GraphContract,
+    graph::{DENOISE_GRAPH, GraphContract, PREFIX_GRAPH, TensorSpec},
     message::told,
     norm::Normalization,
     params::{CriticInput, Heads, ParamSpec, Part, Pooling, ValueHeadDims, ValueSteps, expert_params, params},
@@ -23,8 +24,8 @@ use policy::{
 };
 
 use crate::{
-    BundleSpec, ExportError, GraphOptions, GraphSource, NextVersion, WeightSource, check_bundle, denoise_graph,
-    next_version, write_bundle,
+    BundleSpec, ExportError, GraphOptions, GraphSource, NextVersion, WeightSource, check::spec_of, check_bundle,
+    cuda_graphs, denoise_graph, graph::cuda::cuda_contracts, next_version, write_bundle,
 };
 
 fn dims(variant: Variant) -> PolicyDims {
@@ -84,6 +85,8 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         norm_stats: None,
         delta_actions: None,
         discrete_state_input: false,
+        flavour: Flavour::Plain,
+        precision: Precision::F32,
         weights,
         batch,
         config_digest: String::new(),
@@ -106,6 +109,16 @@ fn weights(manifest: &Manifest, value: f32) -> BTreeMap<String, Weight> {
             )
         })
         .collect()
+}
+
+/// Returns the manifest of a bundle of flavour `cuda`.
+fn cuda_manifest(variant: Variant, precision: Precision, batch: usize) -> Manifest {
+    let mut manifest = manifest(variant, WeightMode::Inputs, Some(batch));
+    manifest.flavour = Flavour::Cuda;
+    manifest.precision = precision;
+    manifest.dims.kv_heads = 1;
+    manifest.dims.head_dim = 16;
+    manifest
 }
 
 /// Returns version 1 with the given weights and the sampling of the earlier version.
@@ -534,4 +547,177 @@ fn weights_as_inputs_come_last_in_table_order() {
     let inputs = contract.inputs.into_iter().map(|spec| spec.name);
     let weights = expert_params(&dims, &heads).into_iter().map(|spec| spec.name);
     assert_eq!(found, inputs.chain(weights).collect::<Vec<_>>());
+}
+
+#[test]
+fn graphs_of_flavour_plain_keep_their_bytes() {
+    let folder = tempfile::tempdir().expect("folder");
+    let mut found = Vec::new();
+    for (variant, mode, batch) in [
+        (Variant::Pi0, WeightMode::Constants, None),
+        (Variant::Pi0, WeightMode::Inputs, Some(3)),
+        (Variant::Pi05, WeightMode::Constants, Some(1)),
+        (Variant::Pi05, WeightMode::Inputs, None),
+    ] {
+        let dir = folder.path().join(found.len().to_string());
+        let bundle = first(&dir, manifest(variant, mode, batch)).expect("written");
+        for name in [PREFIX_GRAPH, DENOISE_GRAPH] {
+            found.push(bundle.manifest.file(name).expect("listed").sha256.clone());
+        }
+    }
+    // digests of the graphs before there were flavours; they change with the version of this crate, which is in the files
+    let known = [
+        "1831711bdff17c4e0be097890b6b6104397f887db2d9908a07d3e2ed352a9521",
+        "2d27baf019b28c35ad80ccd70136d9b01837b4761e87dba72b53e06cfc776238",
+        "3cf1919fe46efc9cec00077eea8395c24af8b246d737f8c096c447de387ef451",
+        "b331412293911cc4d8094604c89d8bc2bee5f6b9afa6e428ff31c97db4a09fb6",
+        "8a4bac2d422957cbf441fe7e57b352e53af5495075a2e35f6482c7bf64a969c4",
+        "9798a28ec7874ce7443e2f625034351b106914c3149b9af690b7f43694c5cb25",
+        "1831711bdff17c4e0be097890b6b6104397f887db2d9908a07d3e2ed352a9521",
+        "f7c55dedabb4db1207e7a79b5a173fdad5facf80ca60b506406459d92103f6cc",
+    ];
+    assert_eq!(found, known);
+}
+
+#[test]
+fn bundles_of_flavour_cuda_pass_the_check() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (i, (variant, precision, batch, files)) in [
+        (
+            Variant::Pi0,
+            Precision::Bf16,
+            1,
+            ["denoise.onnx", "prefix.1.onnx", "prefix.onnx", "state.onnx"],
+        ),
+        (
+            Variant::Pi05,
+            Precision::Bf16,
+            1,
+            ["condition.onnx", "denoise.onnx", "prefix.1.onnx", "prefix.onnx"],
+        ),
+        (
+            Variant::Pi0,
+            Precision::F32,
+            3,
+            ["denoise.onnx", "prefix.1.onnx", "prefix.onnx", "state.onnx"],
+        ),
+        (
+            Variant::Pi05,
+            Precision::Bf16,
+            2,
+            ["condition.onnx", "denoise.onnx", "prefix.1.onnx", "prefix.onnx"],
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let zero = first(
+            &folder.path().join(format!("{i}.0")),
+            cuda_manifest(variant, precision, batch),
+        )
+        .expect("written");
+        let report = check_bundle(zero.dir()).expect("sound");
+        assert_eq!(report.files, files.len() + 2);
+        let expert = weights(&zero.manifest, -1.5);
+        let one = next_version(&zero, &folder.path().join(format!("{i}.1")), next(&zero, &expert)).expect("second");
+        check_bundle(one.dir()).expect("sound");
+        let inode = |bundle: &Bundle, name: &str| fs::metadata(bundle.path(name)).expect("file").ino();
+        for name in files.into_iter().chain([VLM_WEIGHTS]) {
+            assert_eq!(inode(&zero, name), inode(&one, name), "`{name}` is linked");
+        }
+        assert_ne!(inode(&zero, EXPERT_WEIGHTS), inode(&one, EXPERT_WEIGHTS));
+    }
+}
+
+#[test]
+fn policies_without_graphs_of_flavour_cuda_are_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let dir = folder.path().join("refused");
+    let refusal = |change: &dyn Fn(&mut Manifest)| {
+        let mut manifest = cuda_manifest(Variant::Pi0, Precision::Bf16, 1);
+        change(&mut manifest);
+        let error = first(&dir, manifest).expect_err("refused").to_string();
+        assert!(!dir.exists(), "nothing is left");
+        error
+    };
+    let error = refusal(&|manifest| manifest.dims.kv_heads = 2);
+    assert!(error.contains("`kv_heads` is 2, expected 1"), "{error}");
+    let error = refusal(&|manifest| manifest.dims.head_dim = 8);
+    assert!(error.contains("`head_dim` is 8, expected a multiple of 16"), "{error}");
+    let error = refusal(&|manifest| manifest.batch = None);
+    assert!(error.contains("the batch size is not fixed"), "{error}");
+    let error = refusal(&|manifest| manifest.weights = WeightMode::Constants);
+    assert!(error.contains("expected `inputs`"), "{error}");
+    for pooling in [Pooling::Last, Pooling::MeanPadded] {
+        let error = refusal(&|manifest| {
+            if let Some(head) = &mut manifest.heads.value {
+                head.pooling = pooling;
+            }
+        });
+        assert!(error.contains("`pooling`"), "{error}");
+    }
+}
+
+#[test]
+fn graphs_of_flavour_cuda_are_not_mixed_up() {
+    let folder = tempfile::tempdir().expect("folder");
+    let manifest = cuda_manifest(Variant::Pi05, Precision::Bf16, 1);
+    let zero = first(&folder.path().join("0"), manifest.clone()).expect("written");
+    let refused = |key: &str, change: &dyn Fn(&mut Manifest)| {
+        let mut manifest = manifest.clone();
+        change(&mut manifest);
+        let weights = weights(&manifest, 0.0);
+        let spec = BundleSpec {
+            manifest,
+            vlm: WeightSource::Weights(&weights),
+            expert: WeightSource::Weights(&weights),
+            graphs: GraphSource::Reuse(&zero),
+            tokenizer: None,
+        };
+        let error = write_bundle(&folder.path().join("1"), spec)
+            .expect_err("another policy")
+            .to_string();
+        assert!(error.ends_with(&format!("`{key}` differs")), "{error}");
+    };
+    refused("precision", &|manifest| manifest.precision = Precision::F32);
+    refused("flavour", &|manifest| manifest.flavour = Flavour::Plain);
+    refused("num_steps", &|manifest| manifest.sampling.num_steps = 5);
+
+    let plain = crate::tests::manifest(Variant::Pi05, WeightMode::Inputs, Some(1));
+    let plain = first(&folder.path().join("plain"), plain).expect("written");
+    let graph = fs::read(plain.path(DENOISE_GRAPH)).expect("graph");
+    replace(zero.dir(), DENOISE_GRAPH, &graph);
+    let error = told(&check_bundle(zero.dir()).expect_err("wrong graph"));
+    assert!(
+        error.contains("operator set `` 20, expected `` 24 and `com.microsoft` 1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn graphs_of_flavour_cuda_keep_the_contract_at_published_sizes() {
+    for variant in [Variant::Pi0, Variant::Pi05] {
+        for (batch, attention) in [(1, Attention::Grouped), (8, Attention::General)] {
+            let dims = PolicyDims::published(variant);
+            let heads = manifest(variant, WeightMode::Inputs, None).heads;
+            let contract = CudaContract::new(&dims, &heads, ElementType::Bf16, batch, 10).expect("contract");
+            assert_eq!(contract.attention, attention);
+            let graphs = cuda_graphs(&contract).expect("graphs");
+            let contracts = cuda_contracts(&contract);
+            assert_eq!(graphs.len(), contracts.len());
+            for ((name, bytes), (file, ports)) in graphs.iter().zip(&contracts) {
+                assert_eq!(name, file);
+                let model = <crate::proto::ModelProto as prost::Message>::decode(bytes.as_slice()).expect("model");
+                let graph = model.graph.expect("graph");
+                let found = |infos: &[crate::proto::ValueInfoProto]| -> Vec<TensorSpec> {
+                    infos.iter().map(|info| spec_of(info).expect("tensor")).collect()
+                };
+                let inputs: Vec<TensorSpec> = ports.inputs.iter().chain(&ports.weights).cloned().collect();
+                assert_eq!(found(&graph.input), inputs, "{name}");
+                assert_eq!(found(&graph.output), ports.outputs, "{name}");
+            }
+            let files: Vec<String> = graphs.into_iter().map(|(name, _)| name).collect();
+            assert_eq!(files, contract.files());
+        }
+    }
 }

@@ -1,15 +1,20 @@
-//! Chunk latency by batch size, on inputs drawn as for a self-test.
+//! Chunk latency by batch size and during reloads, on inputs drawn as for a self-test.
 
-use std::time::Instant;
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
+    time::Instant,
+};
 
 use policy::noise::NoiseKey;
 use serde::Serialize;
 use wire::messages::Mode;
 
 use crate::device::{
-    Device,
+    Device, DeviceError, Loader, Slot,
     sampler::{ChunkInput, SampleError, drawn_input},
-    versions::Policy,
+    versions::{Free, Policy, PolicyError},
 };
 
 /// Latency of action chunks at one batch size.
@@ -19,6 +24,8 @@ pub struct Latency {
     pub name: &'static str,
     /// Rows of a batch.
     pub batch: usize,
+    /// Present cameras of a row.
+    pub cameras: usize,
     /// Number of measured batches.
     pub batches: usize,
     /// Median milliseconds of a batch.
@@ -33,43 +40,46 @@ pub struct Latency {
     pub chunks_per_second: f64,
 }
 
-/// Measures `batches` batches of `rows` rows in training mode, after three warm-up batches.
+/// Rows of one batch size with the same observations in every batch; the first `cameras` cameras are present.
+fn batch_of(policy: &Policy, (rows, cameras): (usize, usize), round: usize) -> Vec<ChunkInput> {
+    (0..rows)
+        .map(|row| {
+            let key = NoiseKey {
+                seed: 0,
+                env: row as u32,
+                episode: 0,
+                chunk: round as u32,
+            };
+            let mut input = drawn_input(policy.manifest(), row as u64).0;
+            for present in input.image_mask.iter_mut().skip(cameras) {
+                *present = false;
+            }
+            ChunkInput {
+                input,
+                noise: policy.sampler().draw(key, Mode::Train),
+                key,
+                guidance: None,
+            }
+        })
+        .collect()
+}
+
+/// Measures `batches` batches of rows with some present cameras in training mode, after three warm-up batches.
 ///
 /// # Errors
 /// The device fails.
 pub fn chunk_latency<D: Device>(
     device: &mut D,
     policy: &Policy,
-    rows: usize,
+    (rows, cameras): (usize, usize),
     batches: usize,
 ) -> Result<Latency, SampleError> {
-    let sampler = policy.sampler();
-    let inputs: Vec<_> = (0..rows as u64)
-        .map(|seed| drawn_input(policy.manifest(), seed).0)
-        .collect();
     let warm_up = 3;
     let (mut whole, mut prefix, mut denoise) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..batches + warm_up {
-        let batch = inputs
-            .iter()
-            .enumerate()
-            .map(|(env, input)| {
-                let key = NoiseKey {
-                    seed: 0,
-                    env: env as u32,
-                    episode: 0,
-                    chunk: round as u32,
-                };
-                ChunkInput {
-                    input: input.clone(),
-                    noise: sampler.draw(key, Mode::Train),
-                    key,
-                    guidance: None,
-                }
-            })
-            .collect();
+        let batch = batch_of(policy, (rows, cameras), round);
         let begun = Instant::now();
-        let sampled = sampler.sample(device, policy.slot(), batch, None)?;
+        let sampled = policy.sampler().sample(device, policy.slot(), batch, None)?;
         if round >= warm_up {
             whole.push(begun.elapsed().as_secs_f64() * 1e3);
             prefix.push(sampled.prefix.as_secs_f64() * 1e3);
@@ -80,12 +90,118 @@ pub fn chunk_latency<D: Device>(
     Ok(Latency {
         name: "chunk_latency",
         batch: rows,
+        cameras,
         batches,
         p50_ms,
         p99_ms: quantile(&mut whole, 0.99),
         prefix_p50_ms: quantile(&mut prefix, 0.5),
         denoise_p50_ms: quantile(&mut denoise, 0.5),
         chunks_per_second: rows as f64 * 1e3 / p50_ms,
+    })
+}
+
+/// Latency of action chunks while versions are loaded one after another.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ReloadLatency {
+    /// Always `reload_latency`.
+    pub name: &'static str,
+    /// Number of loaded versions.
+    pub reloads: usize,
+    /// Number of measured chunks.
+    pub chunks: usize,
+    /// Median milliseconds of a chunk, including the work between chunks.
+    pub p50_ms: f64,
+    /// 99th percentile of a chunk, in milliseconds.
+    pub p99_ms: f64,
+    /// Longest chunk in milliseconds: the largest gap that a client sees.
+    pub longest_ms: f64,
+    /// Median milliseconds from the start of a load, verification included, until the version serves.
+    pub live_p50_ms: f64,
+    /// Longest load in milliseconds.
+    pub live_longest_ms: f64,
+}
+
+/// Error of a measurement during reloads.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReloadError {
+    /// The device failed to sample.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// A version was rejected.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+}
+
+/// Samples chunks without a pause while another thread loads the bundles of `dirs` in turn, `reloads` times. `freed` are the slots
+/// that `free` returns.
+///
+/// # Errors
+/// The device fails or rejects a version.
+pub fn reload_latency<L: Loader>(
+    loader: &L,
+    device: &mut L::Device,
+    policy: Arc<Policy>,
+    (free, freed): (&Free, &mpsc::Receiver<Slot>),
+    dirs: [&Path; 2],
+    reloads: usize,
+) -> Result<ReloadLatency, ReloadError> {
+    let live = &Mutex::new(policy);
+    let serving = || Arc::clone(&live.lock().unwrap_or_else(PoisonError::into_inner));
+    let (work, waiting) = mpsc::channel();
+    let (mut gaps, mut loads) = (Vec::new(), Vec::new());
+    let loaded = thread::scope(|scope| {
+        // dropped at an error, so that the loader does not wait for an answer
+        let waiting = waiting;
+        let load = scope.spawn(move || {
+            let mut seconds = Vec::with_capacity(reloads);
+            for dir in dirs.into_iter().cycle().skip(1).take(reloads) {
+                let begun = Instant::now();
+                let install = |staged, test| {
+                    let (reply, installed) = mpsc::sync_channel(1);
+                    work.send((staged, test, reply)).map_err(|_ended| DeviceError::Closed)?;
+                    installed.recv().map_err(|_ended| DeviceError::Closed)?
+                };
+                let next = Policy::load(loader, dir, Some(&serving()), install, Arc::clone(free))?;
+                *live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+                seconds.push(begun.elapsed().as_secs_f64() * 1e3);
+            }
+            Ok::<_, PolicyError>(seconds)
+        });
+        let mut round = 0;
+        while !load.is_finished() {
+            let batch = {
+                let policy = serving();
+                let manifest = policy.manifest();
+                batch_of(&policy, (manifest.batch.unwrap_or(1), manifest.dims.cameras), round)
+            };
+            round += 1;
+            let begun = Instant::now();
+            for slot in freed.try_iter() {
+                device.free(slot);
+            }
+            for (staged, test, reply) in waiting.try_iter() {
+                // a loader that has ended wants no answer
+                let _ended = reply.send(device.install(staged, &test));
+            }
+            let policy = serving();
+            policy.sampler().sample(device, policy.slot(), batch, None)?;
+            gaps.push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        #[expect(clippy::expect_used, reason = "a panic of the loader goes on in the caller")]
+        let seconds = load.join().expect("the loading thread")?;
+        Ok::<_, ReloadError>(seconds)
+    });
+    loads.extend(loaded?);
+    Ok(ReloadLatency {
+        name: "reload_latency",
+        reloads,
+        chunks: gaps.len(),
+        p50_ms: quantile(&mut gaps, 0.5),
+        p99_ms: quantile(&mut gaps, 0.99),
+        longest_ms: quantile(&mut gaps, 1.0),
+        live_p50_ms: quantile(&mut loads, 0.5),
+        live_longest_ms: quantile(&mut loads, 1.0),
     })
 }
 

@@ -23,6 +23,14 @@ pub enum UsageError {
     /// A batch size or a number of batches is 0.
     #[error("`--batch` and `--batches` must be at least 1")]
     NoBatch,
+    /// A number of cameras that the policy does not have.
+    #[error("`--cameras` has {found}, expected 1 to {all}")]
+    Cameras {
+        /// Number on the command line.
+        found: usize,
+        /// Cameras of the policy.
+        all: usize,
+    },
 }
 
 /// Returns the class of one error; `None` where the type of the error determines no class.
@@ -72,7 +80,8 @@ fn of_policy(error: &PolicyError) -> Class {
 fn of_device(error: &DeviceError) -> Class {
     match error {
         DeviceError::Provider { .. } => Class::Usage,
-        DeviceError::Load { .. }
+        DeviceError::Flavour { .. }
+        | DeviceError::Load { .. }
         | DeviceError::Graph { .. }
         | DeviceError::Weights { .. }
         | DeviceError::Output { .. } => Class::Data,
@@ -80,6 +89,15 @@ fn of_device(error: &DeviceError) -> Class {
         | DeviceError::Library { .. }
         | DeviceError::Run { .. }
         | DeviceError::Contract { .. }
+        | DeviceError::Cuda { .. }
+        | DeviceError::Memory { .. }
+        | DeviceError::Busy
+        | DeviceError::Rows { .. }
+        | DeviceError::Path { .. }
+        | DeviceError::NoImage { .. }
+        | DeviceError::FirstCamera { .. }
+        | DeviceError::Prompt { .. }
+        | DeviceError::Prefix
         | DeviceError::Slot(_)
         | DeviceError::Closed => Class::Other,
     }

@@ -18,6 +18,7 @@ pub mod inference;
 pub mod queue;
 pub mod job;
 pub mod bench;
+pub mod compare;
 // Processors that run policy versions.
 pub mod device;
 pub mod metrics;

@@ -1,10 +1,10 @@
-//! `rollout-engine`: serve, check, bench.
+//! `rollout-engine`: serve, check, bench, compare.
 
 use std::{
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -16,11 +16,14 @@ use policy::{
 };
 use process::exit::{CODES, failed};
 use rollout_engine::{
-    bench::chunk_latency,
+    bench::{chunk_latency, reload_latency},
+    compare::compare,
     device::{
-        Device,
-        onnx::{OnnxDevice, OnnxLoader, OnnxRuntime, provider_name},
-        versions::Policy,
+        Device, Loader, Slot,
+        cuda::{CudaDevice, CudaLoader, CudaOptions},
+        library::provider_name,
+        onnx::{OnnxDevice, OnnxLoader, OnnxRuntime},
+        versions::{Free, Policy},
     },
     exit::{UsageError, class},
     serve::{Options, serve},
@@ -43,6 +46,8 @@ enum Command {
     Check(CheckArgs),
     /// Measure chunk latency by batch size.
     Bench(BenchArgs),
+    /// Compare a policy on a device with the same policy in f32 on the CPU.
+    Compare(CompareArgs),
 }
 
 #[derive(Debug, Args)]
@@ -101,6 +106,9 @@ struct BackendArgs {
     /// Threads of ONNX Runtime per session.
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    /// Launch the operations of a graph one by one; provider cuda only.
+    #[arg(long)]
+    without_cuda_graphs: bool,
 }
 
 #[derive(Debug, Args)]
@@ -121,9 +129,18 @@ struct BenchArgs {
     /// Batch sizes, in rows.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16])]
     batch: Vec<usize>,
+    /// Numbers of present cameras; default: all.
+    #[arg(long, value_delimiter = ',')]
+    cameras: Vec<usize>,
     /// Measured batches per batch size.
     #[arg(long, default_value_t = 100)]
     batches: usize,
+    /// Folder of a bundle of the same policy; measures chunks while both bundles are loaded in turn.
+    #[arg(long, value_name = "DIR")]
+    reload: Option<PathBuf>,
+    /// Number of loads.
+    #[arg(long, default_value_t = 20, requires = "reload")]
+    reloads: usize,
 }
 
 fn main() -> ExitCode {
@@ -131,8 +148,9 @@ fn main() -> ExitCode {
     process::log::start();
     let result = match cli.command {
         Command::Serve(args) => run_serve(args),
-        Command::Check(args) => check(&args.dir, &args.backend),
-        Command::Bench(args) => bench(&args),
+        Command::Check(args) => on_device(&args.dir, &args.backend, &args),
+        Command::Compare(args) => on_device(&args.bundle, &args.backend, &args),
+        Command::Bench(args) => on_device(&args.bundle, &args.backend, &args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -189,18 +207,114 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     result
 }
 
-/// Loads a bundle onto a device owned by this thread.
-fn load(dir: &Path, args: &BackendArgs) -> anyhow::Result<(OnnxDevice, Policy)> {
-    let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads)?);
-    let mut device = OnnxDevice::default();
-    let install = |staged, test| device.install(staged, &test);
-    let policy = Policy::load(&loader, dir, None, install, Arc::new(|_slot| {}))
-        .with_context(|| format!("failed to load bundle `{}`", dir.display()))?;
-    Ok((device, policy))
+#[derive(Debug, Args)]
+struct CompareArgs {
+    /// Folder of the bundle.
+    #[arg(long, value_name = "DIR")]
+    bundle: PathBuf,
+    #[command(flatten)]
+    backend: BackendArgs,
+    /// Folder of a bundle with the same weights, of flavour plain; runs on the CPU.
+    #[arg(long, value_name = "DIR")]
+    reference: PathBuf,
+    /// Threads of ONNX Runtime for the reference.
+    #[arg(long, default_value_t = 1)]
+    reference_threads: usize,
+    /// Compared chunks.
+    #[arg(long, default_value_t = 8)]
+    chunks: usize,
 }
 
-fn check(dir: &Path, args: &BackendArgs) -> anyhow::Result<()> {
-    let (_device, policy) = load(dir, args)?;
+/// What a command does with a policy on a device.
+trait Task {
+    fn run<L: Loader>(&self, loaded: Loaded<'_, L>) -> anyhow::Result<()>;
+}
+
+/// A policy on a device owned by this thread.
+struct Loaded<'a, L: Loader> {
+    loader: &'a L,
+    device: L::Device,
+    policy: Policy,
+    /// Returns slots to `freed`.
+    free: Free,
+    freed: mpsc::Receiver<Slot>,
+}
+
+/// Loads a bundle onto a device owned by this thread, and runs the task on it.
+fn on_device(dir: &Path, args: &BackendArgs, task: &impl Task) -> anyhow::Result<()> {
+    match args.provider {
+        ProviderArg::Cpu | ProviderArg::Tensorrt => {
+            let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads)?);
+            on(&loader, OnnxDevice::default(), dir, task)
+        }
+        ProviderArg::Cuda => {
+            let options = CudaOptions {
+                capture: !args.without_cuda_graphs,
+                threads: args.threads,
+            };
+            on(&CudaLoader::new(options)?, CudaDevice::default(), dir, task)
+        }
+    }
+}
+
+fn on<L: Loader>(loader: &L, mut device: L::Device, dir: &Path, task: &impl Task) -> anyhow::Result<()> {
+    let (sender, freed) = mpsc::channel();
+    let free: Free = Arc::new(move |slot| {
+        // at the end of the program nobody receives
+        let _ended = sender.send(slot);
+    });
+    let install = |staged, test| device.install(staged, &test);
+    let policy = Policy::load(loader, dir, None, install, Arc::clone(&free))
+        .with_context(|| format!("failed to load bundle `{}`", dir.display()))?;
+    task.run(Loaded {
+        loader,
+        device,
+        policy,
+        free,
+        freed,
+    })
+}
+
+impl Task for CheckArgs {
+    fn run<L: Loader>(&self, loaded: Loaded<'_, L>) -> anyhow::Result<()> {
+        check(&self.dir, &self.backend, &loaded.policy)
+    }
+}
+
+impl Task for BenchArgs {
+    fn run<L: Loader>(&self, loaded: Loaded<'_, L>) -> anyhow::Result<()> {
+        bench(self, loaded)
+    }
+}
+
+impl Task for CompareArgs {
+    fn run<L: Loader>(&self, mut loaded: Loaded<'_, L>) -> anyhow::Result<()> {
+        let mut reference = OnnxDevice::default();
+        let loader = OnnxLoader::new(OnnxRuntime::new(Provider::Cpu, self.reference_threads)?);
+        let install = |staged, test| reference.install(staged, &test);
+        let expected = Policy::load(&loader, &self.reference, None, install, Arc::new(|_slot| {}))
+            .with_context(|| format!("failed to load bundle `{}`", self.reference.display()))?;
+        let result = compare(
+            (&mut loaded.device, &loaded.policy),
+            (&mut reference, &expected),
+            self.chunks,
+        )?;
+        writeln!(
+            std::io::stdout(),
+            "{} chunks: actions up to {:.3} differ by at most {:.2e}, cosine at least {:.6}, log-ratio of a denoise step at most {:.2e} (mean over the executed actions), {:.2e} (sum)\n{}",
+            result.chunks,
+            result.magnitude,
+            result.difference,
+            result.cosine,
+            result.log_ratio_mean,
+            result.log_ratio_sum,
+            serde_json::to_string(&result)?
+        )
+        .context("writing to stdout")
+    }
+}
+
+fn check(dir: &Path, args: &BackendArgs, policy: &Policy) -> anyhow::Result<()> {
     let manifest = policy.manifest();
     let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
     let test = policy.self_test_difference.map_or_else(
@@ -219,29 +333,67 @@ fn check(dir: &Path, args: &BackendArgs) -> anyhow::Result<()> {
     .context("writing to stdout")
 }
 
-fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let (mut device, policy) = load(&args.bundle, &args.backend)?;
+fn bench<L: Loader>(args: &BenchArgs, mut loaded: Loaded<'_, L>) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     let mut rows = Vec::new();
     writeln!(
         out,
-        "{:>6} {:>10} {:>10} {:>12} {:>12} {:>12}",
-        "batch", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s"
+        "{:>6} {:>8} {:>10} {:>10} {:>12} {:>12} {:>12}",
+        "batch", "cameras", "p50 ms", "p99 ms", "prefix ms", "denoise ms", "chunks/s"
     )?;
-    for batch in &args.batch {
+    let all = loaded.policy.manifest().dims.cameras;
+    let cameras = if args.cameras.is_empty() {
+        &[all][..]
+    } else {
+        &args.cameras
+    };
+    if let Some(found) = cameras.iter().find(|cameras| !(1..=all).contains(*cameras)) {
+        return Err(UsageError::Cameras { found: *found, all }.into());
+    }
+    for (batch, cameras) in args
+        .batch
+        .iter()
+        .flat_map(|batch| cameras.iter().map(move |cameras| (batch, cameras)))
+    {
         if *batch == 0 || args.batches == 0 {
             return Err(UsageError::NoBatch.into());
         }
-        let row = chunk_latency(&mut device, &policy, *batch, args.batches)?;
+        let row = chunk_latency(&mut loaded.device, &loaded.policy, (*batch, *cameras), args.batches)?;
         writeln!(
             out,
-            "{:>6} {:>10.3} {:>10.3} {:>12.3} {:>12.3} {:>12.1}",
-            row.batch, row.p50_ms, row.p99_ms, row.prefix_p50_ms, row.denoise_p50_ms, row.chunks_per_second
+            "{:>6} {:>8} {:>10.3} {:>10.3} {:>12.3} {:>12.3} {:>12.1}",
+            row.batch,
+            row.cameras,
+            row.p50_ms,
+            row.p99_ms,
+            row.prefix_p50_ms,
+            row.denoise_p50_ms,
+            row.chunks_per_second
         )?;
         rows.push(row);
     }
     for row in rows {
         writeln!(out, "{}", serde_json::to_string(&row)?)?;
     }
+    let Some(other) = &args.reload else { return Ok(()) };
+    let row = reload_latency(
+        loaded.loader,
+        &mut loaded.device,
+        Arc::new(loaded.policy),
+        (&loaded.free, &loaded.freed),
+        [&args.bundle, other],
+        args.reloads,
+    )?;
+    writeln!(
+        out,
+        "{} reloads under load: p50 {:.3} ms, p99 {:.3} ms, longest {:.3} ms; {:.1} ms from the start of a load until it serves, {:.1} ms at most\n{}",
+        row.reloads,
+        row.p50_ms,
+        row.p99_ms,
+        row.longest_ms,
+        row.live_p50_ms,
+        row.live_longest_ms,
+        serde_json::to_string(&row)?
+    )?;
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
 
 use policy::{
     bundle::{Bundle, write_atomic},
-    config::RolloutConfig,
+    config::{Provider, RolloutConfig},
     message::told,
 };
 use tokio::sync::{mpsc, watch};
@@ -21,7 +21,8 @@ use wire::{
 
 use crate::{
     device::{
-        DeviceError,
+        DeviceError, Loader,
+        cuda::{CudaDevice, CudaLoader, CudaOptions},
         onnx::{OnnxDevice, OnnxLoader, OnnxRuntime},
         versions::{LoadPolicy, Policy, PolicyError, Versions},
     },
@@ -148,8 +149,28 @@ struct Server {
 
 /// Starts the inference threads and returns the function that loads versions onto their device.
 fn start_inference(rollout: &RolloutConfig, shared: Shared) -> Result<LoadPolicy, ServeError> {
-    let loader = OnnxLoader::new(OnnxRuntime::new(rollout.provider, rollout.threads)?);
-    let thread = inference::start(OnnxDevice::default(), shared, rollout).map_err(ServeError::Thread)?;
+    match rollout.provider {
+        Provider::Cpu | Provider::Tensorrt => {
+            let loader = OnnxLoader::new(OnnxRuntime::new(rollout.provider, rollout.threads)?);
+            start_on(loader, OnnxDevice::default(), rollout, shared)
+        }
+        Provider::Cuda => {
+            let options = CudaOptions {
+                capture: true,
+                threads: rollout.threads,
+            };
+            start_on(CudaLoader::new(options)?, CudaDevice::default(), rollout, shared)
+        }
+    }
+}
+
+fn start_on<L: Loader>(
+    loader: L,
+    device: L::Device,
+    rollout: &RolloutConfig,
+    shared: Shared,
+) -> Result<LoadPolicy, ServeError> {
+    let thread = inference::start(device, shared, rollout).map_err(ServeError::Thread)?;
     let free = thread.free();
     Ok(Arc::new(move |dir, live| {
         let install = |staged, test| thread.install(staged, test);

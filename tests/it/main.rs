@@ -8,6 +8,9 @@
 )]
 
 mod common;
+mod onnx_sessions;
+mod cuda;
+mod cuda_graphs;
 mod differences;
 mod golden {
     mod algorithms;

@@ -7,8 +7,14 @@ use std::fmt;
 use crate::{
     config::WeightMode,
     dims::{PolicyDims, Variant},
+    element::ElementType,
     params::{CriticInput, Heads, ParamSpec, expert_params},
 };
+
+/// The prefix graph's file name in a bundle.
+pub const PREFIX_GRAPH: &str = "prefix.onnx";
+/// The denoise graph's file name in a bundle.
+pub const DENOISE_GRAPH: &str = "denoise.onnx";
 
 /// Input of the prefix graph: images in `[-1, 1]`, `[batch, cameras, 3, image_size, image_size]`.
 pub const IMAGES: &str = "images";
@@ -53,17 +59,6 @@ pub const VALUE: &str = "value";
 
 /// Name of the symbolic batch axis in a graph and in texts.
 pub const BATCH: &str = "batch";
-
-/// Element type of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ElementType {
-    /// 32-bit float.
-    F32,
-    /// 64-bit integer.
-    I64,
-    /// Boolean.
-    Bool,
-}
 
 /// Size of one axis of a graph input or output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 
 pub mod message;
 pub mod dims;
+pub mod element;
 pub mod params;
 pub mod weights;
 pub mod flops;
@@ -18,6 +19,8 @@ pub mod plan;
 #[cfg(test)]
 mod recipes;
 pub mod graph;
+pub mod derived;
+pub mod cuda;
 pub mod bundle;
 pub mod transform;
 pub mod selftest;

@@ -52,17 +52,12 @@ pub fn denoise_graph(
         .iter()
         .map(|spec| (spec.name.as_str(), g.input(spec)))
         .collect();
-    let input = |g: &GraphBuilder<'_>, name: &str| {
-        inputs
-            .get(name)
-            .cloned()
-            .ok_or_else(|| g.refuse("inputs", format!("no input `{name}`")))
-    };
+    let input = |g: &GraphBuilder<'_>, name: &str| named(g, &inputs, name);
     let (x_t, time_emb) = (input(g, X_T)?, input(g, TIME_EMB)?);
     let prefix_mask = input(g, PREFIX_MASK)?;
 
     let (batch, width) = (g.rows(1), Dim::fixed(dims.expert.width));
-    let (horizon, tokens) = (Dim::fixed(dims.action_horizon), Dim::fixed(dims.suffix_len()));
+    let tokens = Dim::fixed(dims.suffix_len());
     let suffix = suffix(g, dims, &x_t, &time_emb, inputs.get(STATE))?;
     let embs = suffix.tokens.clone();
     let condition = suffix.condition.clone();
@@ -71,54 +66,15 @@ pub fn denoise_graph(
 
     let out = g.reshape(&expert.tokens, &[batch, tokens, width])?;
     let actions = g.slice(&out, 1, dims.suffix_len() - dims.action_horizon, dims.action_horizon)?;
-    let action_rows = g.rows(dims.action_horizon);
-    let flat = g.reshape(&actions, &[action_rows, width])?;
-    let velocity = g.linear_named(&flat, "action_out_proj", true)?;
-    let velocity = g.reshape(&velocity, &[batch, horizon, Dim::fixed(dims.action_dim)])?;
-
-    g.scope("step");
-    let z = input(g, Z)?;
-    let scaled = |g: &mut GraphBuilder<'_>, coefficient: &str, x: &Value| {
-        let c = input(g, coefficient)?;
-        let c = g.reshape(&c, &[batch, Dim::fixed(1), Dim::fixed(1)])?;
-        g.mul(x, &c)
-    };
-    let from_x = scaled(g, C_X, &x_t)?;
-    let from_v = scaled(g, C_V, &velocity)?;
-    let (noise, step_std) = match &heads.noise {
-        Some(head) => {
-            let learnt = noise_std(g, dims, head, &flat)?;
-            let std = scaled(g, STD, &learnt)?;
-            (g.mul(&z, &std)?, Some(std))
-        }
-        None => (scaled(g, STD, &z)?, None),
-    };
-    let mean = g.add(&from_x, &from_v)?;
-    let next = g.add(&mean, &noise)?;
-
-    let mut results = vec![next, mean, velocity];
-    results.extend(step_std);
-    if let Some(head) = &heads.value {
-        let features = match head.input {
-            CriticInput::Expert => {
-                let read = match head.tokens {
-                    Some(tokens) => g.slice(&actions, 1, 0, tokens)?,
-                    None => actions.clone(),
-                };
-                let mean = g.mean(&read, 1)?;
-                g.reshape(&mean, &[batch, width])?
-            }
-            CriticInput::Vlm => input(g, POOLED)?,
-        };
-        let features = if head.state {
-            let state = input(g, STATE)?;
-            g.concat(&[&features, &state], 1)?
-        } else {
-            features
-        };
-        results.push(value(g, head, &features)?);
-    }
-    for (spec, value) in contract.outputs.iter().zip(&results) {
+    let step = step(g, dims, heads, &inputs, &actions)?;
+    let results = [
+        Some(step.next),
+        Some(step.mean),
+        Some(step.velocity),
+        step.std,
+        step.value,
+    ];
+    for (spec, value) in contract.outputs.iter().zip(results.iter().flatten()) {
         g.output(spec, value)?;
     }
     if options.debug {
@@ -137,6 +93,95 @@ pub fn denoise_graph(
         }
     }
     builder.finish()
+}
+
+/// Results of one denoise step.
+pub(crate) struct Step {
+    /// The next actions.
+    pub(crate) next: Value,
+    /// Mean of the next actions.
+    pub(crate) mean: Value,
+    /// Velocity.
+    pub(crate) velocity: Value,
+    /// Standard deviation of a policy with a noise head.
+    pub(crate) std: Option<Value>,
+    /// Value of a policy with a value head.
+    pub(crate) value: Option<Value>,
+}
+
+/// Applies the output projection, the sampling step and the heads to `actions`, the action tokens after the last norm, `[batch,
+/// horizon, width]` f32. `inputs` are the graph inputs by name.
+pub(crate) fn step(
+    g: &mut GraphBuilder<'_>,
+    dims: &PolicyDims,
+    heads: &Heads,
+    inputs: &BTreeMap<&str, Value>,
+    actions: &Value,
+) -> Result<Step, GraphError> {
+    let input = |g: &GraphBuilder<'_>, name: &str| named(g, inputs, name);
+    let (batch, width) = (g.rows(1), Dim::fixed(dims.expert.width));
+    let action_rows = g.rows(dims.action_horizon);
+    let flat = g.reshape(actions, &[action_rows, width])?;
+    let velocity = g.linear_named(&flat, "action_out_proj", true)?;
+    let horizon = Dim::fixed(dims.action_horizon);
+    let velocity = g.reshape(&velocity, &[batch, horizon, Dim::fixed(dims.action_dim)])?;
+
+    g.scope("step");
+    let (x_t, z) = (input(g, X_T)?, input(g, Z)?);
+    let scaled = |g: &mut GraphBuilder<'_>, coefficient: &str, x: &Value| {
+        let c = input(g, coefficient)?;
+        let c = g.reshape(&c, &[batch, Dim::fixed(1), Dim::fixed(1)])?;
+        g.mul(x, &c)
+    };
+    let from_x = scaled(g, C_X, &x_t)?;
+    let from_v = scaled(g, C_V, &velocity)?;
+    let (noise, std) = match &heads.noise {
+        Some(head) => {
+            let learnt = noise_std(g, dims, head, &flat)?;
+            let std = scaled(g, STD, &learnt)?;
+            (g.mul(&z, &std)?, Some(std))
+        }
+        None => (scaled(g, STD, &z)?, None),
+    };
+    let mean = g.add(&from_x, &from_v)?;
+    let next = g.add(&mean, &noise)?;
+
+    let mut estimate = None;
+    if let Some(head) = &heads.value {
+        let features = match head.input {
+            CriticInput::Expert => {
+                let read = match head.tokens {
+                    Some(tokens) => g.slice(actions, 1, 0, tokens)?,
+                    None => actions.clone(),
+                };
+                let mean = g.mean(&read, 1)?;
+                g.reshape(&mean, &[batch, width])?
+            }
+            CriticInput::Vlm => input(g, POOLED)?,
+        };
+        let features = if head.state {
+            let state = input(g, STATE)?;
+            g.concat(&[&features, &state], 1)?
+        } else {
+            features
+        };
+        estimate = Some(value(g, head, &features)?);
+    }
+    Ok(Step {
+        next,
+        mean,
+        velocity,
+        std,
+        value: estimate,
+    })
+}
+
+/// Returns the graph input `name`.
+pub(crate) fn named(g: &GraphBuilder<'_>, inputs: &BTreeMap<&str, Value>, name: &str) -> Result<Value, GraphError> {
+    inputs
+        .get(name)
+        .cloned()
+        .ok_or_else(|| g.refuse("inputs", format!("no input `{name}`")))
 }
 
 /// Returns the noise head's standard deviation, `[batch, horizon, action_dim]`, for the flat action tokens `[batch * horizon,

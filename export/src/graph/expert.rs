@@ -2,7 +2,7 @@
 
 use policy::{
     dims::{PolicyDims, Variant},
-    graph::ElementType,
+    element::ElementType,
     params::EXPERT,
 };
 
@@ -36,15 +36,10 @@ pub(crate) fn suffix(
     let x = g.reshape(x_t, &[action_rows, Dim::fixed(dims.action_dim)])?;
     let actions = g.linear_named(&x, "action_in_proj", true)?;
     match dims.variant {
-        Variant::Pi05 => {
-            let hidden = g.linear_named(time_emb, "time_mlp_in", true)?;
-            let hidden = g.silu(&hidden)?;
-            let hidden = g.linear_named(&hidden, "time_mlp_out", true)?;
-            Ok(Suffix {
-                tokens: actions,
-                condition: Some(g.silu(&hidden)?),
-            })
-        }
+        Variant::Pi05 => Ok(Suffix {
+            tokens: actions,
+            condition: Some(time_condition(g, time_emb)?),
+        }),
         Variant::Pi0 => {
             let state = state.ok_or_else(|| g.refuse("Gemm", "pi0 takes a `state`".to_owned()))?;
             let state = g.linear_named(state, "state_proj", true)?;
@@ -73,6 +68,14 @@ pub(crate) fn suffix(
             })
         }
     }
+}
+
+/// Returns the condition of pi0.5's norms for `time_emb` `[rows, expert.width]`.
+pub(crate) fn time_condition(g: &mut GraphBuilder<'_>, time_emb: &Value) -> Result<Value, GraphError> {
+    let hidden = g.linear_named(time_emb, "time_mlp_in", true)?;
+    let hidden = g.silu(&hidden)?;
+    let hidden = g.linear_named(&hidden, "time_mlp_out", true)?;
+    g.silu(&hidden)
 }
 
 /// Result of the expert for the suffix.

@@ -1,17 +1,28 @@
 //! A Gemma layer for both stacks: RMSNorm or adaRMS, rotary positions, grouped-query attention, gated MLP.
 
-use policy::{dims::PolicyDims, graph::ElementType};
+use policy::{dims::PolicyDims, element::ElementType};
 
 use crate::{
     builder::{GraphBuilder, GraphError, Value},
     shape::Dim,
 };
 
-const EPS: f32 = 1e-6;
+/// Added to the mean square in a norm.
+pub(crate) const EPS: f32 = 1e-6;
 const ROPE_THETA: f64 = 10_000.0;
 /// Bias added to the score of a forbidden pair. The bias is finite: a row without an allowed key has uniform attention over all
 /// keys.
 pub(crate) const FORBIDDEN: f32 = -2.381_976_3e38;
+
+/// Returns the angle per position of the pair `j` of a head.
+fn frequency(j: usize, head_dim: usize) -> f32 {
+    ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32
+}
+
+/// Returns the angle of the pair `j` of a head at a position.
+pub(crate) fn rotary_angle(position: usize, j: usize, head_dim: usize) -> f32 {
+    position as f32 * frequency(j, head_dim)
+}
 
 /// Cosines and signed sines, for queries (multiplied by the attention scale) and for keys.
 pub(crate) struct Rotary {
@@ -31,7 +42,7 @@ pub(crate) fn rotary(
 ) -> Result<Rotary, GraphError> {
     let head_dim = dims.head_dim;
     let half = head_dim / 2;
-    let frequency = |j: usize| ROPE_THETA.powf(-2.0 * j as f64 / head_dim as f64) as f32;
+    let frequency = |j: usize| frequency(j, head_dim);
     let signed: Vec<f32> = (0..half)
         .map(|j| -frequency(j))
         .chain((0..half).map(frequency))

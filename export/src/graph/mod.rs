@@ -1,10 +1,11 @@
-//! The two graphs of a bundle and their shared parts, in the order of the data path.
+//! The graphs of a bundle and their shared parts, in the order of the data path.
 
 pub(crate) mod siglip;
 pub(crate) mod gemma;
 pub(crate) mod prefix;
 pub(crate) mod expert;
 pub(crate) mod denoise;
+pub(crate) mod cuda;
 
 /// Options of a graph that do not change its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use policy::{
     bundle::VLM_WEIGHTS,
     dims::PolicyDims,
-    graph::{ElementType, GraphContract},
+    element::ElementType,
+    graph::GraphContract,
     params::{EMBEDDING, Pooling, VLM, vlm_params},
     weights::Location,
 };

@@ -7,7 +7,8 @@ use crate::{
     shape::Dim,
 };
 
-const EPS: f32 = 1e-6;
+/// Added to the variance in a norm.
+pub(crate) const EPS: f32 = 1e-6;
 
 /// Results of the tower for `n` images with `N` patches each.
 pub(crate) struct ImageTokens {

@@ -6,11 +6,13 @@
 pub mod record;
 pub mod versions;
 pub mod sampler;
+pub mod cuda;
 pub mod onnx;
+pub mod library;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
-use policy::{bundle::Bundle, guidance::Guidance};
+use policy::{bundle::Bundle, config::Flavour, guidance::Guidance};
 
 /// Error of a device operation.
 #[derive(Debug, thiserror::Error)]
@@ -93,12 +95,98 @@ pub enum DeviceError {
         /// Name of the tensor.
         name: String,
     },
+    /// The bundle's graphs are of another flavour.
+    #[error("provider `{provider}`: {detail}")]
+    Flavour {
+        /// The configuration's name of the provider.
+        provider: &'static str,
+        /// The flavour found and expected, or what the policy lacks.
+        detail: String,
+    },
+    /// A call of the CUDA runtime failed.
+    #[error("CUDA, {what}: {detail}")]
+    Cuda {
+        /// The operation.
+        what: &'static str,
+        /// The library's text.
+        detail: String,
+    },
+    /// The device or the host has not enough memory.
+    #[error("no room for {bytes} bytes for {what}: free memory of the device, or choose a smaller `rollout.max_batch`")]
+    Memory {
+        /// Purpose of the memory.
+        what: &'static str,
+        /// Bytes that were asked for.
+        bytes: usize,
+    },
+    /// All weight slots serve.
+    #[error("both weight slots of the device are in use: a version that was replaced still serves requests")]
+    Busy,
+    /// A batch has another size than the graphs.
+    #[error("a batch of {found} rows, the graphs have {expected}")]
+    Rows {
+        /// Rows of the graphs.
+        expected: usize,
+        /// Rows of the batch.
+        found: usize,
+    },
+    /// A denoise path does not belong to the version.
+    #[error("a path of {found} denoise steps, the version has {expected} with other flow times")]
+    Path {
+        /// Steps of the version.
+        expected: usize,
+        /// Steps of the path.
+        found: usize,
+    },
+    /// A row has no image.
+    #[error("row {row} has no image: send at least one camera")]
+    NoImage {
+        /// Number of the row.
+        row: usize,
+    },
+    /// The critic reads an absent image.
+    #[error("row {row} lacks the image of the first camera, whose first token the critic reads")]
+    FirstCamera {
+        /// Number of the row.
+        row: usize,
+    },
+    /// A prompt has a gap.
+    #[error("token {token} of the prompt is padding, but a later one is not")]
+    Prompt {
+        /// First padding token.
+        token: usize,
+    },
+    /// The outputs of a prefix are gone.
+    #[error("the outputs of the prefix graph were overwritten by a later batch")]
+    Prefix,
     /// A slot holds no version.
     #[error("slot {0} of the device holds no policy version")]
     Slot(u64),
     /// The device's thread has ended.
     #[error("the engine is shutting down")]
     Closed,
+}
+
+impl DeviceError {
+    /// Returns the error of a bundle with graphs of another flavour than `expected`.
+    fn flavour(provider: &'static str, expected: Flavour) -> Self {
+        let name = |flavour| match flavour {
+            Flavour::Plain => "plain",
+            Flavour::Cuda => "cuda",
+        };
+        let found = match expected {
+            Flavour::Plain => Flavour::Cuda,
+            Flavour::Cuda => Flavour::Plain,
+        };
+        Self::Flavour {
+            provider,
+            detail: format!(
+                "the bundle has graphs of flavour `{}`, expected `{}`: export it with `rollout.provider = \"{provider}\"`",
+                name(found),
+                name(expected)
+            ),
+        }
+    }
 }
 
 /// Identifier of a policy version on a device; never reused.
@@ -110,8 +198,8 @@ pub struct Slot(pub u64);
 pub struct PrefixBatch {
     /// Number of rows `B`.
     pub rows: usize,
-    /// Images in `[-1, 1]`, `[B, cameras, 3, size, size]`.
-    pub images: Vec<f32>,
+    /// Images, `[B, cameras, size, size, 3]`.
+    pub images: Vec<u8>,
     /// Whether an image is present, `[B, cameras]`.
     pub image_mask: Vec<bool>,
     /// Token ids, `[B, prompt_len]`.
@@ -195,6 +283,12 @@ pub trait Device: Send + 'static {
     /// # Errors
     /// A run fails, or an output has a wrong size.
     fn denoise(&mut self, slot: Slot, prefix: &Self::Prefix, path: &StepPath) -> Result<Vec<StepOutput>, DeviceError>;
+
+    /// Returns the durations of the last prefix and of the last denoise steps on the device's clock; `None` for a device that
+    /// returns from both when they have ended.
+    fn durations(&self) -> Option<(Duration, Duration)> {
+        None
+    }
 
     /// Frees a slot.
     fn free(&mut self, slot: Slot);

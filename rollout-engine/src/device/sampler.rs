@@ -6,7 +6,6 @@ use policy::{
     bundle::Manifest,
     flow::{DenoiseStep, Mdp, Schedule, StepDraw},
     guidance::Guidance,
-    image::{CHANNELS, normalise_u8},
     logprob,
     noise::{ChunkNoise, NoiseKey, StepNoise},
     params::{CriticInput, ValueSteps},
@@ -180,7 +179,7 @@ impl Sampler {
         };
         let rows = vec![&row; self.manifest.batch.unwrap_or(1)];
         Ok(SelfTestRun {
-            prefix: self.prefix_batch(&rows),
+            prefix: Self::prefix_batch(&rows),
             path: self.path(&rows)?,
         })
     }
@@ -228,34 +227,25 @@ impl Sampler {
         let first = rows.first().ok_or(SampleError::Empty)?;
         let padded: Vec<&ChunkInput> = rows.iter().chain(std::iter::repeat_n(first, padding)).collect();
         let begun = Instant::now();
-        let prefix = device.prefix(slot, self.prefix_batch(&padded))?;
+        let prefix = device.prefix(slot, Self::prefix_batch(&padded))?;
         let prefix_time = begun.elapsed();
         let begun = Instant::now();
         let path = self.path(&padded)?;
         let steps = device.denoise(slot, &prefix, &path)?;
         let chunks = self.chunks(rows, &path, &steps)?;
+        let (prefix, denoise) = device.durations().unwrap_or((prefix_time, begun.elapsed()));
         Ok(Sampled {
             chunks,
-            prefix: prefix_time,
-            denoise: begun.elapsed(),
+            prefix,
+            denoise,
         })
     }
 
-    /// Assembles a batch. Pixels become `x / 255 * 2 - 1`, channels first.
-    fn prefix_batch(&self, rows: &[&ChunkInput]) -> PrefixBatch {
-        let size = self.manifest.dims.vision.image_size;
-        let plane = size * size;
-        let mut images = Vec::with_capacity(rows.iter().map(|row| row.input.images.len()).sum());
-        for row in rows {
-            for camera in row.input.images.chunks_exact(plane * CHANNELS) {
-                for channel in 0..CHANNELS {
-                    images.extend(camera.iter().skip(channel).step_by(CHANNELS).map(|p| normalise_u8(*p)));
-                }
-            }
-        }
+    /// Assembles a batch.
+    pub(crate) fn prefix_batch(rows: &[&ChunkInput]) -> PrefixBatch {
         PrefixBatch {
             rows: rows.len(),
-            images,
+            images: rows.iter().flat_map(|row| row.input.images.iter().copied()).collect(),
             image_mask: rows
                 .iter()
                 .flat_map(|row| row.input.image_mask.iter().copied())
@@ -270,7 +260,7 @@ impl Sampler {
     }
 
     /// Returns the denoise steps of a batch; a row is stochastic at the steps for which it has noise.
-    fn path(&self, rows: &[&ChunkInput]) -> Result<StepPath, SampleError> {
+    pub(crate) fn path(&self, rows: &[&ChunkInput]) -> Result<StepPath, SampleError> {
         let (steps, elements) = (self.schedule.num_steps(), self.elements());
         let step = |k: usize| {
             let missing = SampleError::Step { step: k, steps };
@@ -352,7 +342,7 @@ impl Sampler {
 
     /// Returns the log-probability of a stochastic step, `[action_chunk, env_action_dim]`; all arguments are `[action_horizon,
     /// action_dim]`.
-    fn logprob(&self, x_next: &[f32], mean: &[f32], std: &[f32]) -> Vec<f32> {
+    pub(crate) fn logprob(&self, x_next: &[f32], mean: &[f32], std: &[f32]) -> Vec<f32> {
         let (manifest, safe) = (&self.manifest, self.manifest.sampling.safe_logprob);
         logprob::executed(
             x_next,

@@ -6,12 +6,11 @@
     reason = "helpers of tests fail by panicking with the reason"
 )]
 
-use std::{collections::BTreeMap, path::Path, sync::OnceLock};
+use std::collections::BTreeMap;
 
 use export::{GraphOptions, denoise_graph, prefix_graph};
 use integration_tests::{Array, Golden, golden_dims, golden_dir, max_abs_diff, output_tolerance};
 use ort::{
-    environment::Environment,
     session::{Session, SessionInputValue},
     value::Tensor,
 };
@@ -24,6 +23,8 @@ use policy::{
     weights::{Layout, Weight, WeightFile},
 };
 
+use crate::onnx_sessions::session;
+
 const MODES: [&str; 2] = ["pi0", "pi05"];
 const VARIANTS: [(WeightMode, bool); 4] = [
     (WeightMode::Constants, false),
@@ -31,26 +32,6 @@ const VARIANTS: [(WeightMode, bool); 4] = [
     (WeightMode::Inputs, false),
     (WeightMode::Inputs, true),
 ];
-
-fn environment() -> &'static Environment {
-    static LOADED: OnceLock<Environment> = OnceLock::new();
-    LOADED.get_or_init(|| {
-        let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/onnxruntime/libonnxruntime.so");
-        ort::init_from(&library)
-            .expect("libonnxruntime, which scripts/setup fetches")
-            .build()
-            .expect("environment")
-    })
-}
-
-fn session(path: &Path) -> Session {
-    Session::builder(environment())
-        .expect("session builder")
-        .with_intra_threads(1)
-        .expect("one thread")
-        .commit_from_file(path)
-        .unwrap_or_else(|e| panic!("loading {}: {e}", path.display()))
-}
 
 /// Returns the model sizes of a golden file, with the number of cameras in `model`.
 fn sizes(file: &str, model: &Golden, critic: CriticInput) -> (PolicyDims, ValueHeadDims) {

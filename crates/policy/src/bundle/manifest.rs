@@ -4,9 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use super::BundleFile;
 use crate::{
-    config::{TokenizerConfig, WeightMode},
+    config::{Flavour, Precision, TokenizerConfig, WeightMode},
+    cuda::{CudaContract, CudaError},
     dims::PolicyDims,
     flow::Sampling,
+    graph::{DENOISE_GRAPH, PREFIX_GRAPH},
     norm::{NormStats, Normalization},
     params::{Heads, ParamSpec, params},
 };
@@ -15,10 +17,6 @@ use crate::{
 pub const BUNDLE_VERSION: u32 = 2;
 /// The manifest's file name.
 pub const MANIFEST: &str = "manifest.json";
-/// The prefix graph's file name.
-pub const PREFIX_GRAPH: &str = "prefix.onnx";
-/// The denoise graph's file name.
-pub const DENOISE_GRAPH: &str = "denoise.onnx";
 /// Weights of the vision-language model.
 pub const VLM_WEIGHTS: &str = "vlm.safetensors";
 /// Weights of the action expert, the projections, the noise head and the value head.
@@ -74,6 +72,12 @@ pub struct Manifest {
     /// Run lengths of the action dimensions that are differences from the state (see [`crate::norm::bool_mask`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_actions: Option<Vec<i32>>,
+    /// Form of the graphs.
+    #[serde(default, skip_serializing_if = "Flavour::is_plain")]
+    pub flavour: Flavour,
+    /// Element type of matrices and tokens in the graphs.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// Weight mode of the denoise graph.
     pub weights: WeightMode,
     /// Fixed batch size of the graphs; absent: dynamic.
@@ -90,6 +94,30 @@ impl Manifest {
     /// Returns the weights that the two weight files must hold, in the order of the parameter table.
     pub fn params(&self) -> Vec<ParamSpec> {
         params(&self.dims, &self.heads)
+    }
+
+    /// Returns the contract of the graphs of flavour `cuda`; `None` for another flavour.
+    ///
+    /// # Errors
+    /// The policy has no such graphs, or the batch size is not fixed.
+    pub fn cuda(&self) -> Result<Option<CudaContract>, CudaError> {
+        if self.flavour != Flavour::Cuda {
+            return Ok(None);
+        }
+        let element = self.precision.element();
+        let batch = self.batch.unwrap_or(0);
+        CudaContract::new(&self.dims, &self.heads, element, batch, self.sampling.num_steps).map(Some)
+    }
+
+    /// Returns the names of the graph files.
+    ///
+    /// # Errors
+    /// See [`Manifest::cuda`].
+    pub fn graph_files(&self) -> Result<Vec<String>, CudaError> {
+        Ok(match self.cuda()? {
+            None => vec![PREFIX_GRAPH.to_owned(), DENOISE_GRAPH.to_owned()],
+            Some(contract) => contract.files(),
+        })
     }
 
     /// Returns the entry of a file.

@@ -15,10 +15,7 @@ pub use self::{
     atomic::{write_atomic, write_weights},
     error::BundleError,
     file::{BundleFile, describe_file, plain_name},
-    manifest::{
-        BUNDLE_VERSION, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, SelfTest,
-        TOKENIZER_MODEL, VLM_WEIGHTS,
-    },
+    manifest::{BUNDLE_VERSION, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, SelfTest, TOKENIZER_MODEL, VLM_WEIGHTS},
     publish::{Source, publish},
     read::Bundle,
     verified::VerifiedFiles,

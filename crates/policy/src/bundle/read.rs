@@ -9,9 +9,7 @@ use std::{
 use super::{
     error::{BundleError, io},
     file::{BundleFile, describe, plain_name},
-    manifest::{
-        BUNDLE_VERSION, DENOISE_GRAPH, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, PREFIX_GRAPH, VLM_WEIGHTS,
-    },
+    manifest::{BUNDLE_VERSION, EXPERT_WEIGHTS, FLOW_TIME, MANIFEST, Manifest, VLM_WEIGHTS},
     verified::{Identity, Verified, VerifiedFiles},
 };
 use crate::{
@@ -90,7 +88,8 @@ impl Bundle {
                 manifest.env_action_dim
             )));
         }
-        for required in [PREFIX_GRAPH, DENOISE_GRAPH, VLM_WEIGHTS, EXPERT_WEIGHTS] {
+        let graphs = manifest.graph_files().map_err(|e| bad(e.to_string()))?;
+        for required in graphs.iter().map(String::as_str).chain([VLM_WEIGHTS, EXPERT_WEIGHTS]) {
             if manifest.file(required).is_none() {
                 return Err(bad(format!("`files` lacks `{required}`")));
             }

@@ -28,6 +28,7 @@ pub use self::{
 
 use crate::{
     dims::{StackDims, Variant, VisionDims},
+    element::ElementType,
     flow::{Mdp, NoiseAnneal, NoiseMethod},
     norm::Normalization,
     params::{CriticInput, NoiseHeadDims, Pooling, ValueSteps},
@@ -397,6 +398,16 @@ pub enum Provider {
     Tensorrt,
 }
 
+impl Provider {
+    /// Returns the flavour of the graphs that the provider runs.
+    pub fn flavour(self) -> Flavour {
+        match self {
+            Self::Cpu | Self::Tensorrt => Flavour::Plain,
+            Self::Cuda => Flavour::Cuda,
+        }
+    }
+}
+
 /// Storage of the denoise graph's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -407,12 +418,59 @@ pub enum WeightMode {
     Inputs,
 }
 
+/// Form of exported graphs, which depends on the device that runs them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Flavour {
+    /// Standard operators, one graph for prefix and one for denoise steps.
+    #[default]
+    Plain,
+    /// Fused operators over buffers in the memory of a CUDA device (see [`crate::cuda`]).
+    Cuda,
+}
+
+impl Flavour {
+    /// Returns whether the flavour is the default.
+    pub fn is_plain(&self) -> bool {
+        *self == Self::Plain
+    }
+}
+
+/// Element type of matrices and tokens in exported graphs. Projections of actions, heads, noise and log-probabilities are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats with the exponent of 32-bit floats.
+    Bf16,
+}
+
+impl Precision {
+    /// Returns whether the precision is the default.
+    pub fn is_f32(&self) -> bool {
+        *self == Self::F32
+    }
+
+    /// Returns the element type.
+    pub fn element(self) -> ElementType {
+        match self {
+            Self::F32 => ElementType::F32,
+            Self::Bf16 => ElementType::Bf16,
+        }
+    }
+}
+
 /// `[rollout]`: engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutConfig {
     /// Execution provider of the graphs.
     pub provider: Provider,
+    /// Element type of matrices and tokens in the graphs, for provider `cuda`; absent: f32.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// Weight mode of the exported denoise graph.
     pub weights: WeightMode,
     /// Endpoint for env workers and clients, `tcp://HOST:PORT`; port 0 picks a free one.

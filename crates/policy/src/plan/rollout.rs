@@ -1,7 +1,7 @@
 //! Checks of `[rollout]`: batches, threads and queue of the engine.
 
 use super::range::{MAX_THREADS, at_most, refuse};
-use crate::config::{ConfigError, RolloutConfig};
+use crate::config::{ConfigError, Precision, Provider, RolloutConfig, WeightMode};
 
 /// Checks the section except `max_staleness`, which is checked with `[algorithm]`.
 ///
@@ -26,6 +26,19 @@ pub(super) fn check(rollout: &RolloutConfig) -> Result<(), ConfigError> {
                 "{rows}, expected 2 to `rollout.max_batch` = {}, or no such key",
                 rollout.max_batch
             ),
+        ));
+    }
+    let precise = rollout.precision == Precision::F32;
+    if rollout.provider != Provider::Cuda && !precise {
+        return Err(refuse(
+            "rollout.precision",
+            "bf16, but only `rollout.provider = \"cuda\"` runs graphs in bf16: remove the key",
+        ));
+    }
+    if rollout.provider == Provider::Cuda && rollout.weights != WeightMode::Inputs {
+        return Err(refuse(
+            "rollout.weights",
+            "constants, expected \"inputs\" with `rollout.provider = \"cuda\"`",
         ));
     }
     Ok(())

@@ -11,7 +11,10 @@ use super::{
     error::WeightsError,
     tensors::{Weights, check_finite},
 };
-use crate::params::ParamSpec;
+use crate::{
+    element::{ElementType, bf16_bytes},
+    params::ParamSpec,
+};
 
 /// Number of values that are converted and written at once.
 const BLOCK: usize = 1 << 18;
@@ -41,7 +44,7 @@ pub(super) fn locations(start: usize, header: &Metadata) -> BTreeMap<String, Loc
     located.collect()
 }
 
-/// Header and order of a safetensors file of f32 tensors.
+/// Header and order of a safetensors file of f32 or bf16 tensors.
 ///
 /// Both depend on names and shapes alone, so that one graph reads the file of every version.
 #[derive(Debug)]
@@ -51,6 +54,7 @@ pub struct Layout {
     /// Tensors in the order of the file.
     specs: Vec<ParamSpec>,
     locations: BTreeMap<String, Location>,
+    element: ElementType,
 }
 
 /// Reason why a weight file was not written.
@@ -73,19 +77,35 @@ impl From<WeightsError> for WriteError {
 }
 
 impl Layout {
-    /// Computes the layout of a file with these tensors, in the order of names.
+    /// Computes the layout of a file with these tensors in f32, in the order of names.
     ///
     /// # Errors
     /// The tensors are larger than an address space.
     pub fn of<'a>(specs: impl IntoIterator<Item = &'a ParamSpec>) -> Result<Self, WeightsError> {
+        Self::in_type(specs, ElementType::F32)
+    }
+
+    /// Computes the layout of a file with these tensors in bf16, in the order of names.
+    ///
+    /// # Errors
+    /// The tensors are larger than an address space.
+    pub fn bf16<'a>(specs: impl IntoIterator<Item = &'a ParamSpec>) -> Result<Self, WeightsError> {
+        Self::in_type(specs, ElementType::Bf16)
+    }
+
+    fn in_type<'a>(specs: impl IntoIterator<Item = &'a ParamSpec>, element: ElementType) -> Result<Self, WeightsError> {
         let mut specs: Vec<ParamSpec> = specs.into_iter().cloned().collect();
         specs.sort_by(|a, b| a.name.cmp(&b.name));
         let mut end = 0usize;
         let infos = specs.iter().map(|spec| {
             let start = end;
-            end += elements(spec) * size_of::<f32>();
+            end += elements(spec) * element.size();
             let info = TensorInfo {
-                dtype: Dtype::F32,
+                dtype: if element == ElementType::Bf16 {
+                    Dtype::BF16
+                } else {
+                    Dtype::F32
+                },
                 shape: spec.shape.clone(),
                 data_offsets: (start, end),
             };
@@ -97,7 +117,12 @@ impl Layout {
         text.resize(text.len().next_multiple_of(size_of::<u64>()), b' ');
         let head = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
         let locations = locations(head.len(), &header);
-        Ok(Self { head, specs, locations })
+        Ok(Self {
+            head,
+            specs,
+            locations,
+            element,
+        })
     }
 
     /// Returns the place of every tensor in the file, for the external data of a graph.
@@ -123,6 +148,10 @@ impl Layout {
             }
             check_finite(&spec.name, &values, std::convert::identity)?;
             for block in values.chunks(BLOCK) {
+                if self.element == ElementType::Bf16 {
+                    to.write_all(&bf16_bytes(block))?;
+                    continue;
+                }
                 bytes.resize(size_of_val(block), 0);
                 for (to, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(block) {
                     *to = value.to_le_bytes();
@@ -192,6 +221,34 @@ mod tests {
         // computed with an earlier writer that held all tensors in memory
         let expected = "6e7e378ddb581145b91992d2d87d01ea2f27eaf850e2f5f60b228da909d56b51";
         assert_eq!(hex(&Sha256::digest(&bytes)), expected);
+    }
+
+    #[test]
+    fn bf16_takes_half_the_bytes_and_reads_back_rounded() {
+        let spec = ParamSpec {
+            name: "w".to_owned(),
+            shape: vec![3],
+            part: Part::Expert,
+        };
+        let weights: BTreeMap<String, Weight> = [(
+            "w".to_owned(),
+            Weight {
+                shape: vec![3],
+                data: vec![1.0, 1.004, -0.1],
+            },
+        )]
+        .into();
+        let layout = Layout::bf16([&spec]).expect("layout");
+        let mut bytes = Vec::new();
+        layout.write(&weights, &mut bytes).expect("written");
+        let location = &layout.locations()["w"];
+        assert_eq!((location.offset as usize + 6, location.length), (bytes.len(), 6));
+        // 1.00390625 is halfway between two bf16 numbers, 1.004 is above; -0.1 is nearest to -0x3dcd
+        let want: Vec<u8> = [0x3f80u16, 0x3f81, 0xbdcd]
+            .iter()
+            .flat_map(|b| b.to_le_bytes())
+            .collect();
+        assert_eq!(bytes[location.offset as usize..], want);
     }
 
     #[test]

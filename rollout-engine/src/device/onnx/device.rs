@@ -5,13 +5,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use policy::bundle::Bundle;
+use policy::{bundle::Bundle, config::Flavour};
 
 use super::{
-    library::OnnxRuntime,
+    runtime::OnnxRuntime,
     sessions::{PolicySessions, PrefixCache, PrefixSession},
 };
-use crate::device::{Device, DeviceError, Loader, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath};
+use crate::device::{
+    Device, DeviceError, Loader, PrefixBatch, SelfTestRun, Slot, StepOutput, StepPath, library::provider_name,
+};
 
 /// A loaded version whose self-test has run.
 #[derive(Debug)]
@@ -42,6 +44,12 @@ impl Loader for OnnxLoader {
     type Device = OnnxDevice;
 
     fn stage(&self, bundle: &Bundle, test: &SelfTestRun) -> Result<Staged, DeviceError> {
+        if bundle.manifest.flavour != Flavour::Plain {
+            return Err(DeviceError::flavour(
+                provider_name(self.runtime.provider()),
+                Flavour::Plain,
+            ));
+        }
         // one load at a time; the device's thread never acquires this lock
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = shared.upgrade().filter(|prefix| prefix.is_of(bundle));

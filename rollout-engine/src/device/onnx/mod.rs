@@ -3,9 +3,9 @@
 
 mod device;
 mod sessions;
-mod library;
+mod runtime;
 
 pub use self::{
     device::{OnnxDevice, OnnxLoader},
-    library::{OnnxRuntime, provider_name},
+    runtime::OnnxRuntime,
 };

@@ -1,29 +1,27 @@
 //! The ONNX Runtime sessions of a policy's two graphs, which depend on the tensors of the policy only.
 
-use std::{
-    path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ort::{
     session::{Session, SessionInputValue},
     value::{DynValue, Tensor, ValueType},
 };
 use policy::{
-    bundle::{Bundle, DENOISE_GRAPH, EXPERT_WEIGHTS, Manifest, PREFIX_GRAPH, VLM_WEIGHTS},
+    bundle::{Bundle, EXPERT_WEIGHTS, Manifest, VLM_WEIGHTS},
     dims::PolicyDims,
     flow::time_embedding,
     graph::{
-        C_V, C_X, GraphContract, IMAGE_MASK, IMAGES, MEAN, PROMPT, PROMPT_MASK, STATE, STD, STEP_STD, TIME_EMB,
-        TensorSpec, VALUE, X_NEXT, X_T, Z,
+        C_V, C_X, DENOISE_GRAPH, GraphContract, IMAGE_MASK, IMAGES, MEAN, PREFIX_GRAPH, PROMPT, PROMPT_MASK, STATE,
+        STD, STEP_STD, TIME_EMB, TensorSpec, VALUE, X_NEXT, X_T, Z,
     },
+    image::{CHANNELS, normalise_u8},
     message::one_line,
     params::{ParamSpec, expert_params},
     weights::WeightFile,
 };
 
-use super::library::OnnxRuntime;
-use crate::device::{DeviceError, PathStep, PrefixBatch, StepOutput, StepPath};
+use super::runtime::OnnxRuntime;
+use crate::device::{DeviceError, PathStep, PrefixBatch, StepOutput, StepPath, library::require};
 
 const PREFIX: &str = "prefix";
 const DENOISE: &str = "denoise";
@@ -55,6 +53,8 @@ pub(super) struct PrefixSession {
     identity: PrefixIdentity,
     contract: GraphContract,
     denoise: GraphContract,
+    /// Pixels of an image.
+    plane: usize,
     /// Inputs and outputs of the session's self-test; the next version's test with the same inputs reuses the outputs.
     tested: OnceLock<(PrefixBatch, Arc<PrefixCache>)>,
 }
@@ -80,6 +80,7 @@ impl PrefixSession {
             identity: prefix_identity(bundle),
             contract,
             denoise: denoise_contract(manifest),
+            plane: manifest.dims.vision.image_size.pow(2),
             tested: OnceLock::new(),
         })
     }
@@ -120,7 +121,10 @@ impl PrefixSession {
         let rows = batch.rows;
         let input = |name| shape(PREFIX, &self.contract.inputs, name, rows);
         let inputs = vec![
-            (IMAGES, tensor(PREFIX, &input(IMAGES)?, batch.images)?),
+            (
+                IMAGES,
+                tensor(PREFIX, &input(IMAGES)?, channels_first(&batch.images, self.plane))?,
+            ),
             (IMAGE_MASK, tensor(PREFIX, &input(IMAGE_MASK)?, batch.image_mask)?),
             (PROMPT, tensor(PREFIX, &input(PROMPT)?, batch.prompt)?),
             (PROMPT_MASK, tensor(PREFIX, &input(PROMPT_MASK)?, batch.prompt_mask)?),
@@ -287,25 +291,15 @@ fn shape(graph: &'static str, specs: &[TensorSpec], name: &str, rows: usize) -> 
     Ok(spec(graph, specs, name)?.shape(rows))
 }
 
-/// Checks that a graph has the inputs and outputs of its contract.
-fn require(path: &Path, session: &Session, contract: &GraphContract) -> Result<(), DeviceError> {
-    let check = |kind: &'static str, spec: &TensorSpec, there: &[ort::value::Outlet]| {
-        if there.iter().any(|outlet| outlet.name() == spec.name) {
-            return Ok(());
+/// Returns images `[n, size, size, 3]` as `x / 255 * 2 - 1`, `[n, 3, size, size]`.
+fn channels_first(images: &[u8], plane: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(images.len());
+    for image in images.chunks_exact(plane * CHANNELS) {
+        for channel in 0..CHANNELS {
+            out.extend(image.iter().skip(channel).step_by(CHANNELS).map(|p| normalise_u8(*p)));
         }
-        Err(DeviceError::Graph {
-            path: path.to_owned(),
-            kind,
-            name: spec.name.clone(),
-        })
-    };
-    for input in contract.inputs.iter().chain(&contract.weights) {
-        check("input", input, session.inputs())?;
     }
-    for output in &contract.outputs {
-        check("output", output, session.outputs())?;
-    }
-    Ok(())
+    out
 }
 
 fn tensor<T>(graph: &'static str, shape: &[usize], data: Vec<T>) -> Result<DynValue, DeviceError>
