@@ -15,6 +15,7 @@ use policy::{
     plan::RunPlan,
 };
 use process::exit::{CODES, failed};
+use tch::Cuda;
 
 /// Trains pi0 and pi0.5 policies: pre-training and SFT, then online RL against a rollout engine.
 #[derive(Parser)]
@@ -168,7 +169,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 
 fn main() -> ExitCode {
     process::log::start();
-    native::register_cuda();
+    if native::register_cuda() {
+        // cuDNN rounds the inputs of convolutions to tf32; log-probabilities then differ from the engine's by 1e-3
+        Cuda::set_user_enabled_cudnn(false);
+    }
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
