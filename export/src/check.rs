@@ -177,6 +177,8 @@ pub enum GraphFault {
 pub struct CheckReport {
     /// Policy version.
     pub policy_version: u64,
+    /// Form of the graphs.
+    pub flavour: Flavour,
     /// Files with a correct digest.
     pub files: usize,
     /// Weights with the correct name and shape and with finite values only.
@@ -235,6 +237,7 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     }
     Ok(CheckReport {
         policy_version: manifest.policy_version,
+        flavour: manifest.flavour,
         files: manifest.files.len(),
         weights: manifest.params().len(),
         nodes,

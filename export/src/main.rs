@@ -13,7 +13,7 @@ use export::{
 };
 use policy::{
     bundle::BundleError,
-    config::RunConfig,
+    config::{Flavour, RunConfig},
     norm::NormStats,
     params::{ParamSpec, params},
     plan::RunPlan,
@@ -115,9 +115,14 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
         let folder = own.parent().unwrap_or(Path::new(".")).to_owned();
         return Err(CommandError::NoEngine { checked, folder }.into());
     }
+    let provider = match report.flavour {
+        Flavour::Plain => "cpu",
+        Flavour::Cuda => "cuda",
+    };
     let run = std::process::Command::new(&engine)
         .arg("check")
         .arg(&args.dir)
+        .args(["--provider", provider])
         .output()
         .with_context(|| format!("starting `{}` for the golden run", engine.display()))?;
     if !run.status.success() {

@@ -23,6 +23,9 @@ pub enum UsageError {
     /// A batch size or a number of batches is 0.
     #[error("`--batch` and `--batches` must be at least 1")]
     NoBatch,
+    /// An option of another provider.
+    #[error("`--without-cuda-graphs` is for `--provider cuda`")]
+    NoCuda,
     /// A number of cameras that the policy does not have.
     #[error("`--cameras` has {found}, expected 1 to {all}")]
     Cameras {
@@ -83,6 +86,7 @@ fn of_device(error: &DeviceError) -> Class {
         DeviceError::Flavour { .. }
         | DeviceError::Load { .. }
         | DeviceError::Graph { .. }
+        | DeviceError::GraphType { .. }
         | DeviceError::Weights { .. }
         | DeviceError::Output { .. } => Class::Data,
         DeviceError::NoLibrary
@@ -95,7 +99,8 @@ fn of_device(error: &DeviceError) -> Class {
         | DeviceError::Rows { .. }
         | DeviceError::Path { .. }
         | DeviceError::NoImage { .. }
-        | DeviceError::FirstCamera { .. }
+        | DeviceError::NotFinite { .. }
+        | DeviceError::Lost { .. }
         | DeviceError::Prompt { .. }
         | DeviceError::Prefix
         | DeviceError::Slot(_)

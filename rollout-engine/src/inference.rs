@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use policy::config::RolloutConfig;
+use policy::{
+    config::{Flavour, RolloutConfig},
+    message::told,
+    params::{CriticInput, Pooling},
+};
 use tokio::sync::mpsc::Sender;
 use wire::messages::Mode;
 
@@ -16,7 +20,7 @@ use crate::{
     device::{
         Device, DeviceError, SelfTestRun, Slot, StepOutput,
         record::chunk_record,
-        sampler::{ChunkInput, SampledChunk},
+        sampler::{ChunkInput, SampleError, SampledChunk},
         versions::{Free, Policy, Versions},
     },
     job::{Answer, Chunk, Job, JobError, JobResult, Row, Ticket},
@@ -121,11 +125,16 @@ struct CloseOnPanic(Arc<EngineQueue>);
 impl Drop for CloseOnPanic {
     fn drop(&mut self) {
         if thread::panicking() {
-            let large = self.0.close();
-            for job in large.into_iter().chain(self.0.clear()) {
-                job.reply.send(Err(JobError::Closed));
-            }
+            close(&self.0);
         }
+    }
+}
+
+/// Closes the queue and answers what waits.
+fn close(queue: &EngineQueue) {
+    let large = queue.close();
+    for job in large.into_iter().chain(queue.clear()) {
+        job.reply.send(Err(JobError::Closed));
     }
 }
 
@@ -146,7 +155,9 @@ pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> st
             .name(format!("prepare-{number}"))
             .spawn(move || {
                 let _guard = CloseOnPanic(Arc::clone(&shared.queue));
-                while let Some(cut) = shared.queue.cut(fixed_batch.unwrap_or(1)) {
+                // graphs with a fixed batch size take as long for fewer rows
+                let rows = || shared.versions.live().and_then(|policy| policy.manifest().batch);
+                while let Some(cut) = shared.queue.cut(rows().or(fixed_batch).unwrap_or(1)) {
                     prepare(&shared, cut);
                 }
             })?;
@@ -158,6 +169,7 @@ pub fn start<D: Device>(device: D, shared: Shared, config: &RolloutConfig) -> st
         device,
         shared,
         fixed_batch,
+        lost: false,
     };
     thread::Builder::new().name("inference".to_owned()).spawn(move || {
         let _guard = CloseOnPanic(Arc::clone(&inference.shared.queue));
@@ -190,6 +202,18 @@ fn ready_row(policy: &Policy, row: Row) -> Result<ReadyRow, JobError> {
     }
     let transform = &policy.transform;
     let input = transform.input(&row.observation)?;
+    let manifest = policy.manifest();
+    let reads_first = manifest.flavour == Flavour::Cuda
+        && manifest
+            .heads
+            .value
+            .as_ref()
+            .is_some_and(|head| head.input == CriticInput::Vlm)
+        && manifest.heads.pooling() == Pooling::First;
+    if reads_first && input.image_mask.first() == Some(&false) {
+        let camera = manifest.cameras.first().cloned().unwrap_or_default();
+        return Err(JobError::FirstCamera { camera });
+    }
     let guidance = match &row.guidance {
         Some(guidance) => Some(transform.guidance(guidance, &row.observation.state)?),
         None => None,
@@ -224,6 +248,8 @@ struct Inference<D: Device> {
     device: D,
     shared: Shared,
     fixed_batch: Option<usize>,
+    /// Whether the device stopped working.
+    lost: bool,
 }
 
 impl<D: Device> Inference<D> {
@@ -242,6 +268,11 @@ impl<D: Device> Inference<D> {
                 Taken::Part(part) => shared.pulse.inference(|| self.part(part)),
             };
             if !shared.deliver(results) {
+                return;
+            }
+            if self.lost {
+                // the engine ends with an error: whoever supervises it starts it again
+                close(&shared.queue);
                 return;
             }
         }
@@ -339,6 +370,10 @@ impl<D: Device> Inference<D> {
         let sampled = match sampled {
             Ok(sampled) => sampled,
             Err(error) => {
+                if let SampleError::Device(DeviceError::Lost { .. }) = &error {
+                    tracing::error!("{}", told(&error));
+                    self.lost = true;
+                }
                 let error: Arc<dyn Error + Send + Sync> = Arc::new(error);
                 let failed = |_rows| Err(JobError::Inference(Arc::clone(&error)));
                 return asked.into_iter().map(failed).collect();

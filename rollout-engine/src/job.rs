@@ -64,6 +64,12 @@ pub enum JobError {
     /// A guided chunk was requested in a mode other than `eval` or with a record.
     #[error("a guided chunk is not a sample of the policy: ask for it in mode `eval` and without a record")]
     Guided,
+    /// The critic reads the first image, which is absent; graphs of flavour `cuda` have no token for an absent image.
+    #[error("the image of camera `{camera}` is absent, but the critic of this policy reads its first token")]
+    FirstCamera {
+        /// Name of the first camera.
+        camera: String,
+    },
     /// The policy's actions are not finite.
     #[error("the policy gave {value} at element {index} of the denoise chain")]
     NotFinite {
@@ -117,7 +123,12 @@ impl JobError {
     /// Returns whether the same request may succeed later.
     pub fn retry(&self) -> bool {
         match self {
-            Self::Observation(_) | Self::Guided | Self::NotFinite { .. } | Self::Norm(_) | Self::Size { .. } => false,
+            Self::Observation(_)
+            | Self::FirstCamera { .. }
+            | Self::Guided
+            | Self::NotFinite { .. }
+            | Self::Norm(_)
+            | Self::Size { .. } => false,
             Self::Inference(_)
             | Self::NotReady
             | Self::Overloaded { .. }

@@ -104,8 +104,8 @@ struct BackendArgs {
     #[arg(long, value_enum, default_value = "cpu")]
     provider: ProviderArg,
     /// Threads of ONNX Runtime per session.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
     /// Launch the operations of a graph one by one; provider cuda only.
     #[arg(long)]
     without_cuda_graphs: bool,
@@ -218,11 +218,11 @@ struct CompareArgs {
     #[arg(long, value_name = "DIR")]
     reference: PathBuf,
     /// Threads of ONNX Runtime for the reference.
-    #[arg(long, default_value_t = 1)]
-    reference_threads: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    reference_threads: u16,
     /// Compared chunks.
-    #[arg(long, default_value_t = 8)]
-    chunks: usize,
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    chunks: u32,
 }
 
 /// What a command does with a policy on a device.
@@ -243,14 +243,15 @@ struct Loaded<'a, L: Loader> {
 /// Loads a bundle onto a device owned by this thread, and runs the task on it.
 fn on_device(dir: &Path, args: &BackendArgs, task: &impl Task) -> anyhow::Result<()> {
     match args.provider {
+        ProviderArg::Cpu | ProviderArg::Tensorrt if args.without_cuda_graphs => Err(UsageError::NoCuda.into()),
         ProviderArg::Cpu | ProviderArg::Tensorrt => {
-            let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads)?);
+            let loader = OnnxLoader::new(OnnxRuntime::new(args.provider.into(), args.threads.into())?);
             on(&loader, OnnxDevice::default(), dir, task)
         }
         ProviderArg::Cuda => {
             let options = CudaOptions {
                 capture: !args.without_cuda_graphs,
-                threads: args.threads,
+                threads: args.threads.into(),
             };
             on(&CudaLoader::new(options)?, CudaDevice::default(), dir, task)
         }
@@ -290,14 +291,14 @@ impl Task for BenchArgs {
 impl Task for CompareArgs {
     fn run<L: Loader>(&self, mut loaded: Loaded<'_, L>) -> anyhow::Result<()> {
         let mut reference = OnnxDevice::default();
-        let loader = OnnxLoader::new(OnnxRuntime::new(Provider::Cpu, self.reference_threads)?);
+        let loader = OnnxLoader::new(OnnxRuntime::new(Provider::Cpu, self.reference_threads.into())?);
         let install = |staged, test| reference.install(staged, &test);
         let expected = Policy::load(&loader, &self.reference, None, install, Arc::new(|_slot| {}))
             .with_context(|| format!("failed to load bundle `{}`", self.reference.display()))?;
         let result = compare(
             (&mut loaded.device, &loaded.policy),
             (&mut reference, &expected),
-            self.chunks,
+            self.chunks as usize,
         )?;
         writeln!(
             std::io::stdout(),

@@ -10,7 +10,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -287,7 +290,8 @@ pub struct Queue<R, P = ()> {
     /// Notifies the device's thread.
     to_take: Condvar,
     capacity: usize,
-    max_rows: usize,
+    /// Most rows of a batch.
+    max_rows: AtomicUsize,
 }
 
 impl<R, P> Queue<R, P> {
@@ -314,13 +318,22 @@ impl<R, P> Queue<R, P> {
             to_cut: Condvar::new(),
             to_take: Condvar::new(),
             capacity,
-            max_rows: max_rows.max(1),
+            max_rows: AtomicUsize::new(max_rows.max(1)),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting<R, P>> {
         // no step between two changes of the state can panic
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the most rows of a batch, for instance to the batch size of a new version's graphs.
+    pub fn limit_rows(&self, max_rows: usize) {
+        self.max_rows.store(max_rows.max(1), Ordering::Relaxed);
+    }
+
+    fn max_rows(&self) -> usize {
+        self.max_rows.load(Ordering::Relaxed)
     }
 
     /// Returns the number of rows that wait for the device.
@@ -365,7 +378,7 @@ impl<R, P> Queue<R, P> {
             };
             displaced.push(job);
         }
-        if rows <= self.max_rows {
+        if rows <= self.max_rows() {
             waiting.recent = Some(job.queued);
         }
         waiting.push(job, false);
@@ -396,7 +409,7 @@ impl<R, P> Queue<R, P> {
     pub fn cut(&self, least: usize) -> Option<Cut<P>> {
         let mut waiting = self.lock();
         loop {
-            if let Some(cut) = waiting.next_cut(self.max_rows, least) {
+            if let Some(cut) = waiting.next_cut(self.max_rows(), least) {
                 return Some(cut);
             }
             if let Some(closed) = waiting.closed
@@ -496,7 +509,7 @@ impl<R, P> Queue<R, P> {
         let (mut large, mut small) = (Vec::new(), Vec::new());
         for line in waiting.turns.clone() {
             while let Some(job) = waiting.pop(line, true) {
-                if is_large(&job, self.max_rows) {
+                if is_large(&job, self.max_rows()) {
                     large.push(job);
                 } else {
                     small.push(job);
@@ -568,7 +581,7 @@ impl<R, P> Queue<R, P> {
                 } else {
                     deadline.saturating_sub(oldest.elapsed())
                 };
-                let room = self.max_rows.saturating_sub(waiting.staged_rows);
+                let room = self.max_rows().saturating_sub(waiting.staged_rows);
                 if room == 0 || (left.is_zero() && !waiting.more_is_coming(oldest + deadline, room)) {
                     return self.whole(waiting);
                 }
@@ -576,7 +589,7 @@ impl<R, P> Queue<R, P> {
                 if left.is_zero() { RECHECK } else { left }
             } else {
                 // whole jobs that are being prepared come first
-                if !waiting.more_is_coming(Instant::now(), self.max_rows)
+                if !waiting.more_is_coming(Instant::now(), self.max_rows())
                     && let Some((part, _)) = waiting.staged_part.take()
                 {
                     waiting.forced = false;

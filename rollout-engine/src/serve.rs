@@ -145,6 +145,7 @@ struct Server {
     early: BTreeMap<Peer, Hello>,
     reported: (Option<u64>, u32),
     bootstrap_terminated: bool,
+    max_batch: usize,
 }
 
 /// Starts the inference threads and returns the function that loads versions onto their device.
@@ -252,6 +253,7 @@ async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
         early: BTreeMap::new(),
         reported: (None, 0),
         bootstrap_terminated: options.bootstrap_terminated,
+        max_batch: options.rollout.max_batch,
     };
     if let Some(policy) = server.versions.live() {
         server.live(&policy);
@@ -359,6 +361,10 @@ impl Server {
 
     fn live(&mut self, policy: &Policy) {
         let manifest = policy.manifest();
+        if let Some(batch) = manifest.batch {
+            // more rows than the graphs have would run one batch after another, and be answered together
+            self.queue.limit_rows(batch.min(self.max_batch));
+        }
         self.metrics.version.set(policy.version() as i64);
         let shape = Shape {
             action_chunk: manifest.action_chunk,

@@ -20,6 +20,8 @@ const DEPS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.deps");
 const STEPS: u64 = 3;
 /// Cameras of the policies here.
 const CAMERAS: u64 = 2;
+/// Weight slots of the device.
+const SLOTS: u64 = 3;
 /// Bytes of images per chunk: two cameras of 32 x 32 pixels.
 const IMAGES: u64 = 2 * 32 * 32 * 3;
 
@@ -128,11 +130,12 @@ fn a_chunk_is_one_upload_replays_and_one_download() {
     if lacks_cuda() {
         return;
     }
-    for (variant, rows) in [("pi0", 1), ("pi05", 1), ("pi0", 3)] {
+    // rows of the graphs, and rows that are asked for: the others are padding, which costs no prefix
+    for (variant, rows, asked) in [("pi0", 1, 1), ("pi05", 1, 1), ("pi0", 3, 3), ("pi0", 3, 2)] {
         let dir = tempfile::tempdir().expect("folder");
         let bundle = random_bundle(&Programs::default(), &policy(dir.path(), variant, rows), dir.path());
         let run = |batches: &str| {
-            let rows = rows.to_string();
+            let rows = asked.to_string();
             counted(&[
                 "bench",
                 "--bundle",
@@ -150,12 +153,12 @@ fn a_chunk_is_one_upload_replays_and_one_download() {
                 bytes(&many, name) - bytes(&few, name),
             )
         };
-        let (chunks, rows) = (50, rows as u64);
+        let (chunks, rows) = (50, asked as u64);
 
         let captures = calls(&few, "BeginCapture");
         // each graph that runs per chunk is captured once: prefix by number of cameras, state and denoise by weight slot
         let state = u64::from(variant == "pi0");
-        assert_eq!(captures, CAMERAS + 2 * state + 2, "{variant}, {rows} rows");
+        assert_eq!(captures, CAMERAS + SLOTS * (state + 1), "{variant}, {rows} rows");
         assert_eq!(calls(&many, "BeginCapture"), captures, "no chunk captures");
         let replays = rows + state + STEPS;
         assert_eq!(more("GraphLaunch").0, chunks * replays, "{variant}, {rows} rows");
@@ -202,6 +205,18 @@ fn a_reload_copies_the_expert_and_captures_nothing() {
         calls(&many, "malloc"),
         calls(&few, "malloc"),
         "a reload allocates nothing on the device"
+    );
+    assert_eq!(
+        calls(&many, "hostMalloc"),
+        calls(&few, "hostMalloc"),
+        "nor page-locked memory"
+    );
+    // the file holds bf16; the projections and heads go to the device in f32
+    let expert = fs::metadata(bundle.join(EXPERT_WEIGHTS)).expect("weights").len();
+    let copied = bytes(&many, "memcpyHtoD") - bytes(&few, "memcpyHtoD");
+    assert!(
+        copied >= 200 * expert * 9 / 10,
+        "{copied} bytes for 200 versions of {expert} bytes"
     );
     assert_eq!(bytes(&many, "mallocPeak"), bytes(&few, "mallocPeak"));
 }

@@ -58,6 +58,9 @@ impl DerivedWeight {
     /// # Errors
     /// A source is missing, misshapen or not finite.
     pub fn values(&self, weights: &dyn Weights) -> Result<Vec<f32>, WeightsError> {
+        if let (Form::Stored, [source]) = (self.form, self.sources.as_slice()) {
+            return Ok(weights.values(&source.spec)?.into_owned());
+        }
         let mut stored: Vec<Cow<'_, [f32]>> = Vec::with_capacity(self.sources.len());
         for source in &self.sources {
             stored.push(weights.values(&source.spec)?);

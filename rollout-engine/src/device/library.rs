@@ -5,10 +5,15 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use ort::{environment::Environment, session::Session};
+use ort::{
+    environment::Environment,
+    session::Session,
+    value::{TensorElementType, ValueType},
+};
 use policy::{
     config::Provider,
-    graph::{GraphContract, TensorSpec},
+    element::ElementType,
+    graph::{Axis, GraphContract, TensorSpec},
     message::one_line,
 };
 
@@ -87,16 +92,23 @@ impl OnnxLibrary {
     }
 }
 
-/// Checks that a graph has the inputs and outputs of its contract.
+/// Checks that a graph has the inputs and outputs of its contract, with their types and shapes.
 pub(super) fn require(path: &Path, session: &Session, contract: &GraphContract) -> Result<(), DeviceError> {
     let check = |kind: &'static str, spec: &TensorSpec, there: &[ort::value::Outlet]| {
-        if there.iter().any(|outlet| outlet.name() == spec.name) {
-            return Ok(());
-        }
-        Err(DeviceError::Graph {
+        let outlet = there.iter().find(|outlet| outlet.name() == spec.name);
+        let outlet = outlet.ok_or_else(|| DeviceError::Graph {
             path: path.to_owned(),
             kind,
             name: spec.name.clone(),
+        })?;
+        if fits(spec, outlet.dtype()) {
+            return Ok(());
+        }
+        Err(DeviceError::GraphType {
+            path: path.to_owned(),
+            kind,
+            expected: spec.to_string(),
+            found: outlet.dtype().to_string(),
         })
     };
     for input in contract.inputs.iter().chain(&contract.weights) {
@@ -106,4 +118,28 @@ pub(super) fn require(path: &Path, session: &Session, contract: &GraphContract) 
         check("output", output, session.outputs())?;
     }
     Ok(())
+}
+
+/// Returns the type of a tensor in ONNX Runtime.
+pub(super) fn element_type(element: ElementType) -> TensorElementType {
+    match element {
+        ElementType::F32 => TensorElementType::Float32,
+        ElementType::Bf16 => TensorElementType::Bfloat16,
+        ElementType::U8 => TensorElementType::Uint8,
+        ElementType::I32 => TensorElementType::Int32,
+        ElementType::I64 => TensorElementType::Int64,
+        ElementType::Bool => TensorElementType::Bool,
+    }
+}
+
+/// Returns whether a tensor has the type and the axes of `spec`; the size of a symbolic axis is -1.
+fn fits(spec: &TensorSpec, found: &ValueType) -> bool {
+    let ValueType::Tensor { ty, shape, .. } = found else {
+        return false;
+    };
+    let axis = |(axis, size): (&Axis, &i64)| match axis {
+        Axis::Batch => *size == -1,
+        Axis::Fixed(expected) => usize::try_from(*size) == Ok(*expected),
+    };
+    *ty == element_type(spec.element) && shape.len() == spec.axes.len() && spec.axes.iter().zip(shape.iter()).all(axis)
 }

@@ -59,6 +59,18 @@ pub enum DeviceError {
         /// Name of the input or output.
         name: String,
     },
+    /// An input or an output of a graph has another type or shape.
+    #[error("graph `{path}` has an {kind} of {found}, expected {expected}: export the bundle again")]
+    GraphType {
+        /// Path of the graph.
+        path: PathBuf,
+        /// `input` or `output`.
+        kind: &'static str,
+        /// Name, type and axes in the contract.
+        expected: String,
+        /// Type and axes in the graph.
+        found: String,
+    },
     /// Weights of mode `inputs` cannot be read.
     #[error("failed to read weights `{path}`")]
     Weights {
@@ -112,15 +124,17 @@ pub enum DeviceError {
         detail: String,
     },
     /// The device or the host has not enough memory.
-    #[error("no room for {bytes} bytes for {what}: free memory of the device, or choose a smaller `rollout.max_batch`")]
+    #[error(
+        "no room for {bytes} bytes for {what}: free memory of the device, or export the bundle with a smaller `--batch`"
+    )]
     Memory {
         /// Purpose of the memory.
         what: &'static str,
         /// Bytes that were asked for.
         bytes: usize,
     },
-    /// All weight slots serve.
-    #[error("both weight slots of the device are in use: a version that was replaced still serves requests")]
+    /// All weight slots are in use.
+    #[error("all weight slots of the device are in use: versions that were replaced still serve requests")]
     Busy,
     /// A batch has another size than the graphs.
     #[error("a batch of {found} rows, the graphs have {expected}")]
@@ -144,11 +158,19 @@ pub enum DeviceError {
         /// Number of the row.
         row: usize,
     },
-    /// The critic reads an absent image.
-    #[error("row {row} lacks the image of the first camera, whose first token the critic reads")]
-    FirstCamera {
-        /// Number of the row.
-        row: usize,
+    /// A prefix graph does not work.
+    #[error("the actions with {cameras} present cameras are not finite: export the bundle again")]
+    NotFinite {
+        /// Cameras that the graph reads.
+        cameras: usize,
+    },
+    /// The device stopped working.
+    #[error("the device stopped working after: {first}")]
+    Lost {
+        /// The error that the device did not survive.
+        first: Box<Self>,
+        /// The error of every later call.
+        source: Box<Self>,
     },
     /// A prompt has a gap.
     #[error("token {token} of the prompt is padding, but a later one is not")]
@@ -206,7 +228,7 @@ pub struct PrefixBatch {
     pub prompt: Vec<i64>,
     /// Whether a token is valid, `[B, prompt_len]`.
     pub prompt_mask: Vec<bool>,
-    /// State, `[B, action_dim]`, read by pi0 only.
+    /// State, `[B, action_dim]`, read by pi0, and by critics that read the state apart.
     pub state: Vec<f32>,
 }
 

@@ -189,20 +189,23 @@ impl Policy {
     }
 }
 
-/// Checks that the actions of a self-test are finite and within the tolerance of the publisher's. Returns the largest difference.
+/// Checks that the actions of a self-test are finite and within the tolerance of the publisher's, in every row of the batch: all rows
+/// have the same inputs. Returns the largest difference.
 fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f32>, PolicyError> {
     let elements = manifest.dims.action_horizon * manifest.dims.action_dim;
     let last = steps.last().map(|step| step.x_next.as_slice()).unwrap_or_default();
-    let actions = last.get(..elements).unwrap_or(last);
-    if let Some((index, found)) = actions.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-        return Err(PolicyError::NotFinite { index, found: *found });
+    if let Some((index, found)) = last.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+        return Err(PolicyError::NotFinite {
+            index: index % elements,
+            found: *found,
+        });
     }
     let Some(reference) = &manifest.self_test else {
         return Ok(None);
     };
-    if reference.actions.len() != actions.len() {
+    if reference.actions.len() != elements {
         return Err(PolicyError::Reference {
-            expected: actions.len(),
+            expected: elements,
             found: reference.actions.len(),
         });
     }
@@ -212,7 +215,9 @@ fn check_self_test(manifest: &Manifest, steps: &[StepOutput]) -> Result<Option<f
         Precision::Bf16 => reference.tolerance.max(BF16_TOLERANCE * magnitude),
     };
     let mut largest = 0.0f32;
-    for (index, (found, expected)) in actions.iter().zip(&reference.actions).enumerate() {
+    let rows = last.chunks(elements);
+    let pairs = rows.flat_map(|row| row.iter().zip(&reference.actions).enumerate());
+    for (index, (found, expected)) in pairs {
         let difference = (found - expected).abs();
         // the comparison also rejects a NaN in the manifest
         if difference.is_nan() || difference > tolerance {
@@ -237,6 +242,9 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
     };
     let tokenizer_model = |manifest: &Manifest| manifest.file(TOKENIZER_MODEL).map(|file| file.sha256.clone());
     let fields = [
+        ("flavour", live.flavour == new.flavour),
+        ("precision", live.precision == new.precision),
+        ("batch", live.batch == new.batch),
         ("dims", live.dims == new.dims),
         ("heads", live.heads == new.heads),
         ("sampling", sampling == new.sampling),

@@ -61,11 +61,11 @@ fn prepare(queue: &Numbers) {
 /// Returns whether [`Queue::cut`] would return without waiting.
 fn can_cut(queue: &Numbers) -> bool {
     let waiting = queue.lock();
-    let room = queue.max_rows - waiting.staged_rows;
+    let room = queue.max_rows() - waiting.staged_rows;
     let whole = waiting.turns.iter().filter_map(|line| waiting.front(*line));
     let mut whole = whole.filter(|job| job.progress.is_none() && job.rows.len() <= room);
     let ahead = waiting.out.iter().any(|out| out.large && !out.taken);
-    whole.next().is_some() || (!ahead && waiting.next_large(queue.max_rows).is_some())
+    whole.next().is_some() || (!ahead && waiting.next_large(queue.max_rows()).is_some())
 }
 
 fn numbers(jobs: &[Job]) -> Vec<u32> {

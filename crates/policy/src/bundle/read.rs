@@ -21,6 +21,28 @@ use crate::{
 /// Most bytes of a manifest that are read.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
+/// Most rows of graphs with a fixed batch size.
+const MAX_BATCH: usize = 4096;
+/// Most bytes of one batch of observations and of the noise and actions of all its denoise steps.
+const MAX_BATCH_BYTES: usize = 4 << 30;
+
+/// Returns whether a batch of the graphs has a reasonable size: a self-test allocates it.
+fn batch_fits(manifest: &Manifest) -> bool {
+    let (dims, steps) = (&manifest.dims, manifest.sampling.num_steps);
+    let batch = manifest.batch.unwrap_or(1);
+    let product = |factors: &[usize]| factors.iter().try_fold(1usize, |all, factor| all.checked_mul(*factor));
+    let side = dims.vision.image_size;
+    let parts = [
+        // channels of f32
+        product(&[dims.cameras, side, side, 3, size_of::<f32>()]),
+        product(&[dims.prompt_len, size_of::<i64>()]),
+        product(&[steps + 1, dims.action_horizon, dims.action_dim, size_of::<f32>()]),
+    ];
+    let row = parts.into_iter().try_fold(0usize, |sum, part| sum.checked_add(part?));
+    let all = row.and_then(|row| row.checked_mul(batch));
+    batch <= MAX_BATCH && all.is_some_and(|bytes| bytes <= MAX_BATCH_BYTES)
+}
+
 /// A bundle on disk whose manifest has been read and checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
@@ -77,6 +99,12 @@ impl Bundle {
             return Err(bad(
                 "`action_chunk`, `env_action_dim`, `num_steps` or `cameras` do not fit the sizes".to_owned(),
             ));
+        }
+        if manifest.batch == Some(0) || !batch_fits(&manifest) {
+            return Err(bad(format!(
+                "`batch` is {}, expected 1 to {MAX_BATCH} rows with at most {MAX_BATCH_BYTES} bytes of observations and actions",
+                manifest.batch.unwrap_or(1)
+            )));
         }
         if let Some(runs) = manifest
             .delta_actions

@@ -35,6 +35,12 @@ pub(super) fn check(rollout: &RolloutConfig) -> Result<(), ConfigError> {
             "bf16, but only `rollout.provider = \"cuda\"` runs graphs in bf16: remove the key",
         ));
     }
+    if rollout.provider == Provider::Cuda && rollout.fixed_batch.is_some() {
+        return Err(refuse(
+            "rollout.fixed_batch",
+            "set, but graphs for `rollout.provider = \"cuda\"` have `rollout.max_batch` rows: remove the key",
+        ));
+    }
     if rollout.provider == Provider::Cuda && rollout.weights != WeightMode::Inputs {
         return Err(refuse(
             "rollout.weights",

@@ -9,11 +9,12 @@ use std::{
 use policy::{
     bundle::{Bundle, EXPERT_WEIGHTS, MANIFEST},
     config::Flavour,
+    cuda::CudaContract,
 };
 
 use super::{
     graphs::CudaOptions,
-    model::{Encoded, Lease, Model, Slots},
+    model::{Encoded, Model, WeightSlot, WeightSlots},
     runtime::{Runtime, Stream},
     weights::Upload,
 };
@@ -39,22 +40,21 @@ fn identity(bundle: &Bundle) -> Identity {
 pub struct Staged {
     /// The policy, for the first version of these graphs and vision-language weights.
     model: Option<Box<Model>>,
-    lease: Lease,
-    slots: Arc<Slots>,
+    weight_slot: WeightSlot,
+    slots: Arc<WeightSlots>,
 }
 
 /// What a load needs; one load at a time.
 struct Loading {
     upload: Upload,
-    /// Slots of the latest policy, while a version uses it.
-    latest: Option<(Identity, Weak<Slots>)>,
+    /// Weight slots of the policies that versions use.
+    known: Vec<(Identity, CudaContract, Weak<WeightSlots>)>,
 }
 
 /// Loader of policies onto the device.
 pub struct CudaLoader {
     library: OnnxLibrary,
     runtime: Arc<Runtime>,
-    stream: Arc<Stream>,
     options: CudaOptions,
     loading: Mutex<Loading>,
 }
@@ -75,16 +75,17 @@ impl CudaLoader {
     pub fn new(options: CudaOptions) -> Result<Self, DeviceError> {
         let runtime = Runtime::load()?;
         let library = OnnxLibrary::load()?;
-        let stream = Arc::new(Stream::new(&runtime)?);
         let upload = Upload::new(Stream::new(&runtime)?)?;
         let (major, minor) = runtime.capability;
         tracing::info!("CUDA device of compute capability {major}.{minor}");
         Ok(Self {
             library,
             runtime,
-            stream,
             options,
-            loading: Mutex::new(Loading { upload, latest: None }),
+            loading: Mutex::new(Loading {
+                upload,
+                known: Vec::new(),
+            }),
         })
     }
 }
@@ -101,22 +102,25 @@ impl Loader for CudaLoader {
         let contract = contract.ok_or_else(|| DeviceError::flavour("cuda", Flavour::Cuda))?;
         // one load at a time; the device's thread never acquires this lock
         let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        let Loading { upload, latest } = &mut *loading;
+        let Loading { upload, known } = &mut *loading;
         let identity = identity(bundle);
-        let known = latest.as_ref().filter(|(known, _)| *known == identity);
-        let known = known.and_then(|(_, slots)| slots.upgrade());
-        let (model, slots) = if let Some(slots) = known {
+        known.retain(|(_, _, slots)| slots.strong_count() > 0);
+        let found = known.iter().find(|known| known.0 == identity && known.1 == contract);
+        let (model, slots) = if let Some(slots) = found.and_then(|(_, _, slots)| slots.upgrade()) {
             (None, slots)
         } else {
-            let stream = Arc::clone(&self.stream);
-            let model = Model::load(&self.library, bundle, contract, stream, upload, self.options)?;
+            let model = Model::load(&self.library, bundle, contract.clone(), upload, self.options)?;
             let slots = Arc::clone(model.slots());
+            known.push((identity, contract, Arc::downgrade(&slots)));
             (Some(Box::new(model)), slots)
         };
-        let lease = slots.take()?;
-        slots.fill(&lease, upload, bundle, self.options.threads)?;
-        *latest = Some((identity, Arc::downgrade(&slots)));
-        Ok(Staged { model, lease, slots })
+        let weight_slot = slots.take()?;
+        slots.fill(&weight_slot, upload, bundle, self.options.threads)?;
+        Ok(Staged {
+            model,
+            weight_slot,
+            slots,
+        })
     }
 }
 
@@ -125,7 +129,7 @@ impl Loader for CudaLoader {
 pub struct CudaDevice {
     models: Vec<Model>,
     /// The policy's slots of each version, with its place among them.
-    versions: BTreeMap<Slot, (Arc<Slots>, Lease)>,
+    versions: BTreeMap<Slot, (Arc<WeightSlots>, WeightSlot)>,
     last: u64,
     /// The version and number of the prefix in the buffers.
     encoded: u64,
@@ -142,10 +146,53 @@ pub struct CudaPrefix {
 impl CudaDevice {
     /// Returns the policy and the weight slot of a version.
     fn version(&mut self, slot: Slot) -> Result<(&mut Model, usize), DeviceError> {
-        let (slots, lease) = self.versions.get(&slot).ok_or(DeviceError::Slot(slot.0))?;
+        let (slots, weight_slot) = self.versions.get(&slot).ok_or(DeviceError::Slot(slot.0))?;
         let mut models = self.models.iter_mut();
         let model = models.find(|model| Arc::ptr_eq(model.slots(), slots));
-        Ok((model.ok_or(DeviceError::Slot(slot.0))?, lease.index))
+        Ok((model.ok_or(DeviceError::Slot(slot.0))?, weight_slot.index))
+    }
+
+    /// Waits for the device after an error. Where that fails too, the device is lost.
+    fn settled<T>(&mut self, slot: Slot, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
+        let Err(error) = result else { return result };
+        let Ok((model, _)) = self.version(slot) else {
+            return Err(error);
+        };
+        match model.settle() {
+            Ok(()) => Err(error),
+            Err(lost) => Err(DeviceError::Lost {
+                first: Box::new(error),
+                source: Box::new(lost),
+            }),
+        }
+    }
+
+    fn try_prefix(&mut self, slot: Slot, batch: &PrefixBatch) -> Result<CudaPrefix, DeviceError> {
+        let number = self.encoded;
+        let (model, _) = self.version(slot)?;
+        let encoded = model.prefix(batch)?;
+        Ok(CudaPrefix { number, encoded })
+    }
+
+    fn try_denoise(
+        &mut self,
+        slot: Slot,
+        prefix: &CudaPrefix,
+        path: &StepPath,
+    ) -> Result<Vec<StepOutput>, DeviceError> {
+        let (model, index) = self.version(slot)?;
+        let steps = model.denoise(index, &prefix.encoded, path)?;
+        self.durations = Some(model.durations()?);
+        Ok(steps)
+    }
+
+    /// Frees policies without versions. The policy of a version that is being loaded stays.
+    fn sweep(&mut self) {
+        let versions = &self.versions;
+        self.models.retain(|model| {
+            let used = versions.values().any(|(slots, _)| Arc::ptr_eq(slots, model.slots()));
+            used || Arc::strong_count(model.slots()) > 1
+        });
     }
 
     fn try_install(&mut self, slot: Slot, test: &SelfTestRun) -> Result<Vec<StepOutput>, DeviceError> {
@@ -161,14 +208,20 @@ impl Device for CudaDevice {
     type Prefix = CudaPrefix;
 
     fn install(&mut self, staged: Staged, test: &SelfTestRun) -> Result<(Slot, Vec<StepOutput>), DeviceError> {
-        let Staged { model, lease, slots } = staged;
+        let Staged {
+            model,
+            weight_slot,
+            slots,
+        } = staged;
+        self.sweep();
         self.models.extend(model.map(|model| *model));
         self.last += 1;
         let slot = Slot(self.last);
-        self.versions.insert(slot, (slots, lease));
+        self.versions.insert(slot, (slots, weight_slot));
         // the test overwrites the buffers of a prefix
         self.encoded += 1;
         let tested = self.try_install(slot, test);
+        let tested = self.settled(slot, tested);
         if tested.is_err() {
             self.free(slot);
         }
@@ -177,20 +230,16 @@ impl Device for CudaDevice {
 
     fn prefix(&mut self, slot: Slot, batch: PrefixBatch) -> Result<CudaPrefix, DeviceError> {
         self.encoded += 1;
-        let number = self.encoded;
-        let (model, _) = self.version(slot)?;
-        let encoded = model.prefix(&batch)?;
-        Ok(CudaPrefix { number, encoded })
+        let encoded = self.try_prefix(slot, &batch);
+        self.settled(slot, encoded)
     }
 
     fn denoise(&mut self, slot: Slot, prefix: &CudaPrefix, path: &StepPath) -> Result<Vec<StepOutput>, DeviceError> {
         if prefix.number != self.encoded {
             return Err(DeviceError::Prefix);
         }
-        let (model, index) = self.version(slot)?;
-        let steps = model.denoise(index, &prefix.encoded, path)?;
-        self.durations = Some(model.durations()?);
-        Ok(steps)
+        let steps = self.try_denoise(slot, prefix, path);
+        self.settled(slot, steps)
     }
 
     fn durations(&self) -> Option<(Duration, Duration)> {
@@ -199,11 +248,6 @@ impl Device for CudaDevice {
 
     fn free(&mut self, slot: Slot) {
         self.versions.remove(&slot);
-        let versions = &self.versions;
-        // the policy of the latest version stays while a version of it is loaded (`Staged` holds its slots)
-        self.models.retain(|model| {
-            let used = versions.values().any(|(slots, _)| Arc::ptr_eq(slots, model.slots()));
-            used || Arc::strong_count(model.slots()) > 1
-        });
+        self.sweep();
     }
 }

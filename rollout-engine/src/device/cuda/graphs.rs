@@ -8,10 +8,8 @@ use ort::{
     memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType},
     session::{IoBinding, NoSelectedOutputs, RunOptions, Session, builder::GraphOptimizationLevel},
     sys,
-    value::TensorElementType,
 };
 use policy::{
-    element::ElementType,
     graph::{GraphContract, TensorSpec},
     message::one_line,
 };
@@ -22,7 +20,7 @@ use super::{
 };
 use crate::device::{
     DeviceError,
-    library::{OnnxLibrary, require},
+    library::{OnnxLibrary, element_type, require},
 };
 
 /// Settings that change the speed only.
@@ -170,14 +168,6 @@ fn bind_address(
         )));
     }
     let name = CString::new(spec.name.as_str()).map_err(|e| ort::Error::new(e.to_string()))?;
-    let element = match spec.element {
-        ElementType::F32 => TensorElementType::Float32,
-        ElementType::Bf16 => TensorElementType::Bfloat16,
-        ElementType::U8 => TensorElementType::Uint8,
-        ElementType::I32 => TensorElementType::Int32,
-        ElementType::I64 => TensorElementType::Int64,
-        ElementType::Bool => TensorElementType::Bool,
-    };
     let api = ort::api();
     let mut value: *mut sys::OrtValue = ptr::null_mut();
     // SAFETY: the address has room for the shape, and the shape outlives the call, which copies it
@@ -188,7 +178,7 @@ fn bind_address(
             needed,
             shape.as_ptr(),
             shape.len(),
-            element.into(),
+            element_type(spec.element).into(),
             &raw mut value,
         )
     };

@@ -2,7 +2,7 @@
 //!
 //! A chunk is one upload, the prefix graph per row, the denoise graph `K` times, and one download. Keys, values, weights and the
 //! chain of actions do not leave the device. Launches are captured once per graph and weight slot, and replayed. A new version is
-//! copied to the free weight slot on a stream of its own.
+//! copied to a free weight slot on a stream of its own.
 
 mod device;
 mod model;

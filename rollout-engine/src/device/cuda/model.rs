@@ -1,4 +1,4 @@
-//! A policy on the device: sessions of its graphs, the vision-language weights, two slots of expert weights, and all buffers.
+//! A policy on the device: sessions of its graphs, the vision-language weights, slots of expert weights, and all buffers.
 
 use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -7,7 +7,7 @@ use std::{
 
 use policy::{
     bundle::{Bundle, EXPERT_WEIGHTS, VLM_WEIGHTS},
-    cuda::{CACHED, CONDITION_GRAPH, CudaContract, LAST, LENGTH, MODULATION, STATE_GRAPH, keys, values},
+    cuda::{Attention, CACHED, CONDITION_GRAPH, CudaContract, LAST, LENGTH, MODULATION, STATE_GRAPH, keys, values},
     derived::{DerivedWeight, condition_weights, expert_weights, head_weights, state_weights},
     dims::Variant,
     element::{ElementType, f32_bytes},
@@ -16,7 +16,6 @@ use policy::{
         Axis, C_V, C_X, DENOISE_GRAPH, IMAGES, MEAN, POOLED, PROMPT, STATE, STD, STEP_STD, TIME_EMB, TensorSpec, VALUE,
         X_NEXT, X_T, Z,
     },
-    params::Pooling,
 };
 
 use super::{
@@ -27,12 +26,11 @@ use super::{
 };
 use crate::device::{DeviceError, PathStep, PrefixBatch, SelfTestRun, StepOutput, StepPath, library::OnnxLibrary};
 
-/// Expert weights in memory at once: of the serving version and of the next one.
-const SLOTS: usize = 2;
-/// Longest wait for a slot whose version still serves.
+/// Expert weights in memory at once: of the live version, of its predecessor, which a large request may still use, and of the next one.
+const SLOTS: usize = 3;
+/// Longest wait for a slot; a version older than the predecessor is left at the next part of a request.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A copy of small numbers in a slot or a buffer.
 fn spec(name: &str, element: ElementType, sizes: &[usize]) -> TensorSpec {
     TensorSpec {
         name: name.to_owned(),
@@ -43,22 +41,22 @@ fn spec(name: &str, element: ElementType, sizes: &[usize]) -> TensorSpec {
 
 /// Slots of expert weights; versions of the same vision-language weights and graphs share them.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(super) struct WeightSlots {
     weights: Vec<DerivedWeight>,
     layout: Layout,
-    memory: [Memory; SLOTS],
+    memory: Vec<Memory>,
     free: Mutex<Vec<usize>>,
     freed: Condvar,
 }
 
 /// A slot in use; returned when dropped.
 #[derive(Debug)]
-pub(super) struct Lease {
-    slots: Arc<Slots>,
+pub(super) struct WeightSlot {
+    slots: Arc<WeightSlots>,
     pub(super) index: usize,
 }
 
-impl Drop for Lease {
+impl Drop for WeightSlot {
     fn drop(&mut self) {
         let mut free = self.slots.free.lock().unwrap_or_else(PoisonError::into_inner);
         free.push(self.index);
@@ -66,7 +64,7 @@ impl Drop for Lease {
     }
 }
 
-impl Slots {
+impl WeightSlots {
     fn new(contract: &CudaContract, stream: &Stream) -> Result<Self, DeviceError> {
         let weights = [
             expert_weights(&contract.dims, contract.element),
@@ -78,7 +76,7 @@ impl Slots {
         let layout = layout_of(&weights);
         let slot = || Memory::device(stream, layout.bytes, "the weights of a policy version");
         Ok(Self {
-            memory: [slot()?, slot()?],
+            memory: (0..SLOTS).map(|_| slot()).collect::<Result<_, _>>()?,
             weights,
             layout,
             free: Mutex::new((0..SLOTS).collect()),
@@ -90,14 +88,14 @@ impl Slots {
     ///
     /// # Errors
     /// Both slots are in use for longer than the patience.
-    pub(super) fn take(self: &Arc<Self>) -> Result<Lease, DeviceError> {
+    pub(super) fn take(self: &Arc<Self>) -> Result<WeightSlot, DeviceError> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut free, _) = self
             .freed
             .wait_timeout_while(free, PATIENCE, |free| free.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
         let index = free.pop().ok_or(DeviceError::Busy)?;
-        Ok(Lease {
+        Ok(WeightSlot {
             slots: Arc::clone(self),
             index,
         })
@@ -109,13 +107,13 @@ impl Slots {
     /// The file is not usable, or the device fails.
     pub(super) fn fill(
         &self,
-        lease: &Lease,
+        weight_slot: &WeightSlot,
         upload: &mut Upload,
         bundle: &Bundle,
         threads: usize,
     ) -> Result<(), DeviceError> {
         let path = bundle.path(EXPERT_WEIGHTS);
-        let to = self.memory[lease.index].range();
+        let to = self.memory[weight_slot.index].range();
         upload.weights(&path, (&self.weights, &self.layout), to, threads)
     }
 }
@@ -126,10 +124,10 @@ struct Graphs {
     /// By number of present cameras, from 1.
     prefix: Vec<(Graph, Bound)>,
     /// pi0's state token.
-    state: Option<(Graph, [Bound; SLOTS])>,
+    state: Option<(Graph, Vec<Bound>)>,
     /// pi0.5's modulation of the norms.
-    condition: Option<(Graph, [Bound; SLOTS])>,
-    denoise: (Graph, [Bound; SLOTS]),
+    condition: Option<(Graph, Vec<Bound>)>,
+    denoise: (Graph, Vec<Bound>),
 }
 
 /// Buffers of a chunk. Names of tensors are those of the graphs; further names are explained at [`Buffers::new`].
@@ -142,11 +140,13 @@ struct Buffers {
     step_in: (Layout, Memory),
     step_out: (Layout, Memory),
     results: Memory,
-    times: [Memory; SLOTS],
+    /// Step table of each slot.
+    times: Vec<Memory>,
     host_rows: Pinned,
     host_chunk: Pinned,
     host_results: Pinned,
     host_x: Pinned,
+    host_times: Pinned,
 }
 
 /// Names in the chunk buffer, which one copy fills.
@@ -219,8 +219,9 @@ impl Buffers {
             host_chunk: host(chunk.bytes)?,
             host_results: host(k * step_out.bytes)?,
             host_x: host(noise_row)?,
+            host_times: host(k * dims.expert.width * size_of::<f32>())?,
             results: Memory::device(stream, k * step_out.bytes, "the buffers of a chunk")?,
-            times: [times()?, times()?],
+            times: (0..SLOTS).map(|_| times()).collect::<Result<_, _>>()?,
             row: (row.clone(), device(&row)?),
             prefix_out: (prefix_out.clone(), device(&prefix_out)?),
             cache: (cache.clone(), device(&cache)?),
@@ -271,14 +272,14 @@ pub(super) struct Model {
     buffers: Buffers,
     contract: CudaContract,
     /// Flow times of the version in each slot, of which its step table is made.
-    times: [Vec<f64>; SLOTS],
+    times: Vec<Vec<f64>>,
     /// Input of the condition graph.
     time_emb: Memory,
-    slots: Arc<Slots>,
+    slots: Arc<WeightSlots>,
     _vlm: (Layout, Memory),
     /// Start and end of the last prefix and end of the last denoise steps, for measurements.
-    marks: [Event; 3],
-    stream: Arc<Stream>,
+    timestamps: [Event; 3],
+    stream: Stream,
     ready: bool,
 }
 
@@ -299,10 +300,11 @@ impl Model {
         library: &OnnxLibrary,
         bundle: &Bundle,
         contract: CudaContract,
-        stream: Arc<Stream>,
         upload: &mut Upload,
         options: CudaOptions,
     ) -> Result<Self, DeviceError> {
+        // a stream of its own: a failure during the captures leaves the live policy alone
+        let stream = Stream::new(upload.stream().runtime())?;
         let weights = contract.prefix_weights();
         let layout = layout_of(&weights);
         let vlm = Memory::device(
@@ -312,7 +314,7 @@ impl Model {
         )?;
         let path = bundle.path(VLM_WEIGHTS);
         upload.weights(&path, (&weights, &layout), vlm.range(), options.threads)?;
-        let slots = Arc::new(Slots::new(&contract, upload.stream())?);
+        let slots = Arc::new(WeightSlots::new(&contract, upload.stream())?);
         let buffers = Buffers::new(&contract, &stream)?;
         let time_bytes = contract.num_steps * contract.dims.expert.width * size_of::<f32>();
         let time_emb = Memory::device(&stream, time_bytes, "the step table of a policy version")?;
@@ -335,11 +337,11 @@ impl Model {
         Ok(Self {
             graphs,
             buffers,
-            times: [Vec::new(), Vec::new()],
+            times: vec![Vec::new(); SLOTS],
             time_emb,
             slots,
             _vlm: (layout, vlm),
-            marks: [event()?, event()?, event()?],
+            timestamps: [event()?, event()?, event()?],
             contract,
             stream,
             ready: false,
@@ -347,7 +349,7 @@ impl Model {
     }
 
     /// Returns the slots.
-    pub(super) fn slots(&self) -> &Arc<Slots> {
+    pub(super) fn slots(&self) -> &Arc<WeightSlots> {
         &self.slots
     }
 
@@ -363,16 +365,16 @@ impl Model {
         }
         let width = self.contract.dims.expert.width;
         let embedding: Vec<f32> = times.iter().flat_map(|t| time_embedding(*t, width)).collect();
-        let bytes = f32_bytes(&embedding);
-        let mut host = Memory::host(self.stream.runtime(), bytes.len(), "the step table of a policy version")?;
-        put(host.bytes_mut(), 0, &bytes)?;
+        put(self.buffers.host_times.bytes_mut(), 0, &f32_bytes(&embedding))?;
+        let host = self.buffers.host_times.range();
         if let Some((graph, bound)) = &mut self.graphs.condition {
-            self.stream.copy(self.time_emb.range(), host.range())?;
+            self.stream.copy(self.time_emb.range(), host)?;
             graph.run(&bound[slot])?;
         } else {
-            self.stream.copy(self.buffers.times[slot].range(), host.range())?;
+            self.stream.copy(self.buffers.times[slot].range(), host)?;
         }
         self.stream.wait()?;
+        self.times[slot].clone_from(&times);
         if !self.ready {
             // the first run of a graph captures it; the inputs are valid, because kernels address memory by them
             for cameras in 1..self.contract.dims.cameras {
@@ -381,17 +383,20 @@ impl Model {
                     row.fill(false);
                     row[..cameras].fill(true);
                 }
-                self.prefix(&batch)?;
+                let encoded = self.prefix(&batch)?;
+                let steps = self.denoise(slot, &encoded, &test.path)?;
+                if !steps.iter().flat_map(|step| &step.x_next).all(|x| x.is_finite()) {
+                    return Err(DeviceError::NotFinite { cameras });
+                }
             }
             let encoded = self.prefix(&test.prefix)?;
-            for slot in 0..SLOTS {
-                self.times[slot].clone_from(&times);
-                self.denoise(slot, &encoded, &test.path)?;
-                self.times[slot].clear();
+            for other in 0..SLOTS {
+                let own = std::mem::replace(&mut self.times[other], times.clone());
+                self.denoise(other, &encoded, &test.path)?;
+                self.times[other] = own;
             }
             self.ready = true;
         }
-        self.times[slot] = times;
         Ok(())
     }
 
@@ -420,7 +425,6 @@ impl Model {
         let (prompt_at, _) = layout.find(PROMPT)?;
         let (length_at, _) = layout.find(LENGTH)?;
         let (images_at, _) = layout.find(IMAGES)?;
-        let first_token = self.contract.pooled() && self.contract.heads.pooling() == Pooling::First;
         let mut lengths = Vec::with_capacity(batch.rows);
         let mut used = Vec::with_capacity(batch.rows);
         for (number, host) in buffers.host_rows.bytes_mut().chunks_exact_mut(layout.bytes).enumerate() {
@@ -447,16 +451,35 @@ impl Model {
             if present == 0 {
                 return Err(DeviceError::NoImage { row: number });
             }
-            if first_token && batch.image_mask.get(cameras) == Some(&false) {
-                return Err(DeviceError::FirstCamera { row: number });
-            }
             lengths.push(length);
             used.push((present, end));
         }
-        self.marks[0].record(&self.stream)?;
+        self.timestamps[0].record(&self.stream)?;
         let element = self.contract.element.size();
+        let layers = 2 * dims.depth;
+        let pitch = self.contract.capacity() * dims.head_dim * element;
+        let cache = buffers.cache.0.range(buffers.cache.1.range(), "cache")?;
+        let row_of = |number: usize| cache.part(number * pitch, cache.bytes - number * pitch);
+        let all_pooled = buffers.cache.0.range(buffers.cache.1.range(), POOLED)?;
+        let pooled = buffers.prefix_out.0.range(buffers.prefix_out.1.range(), POOLED)?;
+        let first = used.first().copied();
         for (number, (present, end)) in used.into_iter().enumerate() {
+            let bytes = self.contract.prefix_len(present) * dims.head_dim * element;
             let from = buffers.host_rows.range().part(number * layout.bytes, end)?;
+            // padding repeats the first row
+            if number > 0
+                && first == Some((present, end))
+                && same_rows(buffers.host_rows.bytes(), layout.bytes, number, end)
+            {
+                let rows = (row_of(0)?, self.contract.batch * pitch);
+                self.stream
+                    .copy_rows((row_of(number)?, self.contract.batch * pitch), rows, bytes, layers)?;
+                if self.contract.pooled() {
+                    let to = all_pooled.part(number * pooled.bytes, pooled.bytes)?;
+                    self.stream.copy(to, all_pooled.part(0, pooled.bytes)?)?;
+                }
+                continue;
+            }
             self.stream.copy(row.range(), from)?;
             let (graph, bound) = self
                 .graphs
@@ -464,22 +487,19 @@ impl Model {
                 .get_mut(present - 1)
                 .ok_or(DeviceError::NoImage { row: number })?;
             graph.run(bound)?;
-            let bytes = self.contract.prefix_len(present) * dims.head_dim * element;
-            let pitch = self.contract.capacity() * dims.head_dim * element;
-            let to = buffers.cache.0.range(buffers.cache.1.range(), "cache")?;
-            let to = to.part(number * pitch, to.bytes - number * pitch)?;
             let from = buffers.prefix_out.0.range(buffers.prefix_out.1.range(), "cache")?;
-            let layers = 2 * dims.depth;
-            self.stream
-                .copy_rows((to, self.contract.batch * pitch), (from, bytes), bytes, layers)?;
+            self.stream.copy_rows(
+                (row_of(number)?, self.contract.batch * pitch),
+                (from, bytes),
+                bytes,
+                layers,
+            )?;
             if self.contract.pooled() {
-                let pooled = buffers.prefix_out.0.range(buffers.prefix_out.1.range(), POOLED)?;
-                let all = buffers.cache.0.range(buffers.cache.1.range(), POOLED)?;
                 self.stream
-                    .copy(all.part(number * pooled.bytes, pooled.bytes)?, pooled)?;
+                    .copy(all_pooled.part(number * pooled.bytes, pooled.bytes)?, pooled)?;
             }
         }
-        self.marks[1].record(&self.stream)?;
+        self.timestamps[1].record(&self.stream)?;
         Ok(Encoded {
             lengths,
             state: batch.state.clone(),
@@ -551,7 +571,7 @@ impl Model {
         }
         self.stream
             .copy(buffers.host_results.range(), buffers.results.range())?;
-        self.marks[2].record(&self.stream)?;
+        self.timestamps[2].record(&self.stream)?;
         self.stream.wait()?;
         let read = |k: usize, name: &str| {
             let (offset, bytes) = out_layout.find(name)?;
@@ -560,7 +580,7 @@ impl Model {
             Ok::<_, DeviceError>(floats(bytes.ok_or_else(|| short(MEAN))?))
         };
         let (noise_head, value_head) = (self.contract.heads.noise.is_some(), self.contract.heads.value.is_some());
-        (0..path.steps.len())
+        let outputs: Vec<StepOutput> = (0..path.steps.len())
             .map(|k| {
                 Ok(StepOutput {
                     x_next: read(k, X_T)?,
@@ -569,7 +589,20 @@ impl Model {
                     value: value_head.then(|| read(k, VALUE)).transpose()?,
                 })
             })
-            .collect()
+            .collect::<Result<_, DeviceError>>()?;
+        if !outputs.iter().flat_map(|step| &step.x_next).all(|x| x.is_finite()) {
+            // what is not a number must not stay behind the valid tokens of a later chunk
+            self.stream.zero(buffers.cache.1.range())?;
+        }
+        Ok(outputs)
+    }
+
+    /// Waits for all operations after an error, so that no copy reads or writes memory that the next call uses.
+    ///
+    /// # Errors
+    /// The device no longer works.
+    pub(super) fn settle(&self) -> Result<(), DeviceError> {
+        self.stream.wait()
     }
 
     /// Returns the time on the device of the last prefix and of the last denoise steps.
@@ -577,7 +610,7 @@ impl Model {
     /// # Errors
     /// The device fails.
     pub(super) fn durations(&self) -> Result<(Duration, Duration), DeviceError> {
-        let [start, encoded, end] = &self.marks;
+        let [start, encoded, end] = &self.timestamps;
         let prefix = Duration::from_secs_f64(encoded.seconds_since(start)?.max(0.0));
         Ok((prefix, Duration::from_secs_f64(end.seconds_since(encoded)?.max(0.0))))
     }
@@ -588,8 +621,8 @@ impl Model {
         let (layout, _) = &self.buffers.chunk;
         let table = self.buffers.step_in.0.clone();
         let host = self.buffers.host_chunk.bytes_mut();
-        put(host, layout.find(X_START)?.0, &f32_bytes(&path.initial))?;
-        put(host, layout.find(STATE)?.0, &f32_bytes(&encoded.state))?;
+        fill(host, layout, X_START, &path.initial)?;
+        fill(host, layout, STATE, &encoded.state)?;
         let own = dims.suffix_len() - dims.action_horizon;
         for (row, length) in encoded.lengths.iter().enumerate() {
             put(
@@ -598,12 +631,12 @@ impl Model {
                 &(*length as i32).to_le_bytes(),
             )?;
             let at = layout.find(POSITION)?.0;
-            match self.contract.denoise().input(LAST) {
-                Some(_) => {
+            match self.contract.attention {
+                Attention::Grouped => {
                     let last = length + dims.suffix_len() - 1;
                     put(host, at + 4 * row, &(last as i32).to_le_bytes())?;
                 }
-                None => put(host, at + 8 * row, &((length + own) as i64).to_le_bytes())?,
+                Attention::General => put(host, at + 8 * row, &((length + own) as i64).to_le_bytes())?,
             }
         }
         let (table_at, _) = layout.find(TABLE)?;
@@ -621,6 +654,9 @@ impl Model {
                 drawn.push(None);
                 continue;
             }
+            if z.len() != path.initial.len() {
+                return Err(short(Z));
+            }
             let z = f32_bytes(z);
             put(host, next, &z)?;
             drawn.push(Some((next - noise_at) / z.len().max(1)));
@@ -637,11 +673,26 @@ fn short(name: &str) -> DeviceError {
     }
 }
 
+/// Writes all values of an f32 tensor.
+fn fill(host: &mut [u8], layout: &Layout, name: &str, values: &[f32]) -> Result<(), DeviceError> {
+    let (at, bytes) = layout.find(name)?;
+    if size_of_val(values) != bytes {
+        return Err(short(name));
+    }
+    put(host, at, &f32_bytes(values))
+}
+
 /// Writes bytes at an offset.
 fn put(host: &mut [u8], at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
     let to = host.get_mut(at..at + bytes.len());
     to.ok_or_else(|| short("host buffer"))?.copy_from_slice(bytes);
     Ok(())
+}
+
+/// Returns whether row `number` of rows of `stride` bytes begins with the same `bytes` bytes as the first one.
+fn same_rows(rows: &[u8], stride: usize, number: usize, bytes: usize) -> bool {
+    let row = |number: usize| rows.get(number * stride..number * stride + bytes);
+    row(0).is_some() && row(0) == row(number)
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -678,7 +729,7 @@ struct GraphLoader<'a> {
     stream: &'a Stream,
     options: CudaOptions,
     buffers: &'a Buffers,
-    slots: &'a Slots,
+    slots: &'a WeightSlots,
     time_emb: Range,
     vlm: (&'a Layout, Range),
 }
@@ -744,10 +795,10 @@ impl GraphLoader<'_> {
         Ok((graph, bound))
     }
 
-    /// Binds a graph that reads expert weights to both slots.
-    fn per_slot(&self, graph: Graph, part: Part) -> Result<(Graph, [Bound; SLOTS]), DeviceError> {
+    /// Binds a graph that reads expert weights to each slot.
+    fn per_slot(&self, graph: Graph, part: Part) -> Result<(Graph, Vec<Bound>), DeviceError> {
         let bind = |slot: usize| graph.bind(slot + 1, |spec| self.place(spec, slot, part));
-        let bound = [bind(0)?, bind(1)?];
+        let bound = (0..SLOTS).map(bind).collect::<Result<_, _>>()?;
         Ok((graph, bound))
     }
 

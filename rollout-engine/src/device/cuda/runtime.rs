@@ -10,8 +10,8 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::device::DeviceError;
 
-/// File names of the library, newest first; ONNX Runtime's provider is linked against the same file.
-const NAMES: [&str; 2] = ["libcudart.so.13", "libcudart.so.12"];
+/// File name of the library; ONNX Runtime's provider is linked against the same file.
+const NAME: &str = "libcudart.so.13";
 /// `cudaErrorMemoryAllocation`.
 const OUT_OF_MEMORY: c_int = 2;
 /// `cudaMemcpyDefault`: the direction follows from the addresses.
@@ -29,6 +29,7 @@ struct Functions {
     set_device: unsafe extern "C" fn(c_int) -> c_int,
     attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     error_text: unsafe extern "C" fn(c_int) -> *const c_char,
+    last_error: unsafe extern "C" fn() -> c_int,
     malloc: unsafe extern "C" fn(*mut Handle, usize) -> c_int,
     free: unsafe extern "C" fn(Handle) -> c_int,
     host_malloc: unsafe extern "C" fn(*mut Handle, usize, c_uint) -> c_int,
@@ -77,18 +78,11 @@ impl Runtime {
         reason = "functions of a C library can only be loaded and called by unsafe code"
     )]
     pub(super) fn load() -> Result<Arc<Self>, DeviceError> {
-        let open = |name: &&str| {
-            // SAFETY: the library's initializers only set up its own state; it is never unloaded while a function is in use
-            unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_GLOBAL) }
-        };
-        let mut last = String::new();
-        let library = NAMES
-            .iter()
-            .find_map(|name| open(name).map_err(|e| last = e.to_string()).ok());
-        let library = library.ok_or_else(|| {
+        // SAFETY: the library's initializers only set up its own state; it is never unloaded while a function is in use
+        let library = unsafe { Library::open(Some(NAME), RTLD_NOW | RTLD_GLOBAL) };
+        let library = library.map_err(|e| {
             unavailable(format!(
-                "the CUDA runtime {} is not found ({last}): put its folder into LD_LIBRARY_PATH",
-                NAMES[0]
+                "the CUDA runtime {NAME} is not usable ({e}): put the folder of CUDA 13's libraries into LD_LIBRARY_PATH"
             ))
         })?;
         macro_rules! function {
@@ -103,6 +97,7 @@ impl Runtime {
             set_device: function!("cudaSetDevice"),
             attribute: function!("cudaDeviceGetAttribute"),
             error_text: function!("cudaGetErrorString"),
+            last_error: function!("cudaGetLastError"),
             malloc: function!("cudaMalloc"),
             free: function!("cudaFree"),
             host_malloc: function!("cudaHostAlloc"),
@@ -165,10 +160,14 @@ impl Runtime {
         format!("{} (CUDA error {code})", text.to_string_lossy())
     }
 
+    #[expect(unsafe_code, reason = "a call into a C library")]
     fn check(&self, what: &'static str, code: c_int) -> Result<(), DeviceError> {
         if code == 0 {
             return Ok(());
         }
+        // the library remembers the error for the next caller that asks, which would be ONNX Runtime
+        // SAFETY: the function takes nothing
+        let _remembered = unsafe { (self.call.last_error)() };
         Err(DeviceError::Cuda {
             what,
             detail: self.text(code),
@@ -247,10 +246,12 @@ impl Memory {
             // SAFETY: `address` outlives the call
             unsafe { (runtime.call.malloc)(&raw mut address, bytes) }
         };
-        if code == OUT_OF_MEMORY {
-            return Err(DeviceError::Memory { what, bytes });
+        if let Err(error) = runtime.check("allocating memory", code) {
+            return Err(match code {
+                OUT_OF_MEMORY => DeviceError::Memory { what, bytes },
+                _ => error,
+            });
         }
-        runtime.check("allocating memory", code)?;
         Ok(Self {
             runtime: Arc::clone(runtime),
             address,
@@ -263,13 +264,10 @@ impl Memory {
     ///
     /// # Errors
     /// The device has not enough memory.
-    #[expect(unsafe_code, reason = "a call into a C library")]
     pub(super) fn device(stream: &Stream, bytes: usize, what: &'static str) -> Result<Self, DeviceError> {
         let runtime = &stream.runtime;
         let memory = Self::allocate(runtime, bytes, false, what)?;
-        // SAFETY: the range is the allocation
-        let code = unsafe { (runtime.call.fill)(memory.address, 0, memory.bytes, stream.handle) };
-        runtime.check("filling memory", code)?;
+        stream.zero(memory.range())?;
         Ok(memory)
     }
 
@@ -369,6 +367,17 @@ impl Stream {
     /// Returns the library.
     pub(super) fn runtime(&self) -> &Arc<Runtime> {
         &self.runtime
+    }
+
+    /// Fills a range with zeros.
+    ///
+    /// # Errors
+    /// The library fails.
+    #[expect(unsafe_code, reason = "a call into a C library")]
+    pub(super) fn zero(&self, range: Range) -> Result<(), DeviceError> {
+        // SAFETY: the range is allocated
+        let code = unsafe { (self.runtime.call.fill)(range.address, 0, range.bytes, self.handle) };
+        self.runtime.check("filling memory", code)
     }
 
     /// Copies all bytes of `from` to the start of `to`. The copy runs in the order of the stream; both ranges must live, and host

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::device::DeviceError;
 
-/// Bytes of one piece. Copies of serving chunks wait for at most one piece.
+/// Bytes of one piece. Copies of serving chunks wait for at most two pieces.
 const PIECE: usize = 8 << 20;
 
 /// Returns the layout of derived weights in one allocation.

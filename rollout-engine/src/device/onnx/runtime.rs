@@ -6,7 +6,10 @@ use ort::{
     ep,
     session::{Session, builder::GraphOptimizationLevel},
 };
-use policy::{config::Provider, message::one_line};
+use policy::{
+    config::{Flavour, Provider},
+    message::one_line,
+};
 
 use crate::device::{
     DeviceError,
@@ -28,6 +31,12 @@ impl OnnxRuntime {
     /// # Errors
     /// The library is missing or broken, or the provider is unavailable; there is no silent fallback.
     pub fn new(provider: Provider, threads: usize) -> Result<Self, DeviceError> {
+        if provider.flavour() != Flavour::Plain {
+            return Err(DeviceError::Provider {
+                provider: provider_name(provider),
+                detail: "its graphs run on a device of their own".to_owned(),
+            });
+        }
         let runtime = Self {
             library: OnnxLibrary::load()?,
             provider,
@@ -54,9 +63,8 @@ impl OnnxRuntime {
             .and_then(|b| Ok(b.with_intra_op_spinning(false)?))
             .map_err(refused)?;
         let provider = match self.provider {
-            Provider::Cpu => return Ok(builder),
-            Provider::Cuda => ep::CUDA::default().with_tf32(false).build(),
             Provider::Tensorrt => ep::TensorRT::default().build(),
+            Provider::Cpu | Provider::Cuda => return Ok(builder),
         };
         builder
             .with_execution_providers([provider.error_on_failure()])
