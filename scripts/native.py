@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Installs the two native libraries in a folder: libtorch 2.11.0 (CPU tree) and libonnxruntime 1.31.1.
 
-usage: native.py DEPS_DIR
+usage: native.py [--engine-only] [--machine MACHINE] DEPS_DIR
+
+The learner needs both, on x86_64. --engine-only installs libonnxruntime alone, on x86_64 or aarch64. The libraries of a machine other
+than this one go to DEPS_DIR/onnxruntime-MACHINE.
 
 Both libraries come from pinned PyPI wheels (version and sha256 below), so every machine has the same bits. Idempotent and
 resumable: a finished tree is kept, a complete wheel is not fetched again, and a new tree is made under a temporary name
 and renamed when complete.
 """
 
+import argparse
 import hashlib
 import pathlib
 import platform
@@ -27,8 +31,15 @@ WHEELS = {
     "onnxruntime==1.31.1": ("onnxruntime-1.31.1-cp311-cp311-manylinux_2_28_x86_64.whl",
         "5752bd508126ae7c49894d3b9d2e83f0c3d487319246d04c444b393308d7ad7f"),
 }
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_25_x86_64", "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64")
+# by machine: the wheels that the engine needs
+ENGINE_WHEELS = {
+    "x86_64": WHEELS,
+    "aarch64": {
+        "onnxruntime==1.31.1": ("onnxruntime-1.31.1-cp311-cp311-manylinux_2_28_aarch64.whl",
+            "da05378364c44d4407e463982d2bf8d5e4cfea873283757e48beeb41df97b7f3"),
+    },
+}
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_25", "manylinux_2_17", "manylinux2014")
 TORCH_LIBS = ("torch/lib/libc10.so", "torch/lib/libtorch_cpu.so", "torch/lib/libtorch.so", "torch/lib/libgomp.so.1")
 
 
@@ -40,7 +51,7 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def wheel(requirement, folder, pinned=WHEELS):
+def wheel(requirement, folder, pinned=WHEELS, machine="x86_64"):
     """Returns the path of a pinned wheel; fetches the wheel through pip unless a complete copy exists."""
     name, want = pinned[requirement]
     path = folder / name
@@ -49,7 +60,7 @@ def wheel(requirement, folder, pinned=WHEELS):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
             "--python-version", "3.11", "--implementation", "cp", "-d", str(folder)]
         for tag in PLATFORMS:
-            command += ["--platform", tag]
+            command += ["--platform", f"{tag}_{machine}"]
         subprocess.run([*command, requirement], check=True)
     found = sha256(path)
     if found != want:
@@ -83,27 +94,34 @@ def torch_tree(deps, wheels):
     fresh.rename(target)
 
 
-def onnxruntime_tree(deps, wheels):
-    target = deps / "onnxruntime"
+def onnxruntime_tree(deps, wheels, machine):
+    name = "onnxruntime" if machine == platform.machine() else f"onnxruntime-{machine}"
+    target = deps / name
     if (target / "libonnxruntime.so").exists():
         return
-    fresh = deps / "onnxruntime.new"
+    fresh = deps / f"{name}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    with zipfile.ZipFile(wheel("onnxruntime==1.31.1", wheels)) as file:
+    with zipfile.ZipFile(wheel("onnxruntime==1.31.1", wheels, ENGINE_WHEELS[machine], machine)) as file:
         (fresh / "libonnxruntime.so").write_bytes(file.read("onnxruntime/capi/libonnxruntime.so.1.31.1"))
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
 
 
 def main():
-    if platform.machine() != "x86_64" or sys.platform != "linux":
-        sys.exit(f"setup: the pinned libraries are for Linux x86_64, this is {sys.platform} {platform.machine()}")
-    deps = pathlib.Path(sys.argv[1])
-    wheels = deps / "wheels"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine-only", action="store_true", help="install libonnxruntime alone")
+    parser.add_argument("--machine", default=platform.machine(), help="x86_64 or aarch64; default: this machine's")
+    parser.add_argument("deps", type=pathlib.Path, metavar="DEPS_DIR")
+    args = parser.parse_args()
+    known = list(ENGINE_WHEELS) if args.engine_only else ["x86_64"]
+    if args.machine not in known or sys.platform != "linux":
+        sys.exit(f"setup: the pinned libraries are for Linux {' and '.join(known)}, this is {sys.platform} {args.machine}")
+    wheels = args.deps / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    torch_tree(deps, wheels)
-    onnxruntime_tree(deps, wheels)
+    if not args.engine_only:
+        torch_tree(args.deps, wheels)
+    onnxruntime_tree(args.deps, wheels, args.machine)
     shutil.rmtree(wheels, ignore_errors=True)
 
 
