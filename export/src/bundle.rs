@@ -11,6 +11,7 @@ use policy::{
         TOKENIZER_MODEL, VLM_WEIGHTS, publish,
     },
     config::{Flavour, Precision, TokenizerConfig, WeightMode},
+    contract::ContractError,
     cuda::CudaError,
     dims::DimsError,
     flow::Sampling,
@@ -43,6 +44,9 @@ pub enum ExportError {
     /// The weights of graphs of flavour `cuda` are not graph inputs.
     #[error("`weights` is `constants`, expected `inputs` for graphs of flavour `cuda`")]
     CudaWeights,
+    /// The configuration, its statistics and its tokenizer contradict each other.
+    #[error(transparent)]
+    Contract(#[from] ContractError),
     /// A file cannot be written or read.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -151,6 +155,7 @@ pub fn manifest_of(
         sampling: plan.sampling(policy_version),
         action_chunk: model.num_action_chunks,
         env_action_dim: model.env_action_dim,
+        env_state_dim: model.env_state_dim,
         cameras: model.cameras.clone(),
         tokenizer: match &model.tokenizer {
             TokenizerConfig::SentencePiece { .. } => TokenizerConfig::SentencePiece {

@@ -13,6 +13,7 @@ use policy::{
     element::ElementType,
     graph::{Axis, BATCH, DENOISE_GRAPH, GraphContract, PREFIX_GRAPH, TensorSpec},
     params::{ParamSpec, expert_params, vlm_params},
+    transform::Transform,
     weights::{Location, WeightFile},
 };
 use prost::Message;
@@ -195,6 +196,8 @@ pub fn check_bundle(dir: &Path) -> Result<CheckReport, CheckError> {
     let bundle = Bundle::open(dir)?;
     bundle.verify()?;
     let manifest = &bundle.manifest;
+    // the contract with the tokenizer; `open` has no tokenizer
+    Transform::of_bundle(manifest, dir)?;
     let (dims, head) = (&manifest.dims, &manifest.heads);
     let cuda = manifest.cuda().map_err(|error| BundleError::Manifest {
         path: dir.to_owned(),

@@ -62,6 +62,7 @@ fn of_export(error: &ExportError) -> Class {
         ExportError::Weights { .. }
         | ExportError::Layout { .. }
         | ExportError::Reuse { .. }
+        | ExportError::Contract(_)
         | ExportError::Prompt(_)
         | ExportError::Vocabulary { .. } => Class::Data,
     }

@@ -14,9 +14,9 @@ use export::{
 use policy::{
     bundle::BundleError,
     config::{Flavour, RunConfig},
-    norm::NormStats,
     params::{ParamSpec, params},
     plan::RunPlan,
+    transform::Transform,
     weights::WeightFile,
 };
 use process::exit::failed;
@@ -44,6 +44,10 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
         config.rollout.weights = weights.into();
     }
     let mut plan = RunPlan::new(config).map_err(|error| error.locate(&origins))?;
+    let transform = Transform::load(&plan.config.actor.model).map_err(ExportError::from)?;
+    for line in transform.contract().warnings() {
+        writeln!(std::io::stderr(), "export: warning: {line}").context("writing to standard error")?;
+    }
     let path = args.checkpoint.display();
     let checkpoint = WeightFile::open(&args.checkpoint).with_context(|| format!("checkpoint `{path}`"))?;
     if args.without_value_head {
@@ -57,14 +61,7 @@ fn onnx(args: &OnnxArgs) -> anyhow::Result<String> {
         .check_header(&wanted)
         .with_context(|| format!("checkpoint `{path}`"))?;
 
-    let norm_stats = plan
-        .config
-        .actor
-        .model
-        .norm_stats
-        .as_deref()
-        .map(NormStats::load)
-        .transpose()?;
+    let norm_stats = transform.contract().norm_stats.clone();
     let manifest = manifest_of(&plan, args.policy_version, args.batch.0, norm_stats, None);
     let spec = BundleSpec {
         manifest,
@@ -141,12 +138,6 @@ fn check(args: &CheckArgs) -> anyhow::Result<String> {
         .into());
     }
     let said = String::from_utf8_lossy(&run.stdout);
-    let last = said
-        .lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("passed")
-        .trim()
-        .to_owned();
-    Ok(format!("{checked}: good; golden run: {last}"))
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    Ok(format!("{checked}: good; golden run: {}", lines.join("; ")))
 }

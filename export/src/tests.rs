@@ -77,6 +77,7 @@ fn manifest(variant: Variant, weights: WeightMode, batch: Option<usize>) -> Mani
         },
         action_chunk: 5,
         env_action_dim: 2,
+        env_state_dim: None,
         cameras: vec!["a".to_owned(), "b".to_owned()],
         tokenizer: TokenizerConfig::Words {
             words: vec!["go".to_owned()],
@@ -177,7 +178,7 @@ fn delta_actions_that_fit_the_actions_travel_in_the_manifest() {
         let mut raw: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         raw["delta_actions"] = wrong.into();
         fs::write(whole.dir().join(MANIFEST), raw.to_string()).expect("written");
-        let error = Bundle::open(whole.dir()).expect_err("refused").to_string();
+        let error = told(&Bundle::open(whole.dir()).expect_err("refused"));
         assert!(error.contains("delta_actions"), "{error}");
         fs::write(whole.dir().join(MANIFEST), text).expect("restored");
     }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use policy::{
     bundle::BundleError,
     config::{ConfigError, Origins},
+    contract::ContractError,
     norm::NormError,
-    prompt::PromptError,
     transform::ObservationError,
     weights::WeightsError,
 };
@@ -52,9 +52,6 @@ pub enum LearnerError {
     /// Failure in the optimizer.
     #[error(transparent)]
     Optim(#[from] OptimError),
-    /// Prompt that cannot be tokenized.
-    #[error(transparent)]
-    Prompt(#[from] PromptError),
     /// Failure of the endpoint where engines connect.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -187,9 +184,9 @@ pub enum LearnerError {
     /// Checkpoint state that cannot be written as JSON.
     #[error("failed to write a checkpoint's state")]
     State(#[source] serde_json::Error),
-    /// Normalization statistics that are invalid.
+    /// Configuration, statistics and tokenizer that contradict each other.
     #[error(transparent)]
-    Norm(#[from] NormError),
+    Contract(#[from] ContractError),
     /// Run that cannot be reported.
     #[error("run `{path}`: {detail}")]
     Run {
@@ -279,9 +276,9 @@ pub enum DatasetError {
     /// Data set without rows.
     #[error("found 0 rows, expected at least 1")]
     Empty,
-    /// Prompt that cannot be tokenized.
+    /// Prompt that cannot be tokenized, or has no room for the state.
     #[error(transparent)]
-    Prompt(PromptError),
+    Prompt(ObservationError),
     /// Row whose prompt is not in the list.
     #[error("`prompt_id` of row {row} is {found}, expected 0 to {prompts} (exclusive)")]
     PromptId {

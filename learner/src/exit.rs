@@ -12,8 +12,7 @@ pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
         LearnerError::Config(_) | LearnerError::Zero { .. } | LearnerError::Params(_) => Some(Class::Usage),
         LearnerError::Bundle(_)
         | LearnerError::Weights { .. }
-        | LearnerError::Prompt(_)
-        | LearnerError::Norm(_)
+        | LearnerError::Contract(_)
         | LearnerError::Reference(_)
         | LearnerError::Dataset { .. }
         | LearnerError::Checkpoint { .. }

@@ -6,8 +6,9 @@ use process::exit::Class;
 use wire::socket::SocketError;
 
 use crate::{
-    device::{DeviceError, versions::PolicyError},
-    front::http::HttpError,
+    device::{DeviceError, sampler::SampleError, versions::PolicyError},
+    front::{http::HttpError, websocket::WebsocketError},
+    rehearse::RehearseError,
     serve::ServeError,
 };
 
@@ -48,8 +49,17 @@ pub fn class(error: &(dyn Error + 'static)) -> Option<Class> {
             .map(of_policy)
             .or_else(|| error.downcast_ref().map(of_device))
     };
+    let rehearse = || error.downcast_ref().map(of_rehearse);
     let endpoint = || error.downcast_ref().map(of_socket);
-    serve.or_else(load).or_else(endpoint)
+    serve.or_else(load).or_else(rehearse).or_else(endpoint)
+}
+
+fn of_rehearse(error: &RehearseError) -> Class {
+    match error {
+        RehearseError::Sample(SampleError::Device(error)) => of_device(error),
+        RehearseError::Sample(_) | RehearseError::Image(_) => Class::Other,
+        RehearseError::Observation(_) | RehearseError::Norm(_) | RehearseError::NotFinite { .. } => Class::Data,
+    }
 }
 
 fn of_serve(error: &ServeError) -> Class {
@@ -57,8 +67,9 @@ fn of_serve(error: &ServeError) -> Class {
         ServeError::Device(error) => of_device(error),
         ServeError::Policy { source, .. } => of_policy(source),
         ServeError::Socket(error) => of_socket(error),
-        ServeError::Http(HttpError::Address(_)) => Class::Usage,
-        ServeError::Http(HttpError::Bind { .. }) => Class::Ring,
+        ServeError::Http(HttpError::Address(_))
+        | ServeError::Websocket(WebsocketError::Address(_) | WebsocketError::Key(_)) => Class::Usage,
+        ServeError::Http(HttpError::Bind { .. }) | ServeError::Websocket(WebsocketError::Bind { .. }) => Class::Ring,
         ServeError::State { .. }
         | ServeError::Endpoints(_)
         | ServeError::Metrics(_)

@@ -12,6 +12,7 @@ use policy::{
     config::{Flavour, RolloutConfig},
     message::told,
     params::{CriticInput, Pooling},
+    transform::Remark,
 };
 use tokio::sync::mpsc::Sender;
 use wire::messages::Mode;
@@ -183,7 +184,11 @@ fn prepare(shared: &Shared, cut: Cut<Progress>) {
     let Cut { mut job, rows, number } = cut;
     let begun = Instant::now();
     let ready = match shared.versions.live() {
-        Some(policy) => job.rows.drain(..rows).map(|row| ready_row(&policy, row)).collect(),
+        Some(policy) => job
+            .rows
+            .drain(..rows)
+            .map(|row| ready_row(&policy, row, &shared.metrics))
+            .collect(),
         None => Err(JobError::NotReady),
     };
     shared.metrics.observe_stage("preprocess", begun.elapsed());
@@ -196,12 +201,24 @@ fn prepare(shared: &Shared, cut: Cut<Progress>) {
     }
 }
 
-fn ready_row(policy: &Policy, row: Row) -> Result<ReadyRow, JobError> {
+fn ready_row(policy: &Policy, row: Row, metrics: &Metrics) -> Result<ReadyRow, JobError> {
     if row.guidance.is_some() && (row.mode == Mode::Train || row.record) {
         return Err(JobError::Guided);
     }
     let transform = &policy.transform;
-    let input = transform.input(&row.observation)?;
+    let (input, remarks) = transform.input_with_remarks(&row.observation)?;
+    for remark in &remarks {
+        match remark {
+            Remark::CutPrompt { .. } => metrics.prompts_cut.inc(),
+            Remark::Far { dimension, .. } => {
+                let dimension = dimension.to_string();
+                metrics.state_far.with_label_values(&[dimension.as_str()]).inc();
+            }
+        }
+        if let Some(line) = transform.report(remark, &row.observation.prompt) {
+            tracing::warn!("{line}");
+        }
+    }
     let manifest = policy.manifest();
     let reads_first = manifest.flavour == Flavour::Cuda
         && manifest
@@ -409,8 +426,16 @@ fn finish(policy: &Policy, asked: Asked, chunk: SampledChunk, metrics: &Metrics)
         return Err(JobError::NotFinite { index, value: *value });
     }
     let manifest = policy.manifest();
+    let actions = policy.transform.env_actions(chunk.actions(), &asked.state)?;
+    if let Some((index, value)) = actions.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+        return Err(JobError::NotFiniteAction {
+            row: index / manifest.env_action_dim,
+            dimension: index % manifest.env_action_dim,
+            value: *value,
+        });
+    }
     Ok(Chunk {
-        actions: policy.transform.env_actions(chunk.actions(), &asked.state)?,
+        actions,
         value: chunk.value(manifest.sampling.mdp),
         record: asked.record.then(|| Box::new(chunk_record(manifest, chunk))),
     })

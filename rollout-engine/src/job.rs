@@ -78,6 +78,18 @@ pub enum JobError {
         /// NaN or infinity.
         value: f32,
     },
+    /// An action is not finite in the environment's units.
+    #[error(
+        "the action of row {row}, dimension {dimension}, is {value} in the robot's units, expected a finite number: check the statistics"
+    )]
+    NotFiniteAction {
+        /// Row of the chunk.
+        row: usize,
+        /// Dimension of the action.
+        dimension: usize,
+        /// NaN or infinity.
+        value: f32,
+    },
     /// The normalization statistics do not match the row.
     #[error(transparent)]
     Norm(#[from] policy::norm::NormError),
@@ -127,6 +139,7 @@ impl JobError {
             | Self::FirstCamera { .. }
             | Self::Guided
             | Self::NotFinite { .. }
+            | Self::NotFiniteAction { .. }
             | Self::Norm(_)
             | Self::Size { .. } => false,
             Self::Inference(_)

@@ -7,7 +7,7 @@
 // Exit-code classes of errors.
 pub mod exit;
 pub mod serve;
-// Outer interfaces: ZeroMQ for env workers and clients, HTTP for operators.
+// Outer interfaces: websockets, ZeroMQ, HTTP.
 pub mod front;
 // The learner's side: orders and versions in, trajectories out.
 pub mod learner;
@@ -19,6 +19,7 @@ pub mod queue;
 pub mod job;
 pub mod bench;
 pub mod compare;
+pub mod rehearse;
 // Processors that run policy versions.
 pub mod device;
 pub mod metrics;

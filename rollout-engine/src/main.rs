@@ -26,6 +26,8 @@ use rollout_engine::{
         versions::{Free, Policy},
     },
     exit::{UsageError, class},
+    front::websocket::WebsocketOptions,
+    rehearse::rehearse,
     serve::{Options, serve},
 };
 use tokio::sync::watch;
@@ -73,10 +75,16 @@ struct ServeArgs {
     /// HOST:PORT of /healthz and /metrics; default: `rollout.http`.
     #[arg(long, value_name = "HOST:PORT")]
     http: Option<String>,
+    /// HOST:PORT on loopback of the websocket endpoint for openpi's clients; port 0 picks a free port.
+    #[arg(long, value_name = "HOST:PORT")]
+    websocket: Option<String>,
+    /// File of mode 0600 with the key that websocket clients must send (`Authorization: Api-Key KEY`).
+    #[arg(long, value_name = "FILE", requires = "websocket")]
+    api_key_file: Option<PathBuf>,
     /// Folder for fetched bundles, not shared with another engine; default: `engine` in `runner.output_dir`.
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Write the bound endpoints as JSON: {"listen": ..., "http": ...}.
+    /// Write the bound endpoints as JSON: {"listen": ..., "http": ..., "websocket": ...}.
     #[arg(long, value_name = "FILE")]
     endpoints_file: Option<PathBuf>,
 }
@@ -181,6 +189,10 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
     let options = Options {
         rollout,
         bundle: args.bundle,
+        websocket: args.websocket.map(|address| WebsocketOptions {
+            address,
+            key_file: args.api_key_file,
+        }),
         learner,
         state_dir: args
             .state_dir
@@ -277,8 +289,8 @@ fn on<L: Loader>(loader: &L, mut device: L::Device, dir: &Path, task: &impl Task
 }
 
 impl Task for CheckArgs {
-    fn run<L: Loader>(&self, loaded: Loaded<'_, L>) -> anyhow::Result<()> {
-        check(&self.dir, &self.backend, &loaded.policy)
+    fn run<L: Loader>(&self, mut loaded: Loaded<'_, L>) -> anyhow::Result<()> {
+        check(&self.dir, &self.backend, &mut loaded)
     }
 }
 
@@ -315,7 +327,20 @@ impl Task for CompareArgs {
     }
 }
 
-fn check(dir: &Path, args: &BackendArgs, policy: &Policy) -> anyhow::Result<()> {
+fn check<L: Loader>(dir: &Path, args: &BackendArgs, loaded: &mut Loaded<'_, L>) -> anyhow::Result<()> {
+    let policy = &loaded.policy;
+    for line in policy.transform.contract().warnings() {
+        tracing::warn!("{line}");
+    }
+    let commands = rehearse(&mut loaded.device, policy, 0)
+        .with_context(|| format!("failed to run a drawn observation through bundle `{}`", dir.display()))?;
+    for line in commands
+        .remarks
+        .iter()
+        .filter_map(|remark| policy.transform.report(remark, &commands.observation.prompt))
+    {
+        tracing::warn!("{line}");
+    }
     let manifest = policy.manifest();
     let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
     let test = policy.self_test_difference.map_or_else(
@@ -324,7 +349,7 @@ fn check(dir: &Path, args: &BackendArgs, policy: &Policy) -> anyhow::Result<()> 
     );
     writeln!(
         std::io::stdout(),
-        "bundle `{}`: policy version {}, {:?}, {} files, {bytes} bytes, provider {}, self-test {test}",
+        "bundle `{}`: policy version {}, {:?}, {} files, {bytes} bytes, provider {}, self-test {test}\n{commands}",
         dir.display(),
         policy.version(),
         manifest.dims.variant,

@@ -11,12 +11,16 @@ use wire::socket::Counters;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// Received messages, by `kind` (`hello`, `reports`, `act`, `malformed`).
+    /// Received messages, by `kind` (`hello`, `reports`, `act`, `malformed`; `observation` of a websocket).
     pub messages: IntCounterVec,
     /// Refused messages, by `reason` (`overload`, `not_ready`, `invalid`).
     pub refused: IntCounterVec,
     /// Sampled action chunks, by `mode` (`train`, `eval`).
     pub chunks: IntCounterVec,
+    /// Requests whose prompt lost its end.
+    pub prompts_cut: IntCounter,
+    /// Numbers of a state far outside of the statistics, by `dimension`.
+    pub state_far: IntCounterVec,
     /// Rows of a batch.
     pub batch_rows: Histogram,
     /// Seconds by `stage`: `preprocess` per job, `queue`, `prefix`, `denoise` and `record` per batch.
@@ -80,10 +84,18 @@ impl Metrics {
         registry.register(Box::new(stage_seconds.clone()))?;
         let trajectories = IntCounter::new("engine_trajectories_total", "finished episodes")?;
         registry.register(Box::new(trajectories.clone()))?;
+        let prompts_cut = IntCounter::new("engine_prompts_cut_total", "requests whose prompt lost its end")?;
+        registry.register(Box::new(prompts_cut.clone()))?;
         let metrics = Self {
             messages: counter_vec("engine_messages_total", "messages taken", "kind")?,
             refused: counter_vec("engine_refused_total", "messages refused", "reason")?,
             chunks: counter_vec("engine_chunks_total", "action chunks sampled", "mode")?,
+            prompts_cut,
+            state_far: counter_vec(
+                "engine_state_far_total",
+                "numbers of a state far outside of the statistics",
+                "dimension",
+            )?,
             batch_rows: histogram(
                 "engine_batch_rows",
                 "rows of a batch",

@@ -29,6 +29,7 @@ use crate::{
     episodes::{Assign, Question, Shape},
     front::{
         http::{self, HttpError, Pages},
+        websocket::{self, Websocket, WebsocketError, WebsocketOptions},
         zmq::{self, Clients, Executed, Replies},
     },
     inference::{self, ANSWERED_CAPACITY, Answered, EngineQueue, Shared},
@@ -63,6 +64,9 @@ pub enum ServeError {
     /// The HTTP address is wrong or in use.
     #[error(transparent)]
     Http(#[from] HttpError),
+    /// The websocket endpoint cannot be opened.
+    #[error(transparent)]
+    Websocket(#[from] WebsocketError),
     /// The state folder is not usable.
     #[error("failed to use state folder `{path}`")]
     State {
@@ -92,6 +96,8 @@ pub struct Options {
     pub rollout: RolloutConfig,
     /// A bundle to serve from the start.
     pub bundle: Option<PathBuf>,
+    /// The websocket endpoint; `None` opens no such endpoint.
+    pub websocket: Option<WebsocketOptions>,
     /// Endpoint of the learner, `tcp://HOST:PORT`; `None` without a learner.
     pub learner: Option<String>,
     /// Folder of this engine, not shared with another.
@@ -130,6 +136,7 @@ struct Roads {
     answered: mpsc::Receiver<Vec<Answered>>,
     news: mpsc::Receiver<FromLink>,
     link: Option<tokio::task::JoinHandle<Result<(), SocketError>>>,
+    websocket: Option<Websocket>,
 }
 
 struct Server {
@@ -175,8 +182,36 @@ fn start_on<L: Loader>(
     let free = thread.free();
     Ok(Arc::new(move |dir, live| {
         let install = |staged, test| thread.install(staged, test);
-        Policy::load(&loader, dir, live, install, Arc::clone(&free))
+        let policy = Policy::load(&loader, dir, live, install, Arc::clone(&free))?;
+        if live.is_none() {
+            for line in policy.transform.contract().warnings() {
+                tracing::warn!("bundle `{}`: {line}", dir.display());
+            }
+        }
+        Ok(policy)
     }))
+}
+
+/// Opens the websocket endpoint, if there is one.
+fn start_websocket(
+    options: &Options,
+    queue: &Arc<EngineQueue>,
+    versions: &Arc<Versions>,
+    metrics: &Arc<Metrics>,
+    pulse: &Arc<Pulse>,
+) -> Result<Option<Websocket>, WebsocketError> {
+    let Some(websocket) = &options.websocket else {
+        return Ok(None);
+    };
+    let sources = websocket::Sources {
+        queue: Arc::clone(queue),
+        versions: Arc::clone(versions),
+        metrics: Arc::clone(metrics),
+        pulse: Arc::clone(pulse),
+    };
+    let websocket = websocket::start(websocket, sources)?;
+    tracing::info!("websockets on {}", websocket.address());
+    Ok(Some(websocket))
 }
 
 async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
@@ -213,6 +248,7 @@ async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
         connections: send.clone(),
     };
     let address = http::start(&options.rollout.http, pages)?;
+    let websocket = start_websocket(&options, &queue, &versions, &metrics, &pulse)?;
 
     let engine = session_name();
     let (link_sender, inbox) = mpsc::unbounded_channel();
@@ -233,8 +269,11 @@ async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
         tokio::spawn(link.run())
     });
     if let Some(path) = &options.endpoints_file {
-        let text = serde_json::json!({ "listen": listen, "http": address.to_string() }).to_string();
-        write_atomic(path, text.as_bytes())?;
+        let mut endpoints = serde_json::json!({ "listen": listen, "http": address.to_string() });
+        if let Some(websocket) = &websocket {
+            endpoints["websocket"] = websocket.address().to_string().into();
+        }
+        write_atomic(path, endpoints.to_string().as_bytes())?;
     }
     tracing::info!(
         "{engine} listens on {listen}, http on {address}, provider {:?}",
@@ -265,6 +304,7 @@ async fn start(options: Options) -> Result<(Server, Roads), ServeError> {
             answered,
             news,
             link,
+            websocket,
         },
     ))
 }
@@ -349,6 +389,9 @@ impl Server {
             zmq::fail(job, JobError::Closed);
         }
         self.clients.flush().await;
+        if let Some(websocket) = roads.websocket {
+            websocket.stop().await;
+        }
         roads.news.close();
         if self.link.send(ToLink::Finish).is_ok()
             && let Some(link) = roads.link

@@ -26,6 +26,7 @@ mod golden {
 }
 mod asynchronous;
 mod client;
+mod contract;
 mod environments;
 mod exit;
 mod hostile;
@@ -41,3 +42,4 @@ mod report;
 mod resume;
 mod ring;
 mod update;
+mod websocket;

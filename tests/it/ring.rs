@@ -488,6 +488,7 @@ fn a_version_that_means_something_else_is_rejected() {
         ("norm_stats", &|manifest| manifest["norm_stats"] = stats(244.0)),
         ("normalization", &|manifest| {
             manifest["normalization"] = "z_score".into();
+            manifest["norm_stats"] = stats(1.0);
         }),
         ("tokenizer", &words),
         ("cameras", &|manifest| manifest["cameras"][0] = "other".into()),

@@ -151,6 +151,8 @@ pub struct Server {
     pub listen: String,
     /// `HOST:PORT` of an engine's HTTP pages; `None` for a learner.
     pub http: Option<String>,
+    /// `HOST:PORT` of an engine's websockets, if it has such an endpoint.
+    pub websocket: Option<String>,
     /// Log file.
     pub log: PathBuf,
 }
@@ -164,6 +166,18 @@ impl Server {
 
     /// Starts this engine with this bundle, without a learner, on free ports; `dir` holds its log and state.
     pub fn engine_of(program: &Path, bundle: &Path, plan: &RunPlan, dir: &Path, limits: Limits) -> Self {
+        Self::engine_with(program, bundle, plan, dir, limits, &[])
+    }
+
+    /// Starts an engine like [`Server::engine_of`], with more arguments of `serve`.
+    pub fn engine_with(
+        program: &Path,
+        bundle: &Path,
+        plan: &RunPlan,
+        dir: &Path,
+        limits: Limits,
+        arguments: &[&str],
+    ) -> Self {
         let endpoints = dir.join("endpoints.json");
         drop(std::fs::remove_file(&endpoints));
         let log = dir.join("engine.log");
@@ -177,7 +191,8 @@ impl Server {
             .arg("--state-dir")
             .arg(dir.join("engine"))
             .arg("--endpoints-file")
-            .arg(&endpoints);
+            .arg(&endpoints)
+            .args(arguments);
         let mut server = Self::spawn(command, file, log);
         server.wait_for("endpoints", |server| {
             let Ok(text) = std::fs::read_to_string(&endpoints) else {
@@ -186,6 +201,7 @@ impl Server {
             let value: serde_json::Value = serde_json::from_str(&text).expect("endpoints file");
             value["listen"].as_str().expect("listen").clone_into(&mut server.listen);
             server.http = Some(value["http"].as_str().expect("http").to_owned());
+            server.websocket = value["websocket"].as_str().map(str::to_owned);
             true
         });
         let http = server.http.clone().expect("an engine has pages");
@@ -230,6 +246,7 @@ impl Server {
             ended: None,
             listen: String::new(),
             http: None,
+            websocket: None,
             log,
         }
     }

@@ -21,6 +21,7 @@ mod recipes;
 pub mod graph;
 pub mod derived;
 pub mod cuda;
+pub mod contract;
 pub mod bundle;
 pub mod transform;
 pub mod selftest;

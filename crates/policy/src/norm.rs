@@ -1,86 +1,18 @@
 //! Normalization of state and actions, and delta actions, by openpi's rules; computed in f64, returned as f32.
 
-use std::{io::Read, path::Path};
+mod stats;
+
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::stats::{DimStats, NormStats, StatsError};
+
 /// Term added to the denominators.
 const EPS: f64 = 1e-6;
-/// Largest size of a statistics file in bytes.
-const MAX_FILE_BYTES: u64 = 1 << 20;
-/// Widest state or action accepted.
-const MAX_DIMS: usize = 1024;
-
-/// Statistics of one array, per dimension.
-///
-/// Deserialization checks that all arrays have one width of 1 to 1024 and finite numbers, and that `std >= 0`. Both or neither
-/// of the quantiles must be present.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "RawStats")]
-pub struct DimStats {
-    /// Mean per dimension.
-    pub mean: Vec<f64>,
-    /// Standard deviation per dimension, at least 0.
-    pub std: Vec<f64>,
-    /// 1 % quantile; required for quantile normalization.
-    pub q01: Option<Vec<f64>>,
-    /// 99 % quantile; required for quantile normalization.
-    pub q99: Option<Vec<f64>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawStats {
-    mean: Vec<f64>,
-    std: Vec<f64>,
-    q01: Option<Vec<f64>>,
-    q99: Option<Vec<f64>>,
-}
-
-impl TryFrom<RawStats> for DimStats {
-    type Error = String;
-
-    fn try_from(raw: RawStats) -> Result<Self, String> {
-        let width = raw.mean.len();
-        if width == 0 || width > MAX_DIMS {
-            return Err(format!("`mean` has {width} dimensions, expected 1 to {MAX_DIMS}"));
-        }
-        let quantiles = [("q01", &raw.q01), ("q99", &raw.q99)].map(|(name, v)| v.as_ref().map(|v| (name, v)));
-        if quantiles.iter().flatten().count() == 1 {
-            return Err("one of `q01` and `q99` is missing".to_owned());
-        }
-        for (name, values) in [("mean", &raw.mean), ("std", &raw.std)]
-            .into_iter()
-            .chain(quantiles.into_iter().flatten())
-        {
-            if values.len() != width {
-                return Err(format!("`{name}` has {} dimensions, `mean` has {width}", values.len()));
-            }
-            if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-                return Err(format!("`{name}[{index}]` is not finite"));
-            }
-        }
-        if let Some(index) = raw.std.iter().position(|v| *v < 0.0) {
-            return Err(format!("`std[{index}]` is negative"));
-        }
-        Ok(Self {
-            mean: raw.mean,
-            std: raw.std,
-            q01: raw.q01,
-            q99: raw.q99,
-        })
-    }
-}
-
-/// Statistics of state and actions.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NormStats {
-    /// Statistics of the state.
-    pub state: DimStats,
-    /// Statistics of the actions.
-    pub actions: DimStats,
-}
+/// Spread of a dimension, as a part of the largest spread of the array, below which [`DimStats::near_constant`] names the dimension.
+/// LIBERO's gripper has 1/60 of the largest spread, and is not constant.
+const NEAR_CONSTANT: f64 = 2e-3;
 
 /// Normalization of state and actions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,17 +26,28 @@ pub enum Normalization {
     Quantile,
 }
 
+impl Normalization {
+    /// Returns the name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::ZScore => "z_score",
+            Self::Quantile => "quantile",
+        }
+    }
+}
+
 /// Reason for rejecting statistics or a delta mask.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NormError {
     /// The file cannot be read or parsed.
-    #[error("norm stats `{path}`: {detail}")]
+    #[error("failed to read norm stats `{path}`")]
     File {
         /// Path of the file.
-        path: String,
+        path: PathBuf,
         /// Cause.
-        detail: String,
+        source: Box<StatsError>,
     },
     /// Statistics with fewer dimensions than the data.
     #[error("norm stats have {found} dimensions of `{field}`, the data has {expected}")]
@@ -141,42 +84,48 @@ pub enum NormError {
     },
 }
 
-#[derive(Deserialize)]
-struct File {
-    norm_stats: NormStats,
+/// A dimension that was nearly constant in the training data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NearConstant {
+    /// Dimension.
+    pub index: usize,
+    /// Standard deviation, or distance of the quantiles, in the robot's units.
+    pub spread: f64,
+    /// Largest spread of all dimensions.
+    pub largest: f64,
 }
 
 impl NormStats {
-    /// Reads openpi's `norm_stats.json`: `{"norm_stats": {"state": {"mean", "std", "q01", "q99"}, "actions": {..}}}`.
+    /// Reads a statistics file; see [`NormStats::from_json`] for the layouts.
     ///
     /// # Errors
-    /// The file is missing, above 1 MiB or of another layout, or its numbers fail the checks of [`DimStats`].
+    /// The file is missing, above 1 MiB or of another layout, or its numbers fail the checks of [`NormStats`].
     pub fn load(path: &Path) -> Result<Self, NormError> {
-        let bad = |detail: String| NormError::File {
-            path: path.display().to_string(),
-            detail,
-        };
-        let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
-        let mut text = String::new();
-        file.take(MAX_FILE_BYTES + 1)
-            .read_to_string(&mut text)
-            .map_err(|e| bad(e.to_string()))?;
-        if text.len() as u64 > MAX_FILE_BYTES {
-            return Err(bad(format!("longer than {MAX_FILE_BYTES} bytes")));
-        }
-        Self::from_json(&text).map_err(|e| bad(e.to_string()))
-    }
-
-    /// Parses the text of `norm_stats.json`.
-    ///
-    /// # Errors
-    /// Another layout, or numbers that fail the checks of [`DimStats`].
-    pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str::<File>(text).map(|f| f.norm_stats)
+        Self::read(path).map_err(|source| NormError::File {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
     }
 }
 
 impl DimStats {
+    /// Returns the dimensions, padding excluded, whose spread is 0 or below 1/500 of the largest spread.
+    ///
+    /// A small deviation in such a dimension becomes a large number in model units. The formula of openpi is kept.
+    pub fn near_constant(&self, normalization: Normalization) -> Vec<NearConstant> {
+        let spreads: Vec<f64> = match (normalization, &self.q01, &self.q99) {
+            (Normalization::ZScore, ..) => self.std.clone(),
+            (Normalization::Quantile, Some(low), Some(high)) => low.iter().zip(high).map(|(l, h)| h - l).collect(),
+            (Normalization::None | Normalization::Quantile, ..) => return Vec::new(),
+        };
+        let used = spreads.iter().copied().take(self.used());
+        let largest = used.clone().fold(0.0, f64::max);
+        used.enumerate()
+            .filter(|(_, spread)| *spread <= NEAR_CONSTANT * largest)
+            .map(|(index, spread)| NearConstant { index, spread, largest })
+            .collect()
+    }
+
     fn quantiles(&self) -> Result<(&[f64], &[f64]), NormError> {
         self.q01
             .as_deref()
@@ -344,29 +293,22 @@ mod tests {
         "actions": {"mean": [0], "std": [1], "q01": null, "q99": null}}}"#;
 
     #[test]
-    fn openpi_layout_is_read_and_bad_numbers_are_refused() {
-        let stats = NormStats::from_json(GOOD).expect("valid");
-        assert_eq!(stats.state.std, [1.0, 2.0]);
-        assert_eq!(stats.actions.q01, None);
-        let text = serde_json::to_string(&stats).expect("serialises");
-        assert_eq!(serde_json::from_str::<NormStats>(&text).expect("round trip"), stats);
-        for (from, to, reason) in [
-            (
-                "[1, 2], \"q01\"",
-                "[1], \"q01\"",
-                "`std` has 1 dimensions, `mean` has 2",
-            ),
-            ("[1, 2], \"q01\"", "[1, -2], \"q01\"", "`std[1]` is negative"),
-            ("\"q01\": [-1, -2], ", "", "one of `q01` and `q99` is missing"),
-            ("[0, 1]", "[]", "`mean` has 0 dimensions"),
-            ("[0, 1]", "[0, 1e999]", "out of range"),
-            ("\"std\": [1, 2]", "\"sdt\": [1, 2]", "unknown field `sdt`"),
-        ] {
-            let error = NormStats::from_json(&GOOD.replacen(from, to, 1))
-                .expect_err(reason)
-                .to_string();
-            assert!(error.contains(reason), "{error} does not say {reason}");
-        }
+    fn padding_is_not_used_and_a_small_spread_is_named() {
+        let stats = |std: &[f64]| DimStats {
+            mean: vec![0.0; std.len()],
+            std: std.to_vec(),
+            q01: None,
+            q99: None,
+        };
+        assert_eq!(stats(&[0.3, 0.0, 0.2, 0.0, 0.0]).used(), 3);
+        assert_eq!(stats(&[0.0, 0.0]).used(), 0);
+        let named = |std: &[f64]| -> Vec<usize> {
+            let near = stats(std).near_constant(Normalization::ZScore);
+            near.into_iter().map(|near| near.index).collect()
+        };
+        assert_eq!(named(&[0.3, 0.0, 0.2, 0.0, 0.0]), [1], "padding is not named");
+        assert_eq!(named(&[0.3, 0.3, 0.0003, 0.3]), [2]);
+        assert_eq!(named(&[0.9, 0.014, 0.1]), [0usize; 0]);
     }
 
     #[test]

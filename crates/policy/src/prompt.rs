@@ -36,15 +36,23 @@ pub struct PromptTokens {
     pub ids: Vec<i64>,
     /// Whether each id is valid, not padding.
     pub mask: Vec<bool>,
+    /// Number of ids before the cut to the policy's length; at most the length if nothing was cut.
+    pub found: usize,
 }
 
 impl PromptTokens {
     /// Truncates ids to `max_len`, or pads the ids on the right with id 0 and mask false.
     pub fn fit(mut ids: Vec<i64>, max_len: usize) -> Self {
+        let found = ids.len();
         ids.truncate(max_len);
         let mask = (0..max_len).map(|i| i < ids.len()).collect();
         ids.resize(max_len, PAD);
-        Self { ids, mask }
+        Self { ids, mask, found }
+    }
+
+    /// Returns whether ids at the end were dropped.
+    pub fn is_cut(&self) -> bool {
+        self.found > self.ids.len()
     }
 }
 

@@ -2,16 +2,30 @@
 //!
 //! The engine and the learner's data sets share one transform, so that both convert observations and actions the same way.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use crate::{
-    bundle::Manifest,
+    bundle::{BundleError, Manifest},
     config::ModelConfig,
+    contract::{Contract, ContractError, StateWidth},
     guidance::Guidance,
     image::{CHANNELS, ImageError, RgbImage, resize_with_pad},
-    norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, bool_mask, delta_from_absolute},
+    message::shown,
+    norm::{DimStats, NormError, NormStats, Normalization, absolute_from_delta, delta_from_absolute},
     prompt::{PromptError, PromptTokens, Tokenizer},
 };
+
+/// Magnitude of a number of the state in model units beyond which the number is far outside of the statistics. The training data lies
+/// near [-1, 1] with quantiles, and within 3 with mean and standard deviation.
+pub const FAR: f32 = 10.0;
+/// Most different prompts of which a cut is reported; further cuts are only counted.
+const MAX_REPORTED: usize = 1024;
+/// Most characters of a prompt in a report.
+const SHOWN_PROMPT: usize = 80;
 
 /// Reason for rejecting an observation.
 #[derive(Debug, thiserror::Error)]
@@ -36,11 +50,11 @@ pub enum ObservationError {
         /// Cause.
         source: ImageError,
     },
-    /// A state that is too wide.
-    #[error("state has {found} numbers, the policy takes at most {expected}")]
+    /// A state of another width than the robot's.
+    #[error("state has {found} numbers, expected {expected}")]
     State {
-        /// Width of the model's state.
-        expected: usize,
+        /// Accepted widths.
+        expected: StateWidth,
         /// Numbers in the observation.
         found: usize,
     },
@@ -69,6 +83,20 @@ pub enum ObservationError {
     /// A largest guidance weight out of range.
     #[error("guidance.max_weight is {0}, expected a finite number above 0")]
     MaxWeight(f32),
+    /// A prompt with the state inside that is longer than the policy's prompt.
+    #[error(
+        "prompt `{}` has {found} tokens with the state inside, expected at most {expected} (`prompt_len`): the state would be cut, send a \
+         shorter prompt",
+        shown(.prompt, SHOWN_PROMPT)
+    )]
+    PromptLength {
+        /// Instruction.
+        prompt: String,
+        /// Tokens of the policy's prompt.
+        expected: usize,
+        /// Tokens of the instruction and the state.
+        found: usize,
+    },
     /// A prompt that cannot be tokenized.
     #[error(transparent)]
     Prompt(#[from] PromptError),
@@ -116,89 +144,130 @@ pub struct RawGuidance {
     pub max_weight: f32,
 }
 
+/// Property of an accepted observation that needs attention.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Remark {
+    /// The end of the prompt was dropped.
+    CutPrompt {
+        /// Tokens of the instruction.
+        found: usize,
+        /// Tokens of the policy's prompt.
+        kept: usize,
+    },
+    /// A number of the state is beyond [`FAR`].
+    Far {
+        /// Dimension of the state.
+        dimension: usize,
+        /// Number in the robot's units.
+        raw: f32,
+        /// Number in model units.
+        model: f32,
+    },
+}
+
 /// Conversion between environment units and the model units of one policy.
 #[derive(Debug)]
 pub struct Transform {
-    cameras: Vec<String>,
-    /// Side of an image, in pixels.
-    image_size: usize,
-    prompt_len: usize,
-    action_dim: usize,
-    action_horizon: usize,
-    env_action_dim: usize,
-    discrete_state_input: bool,
-    normalization: Normalization,
-    norm_stats: Option<NormStats>,
+    contract: Contract,
+    state_width: StateWidth,
     /// Which action dimensions are differences from the state.
     delta_mask: Option<Vec<bool>>,
     tokenizer: Tokenizer,
+    reported: Mutex<Reported>,
+}
+
+/// Remarks that were reported already.
+#[derive(Debug, Default)]
+struct Reported {
+    prompts: BTreeSet<String>,
+    dimensions: BTreeSet<usize>,
 }
 
 impl Transform {
+    /// Returns the transform of a contract, after the check of the contract.
+    ///
+    /// # Errors
+    /// See [`Contract::check`].
+    pub fn new(contract: Contract, tokenizer: Tokenizer) -> Result<Self, ContractError> {
+        contract.check(Some(&tokenizer))?;
+        Ok(Self {
+            state_width: contract.state_width(),
+            delta_mask: contract.delta_mask(),
+            contract,
+            tokenizer,
+            reported: Mutex::default(),
+        })
+    }
+
     /// Returns the transform of the bundle in `dir`.
     ///
     /// # Errors
-    /// The tokenizer cannot be read.
-    pub fn of_bundle(manifest: &Manifest, dir: &Path) -> Result<Self, PromptError> {
-        let dims = &manifest.dims;
-        Ok(Self {
-            cameras: manifest.cameras.clone(),
-            image_size: dims.vision.image_size,
-            prompt_len: dims.prompt_len,
-            action_dim: dims.action_dim,
-            action_horizon: dims.action_horizon,
-            env_action_dim: manifest.env_action_dim,
-            discrete_state_input: manifest.discrete_state_input,
-            normalization: manifest.normalization,
-            norm_stats: manifest.norm_stats.clone(),
-            delta_mask: manifest.delta_actions.as_deref().map(bool_mask),
-            tokenizer: Tokenizer::from_config(&manifest.tokenizer, Some(dir))?,
-        })
+    /// The tokenizer cannot be read, or the contract of the bundle contradicts itself.
+    pub fn of_bundle(manifest: &Manifest, dir: &Path) -> Result<Self, BundleError> {
+        Tokenizer::from_config(&manifest.tokenizer, Some(dir))
+            .map_err(ContractError::from)
+            .and_then(|tokenizer| Self::new(manifest.contract(), tokenizer))
+            .map_err(|source| BundleError::Contract {
+                path: dir.to_owned(),
+                source,
+            })
     }
 
     /// Returns the transform of a configuration; `norm_stats` holds the statistics of the configured file.
     ///
     /// # Errors
-    /// The tokenizer cannot be read.
-    pub fn of_config(model: &ModelConfig, norm_stats: Option<NormStats>) -> Result<Self, PromptError> {
-        Ok(Self {
-            cameras: model.cameras.clone(),
-            image_size: model.vision.image_size,
-            prompt_len: model.prompt_len,
-            action_dim: model.action_dim,
-            action_horizon: model.action_horizon,
-            env_action_dim: model.env_action_dim,
-            discrete_state_input: model.discrete_state_input,
-            normalization: model.normalization,
-            norm_stats,
-            delta_mask: model.delta_actions.as_deref().map(bool_mask),
-            tokenizer: Tokenizer::from_config(&model.tokenizer, None)?,
-        })
+    /// The tokenizer cannot be read, or the contract of the configuration contradicts itself.
+    pub fn of_config(model: &ModelConfig, norm_stats: Option<NormStats>) -> Result<Self, ContractError> {
+        let tokenizer = Tokenizer::from_config(&model.tokenizer, None)?;
+        Self::new(Contract::of_config(model, norm_stats), tokenizer)
+    }
+
+    /// Returns the transform of a configuration, with the statistics and the tokenizer from the configured files.
+    ///
+    /// # Errors
+    /// A file cannot be read, or the contract of the configuration contradicts itself.
+    pub fn load(model: &ModelConfig) -> Result<Self, ContractError> {
+        let norm_stats = model.norm_stats.as_deref().map(NormStats::load).transpose()?;
+        Self::of_config(model, norm_stats)
+    }
+
+    /// Returns what the policy reads from a robot and commands to the robot.
+    pub fn contract(&self) -> &Contract {
+        &self.contract
     }
 
     /// Returns the camera names in the policy's order.
     pub fn cameras(&self) -> &[String] {
-        &self.cameras
+        &self.contract.cameras
     }
 
     /// Returns an observation in model units.
     ///
     /// # Errors
-    /// An unknown camera, no image, a state that is too wide or not finite, a prompt that cannot be tokenized, or statistics
-    /// that do not fit.
+    /// An unknown camera, no image, a state of another width or not finite, a prompt that cannot be tokenized or has no room for the
+    /// state, or statistics that do not fit.
     pub fn input(&self, raw: &RawObservation) -> Result<ModelInput, ObservationError> {
-        if let Some(found) = raw.images.keys().find(|name| !self.cameras.contains(name)) {
+        Ok(self.input_with_remarks(raw)?.0)
+    }
+
+    /// Returns an observation in model units, with the properties that need attention.
+    ///
+    /// # Errors
+    /// See [`Transform::input`].
+    pub fn input_with_remarks(&self, raw: &RawObservation) -> Result<(ModelInput, Vec<Remark>), ObservationError> {
+        let cameras = self.cameras();
+        if let Some(found) = raw.images.keys().find(|name| !cameras.contains(name)) {
             return Err(ObservationError::Camera {
-                expected: self.cameras.join(", "),
+                expected: cameras.join(", "),
                 found: found.clone(),
             });
         }
         if raw.images.is_empty() {
             return Err(ObservationError::Blind);
         }
-        let size = self.image_size;
-        let mut images = Vec::with_capacity(self.cameras.len() * size * size * CHANNELS);
-        for camera in &self.cameras {
+        let size = self.contract.image_size;
+        let mut images = Vec::with_capacity(cameras.len() * size * size * CHANNELS);
+        for camera in cameras {
             match raw.images.get(camera) {
                 None => images.resize(images.len() + size * size * CHANNELS, 0),
                 Some(image) if (image.height(), image.width()) == (size, size) => {
@@ -215,38 +284,101 @@ impl Transform {
         }
         let mut state = self.state(&raw.state)?;
         let tokens = self.tokens(&raw.prompt, &state)?;
-        state.resize(self.action_dim, 0.0);
-        Ok(ModelInput {
+        let mut remarks = Vec::new();
+        if tokens.is_cut() {
+            if self.contract.discrete_state_input {
+                return Err(ObservationError::PromptLength {
+                    prompt: raw.prompt.clone(),
+                    expected: tokens.ids.len(),
+                    found: tokens.found,
+                });
+            }
+            remarks.push(self.cut(&tokens));
+        }
+        if self.contract.normalization != Normalization::None {
+            let numbers = raw.state.iter().zip(&state).enumerate();
+            let far = numbers.filter(|(_, (_, model))| model.abs() > FAR);
+            remarks.extend(far.map(|(dimension, (raw, model))| Remark::Far {
+                dimension,
+                raw: *raw,
+                model: *model,
+            }));
+        }
+        state.resize(self.contract.action_dim, 0.0);
+        let input = ModelInput {
             images,
-            image_mask: self.cameras.iter().map(|name| raw.images.contains_key(name)).collect(),
+            image_mask: cameras.iter().map(|name| raw.images.contains_key(name)).collect(),
             prompt: tokens.ids,
             prompt_mask: tokens.mask,
             state,
-        })
+        };
+        Ok((input, remarks))
     }
 
-    /// Checks that a prompt can be tokenized.
+    fn cut(&self, tokens: &PromptTokens) -> Remark {
+        Remark::CutPrompt {
+            found: tokens.found,
+            kept: self.contract.prompt_len,
+        }
+    }
+
+    /// Returns the text of a remark the first time, for each prompt and each dimension of the state; `None` afterwards.
+    pub fn report(&self, remark: &Remark, prompt: &str) -> Option<String> {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        match remark {
+            Remark::CutPrompt { found, kept } => {
+                if reported.prompts.len() == MAX_REPORTED || !reported.prompts.insert(prompt.to_owned()) {
+                    return None;
+                }
+                Some(format!(
+                    "prompt `{}` has {found} tokens, the policy reads the first {kept} (`prompt_len`): the end is dropped",
+                    shown(prompt, SHOWN_PROMPT)
+                ))
+            }
+            Remark::Far { dimension, raw, model } => reported.dimensions.insert(*dimension).then(|| {
+                format!(
+                    "state[{dimension}] is {raw}, which is {model:.1} in model units, far outside of the statistics (beyond {FAR}): check \
+                     the unit and the order of the state, and the robot of the statistics"
+                )
+            }),
+        }
+    }
+
+    /// Checks that a prompt can be tokenized. Returns a remark if the end of the prompt is dropped.
     ///
     /// # Errors
-    /// See [`Tokenizer::tokenize`].
-    pub fn check_prompt(&self, prompt: &str) -> Result<(), PromptError> {
-        self.tokens(prompt, &[]).map(drop)
+    /// The prompt cannot be tokenized, or has no room for the state.
+    pub fn check_prompt(&self, prompt: &str) -> Result<Option<Remark>, ObservationError> {
+        // -1 has the shortest text: only a prompt that no state fits is rejected here
+        let tokens = self.tokens(prompt, &vec![-1.0; self.state_width.least])?;
+        if !tokens.is_cut() {
+            return Ok(None);
+        }
+        if self.contract.discrete_state_input {
+            return Err(ObservationError::PromptLength {
+                prompt: prompt.to_owned(),
+                expected: tokens.ids.len(),
+                found: tokens.found,
+            });
+        }
+        Ok(Some(self.cut(&tokens)))
     }
 
     /// Returns the tokens of a prompt; `state` is in model units, not padded.
     fn tokens(&self, prompt: &str, state: &[f32]) -> Result<PromptTokens, PromptError> {
-        if self.discrete_state_input {
-            self.tokenizer.tokenize_with_state(prompt, state, self.prompt_len)
+        let length = self.contract.prompt_len;
+        if self.contract.discrete_state_input {
+            self.tokenizer.tokenize_with_state(prompt, state, length)
         } else {
-            self.tokenizer.tokenize(prompt, self.prompt_len)
+            self.tokenizer.tokenize(prompt, length)
         }
     }
 
     /// Returns a state in model units, not padded.
     fn state(&self, state: &[f32]) -> Result<Vec<f32>, ObservationError> {
-        if state.len() > self.action_dim {
+        if !self.state_width.accepts(state.len()) {
             return Err(ObservationError::State {
-                expected: self.action_dim,
+                expected: self.state_width,
                 found: state.len(),
             });
         }
@@ -255,8 +387,8 @@ impl Transform {
     }
 
     fn normalized(&self, which: fn(&NormStats) -> &DimStats, row: &[f32]) -> Result<Vec<f32>, NormError> {
-        match &self.norm_stats {
-            Some(stats) => self.normalization.normalize(which(stats), row),
+        match &self.contract.norm_stats {
+            Some(stats) => self.contract.normalization.normalize(which(stats), row),
             None => Ok(row.to_vec()),
         }
     }
@@ -287,17 +419,20 @@ impl Transform {
     /// # Errors
     /// The statistics or the delta mask do not fit.
     pub fn env_actions(&self, actions: &[f32], state: &[f32]) -> Result<Vec<f32>, NormError> {
-        let mut env = Vec::with_capacity(self.action_horizon * self.env_action_dim);
-        for row in actions.chunks_exact(self.action_dim) {
-            let row = row.get(..self.env_action_dim).unwrap_or(row);
-            let row = match &self.norm_stats {
-                Some(stats) => self.normalization.unnormalize(&stats.actions, row)?,
+        let contract = &self.contract;
+        let width = contract.env_action_dim;
+        let mut env = Vec::with_capacity(contract.action_horizon * width);
+        for row in actions.chunks_exact(contract.action_dim.max(1)) {
+            // in openpi's order: the whole row of the model is unnormalized, then the state is added, then the row is cut
+            let row = match &contract.norm_stats {
+                Some(stats) => contract.normalization.unnormalize(&stats.actions, row)?,
                 None => row.to_vec(),
             };
-            env.extend(match &self.delta_mask {
+            let row = match &self.delta_mask {
                 Some(mask) => absolute_from_delta(&row, state, mask)?,
                 None => row,
-            });
+            };
+            env.extend(row.into_iter().take(width));
         }
         Ok(env)
     }
@@ -307,7 +442,7 @@ impl Transform {
     /// # Errors
     /// A wrong number of rows or columns, a number that is not finite, or a weight out of range.
     pub fn guidance(&self, raw: &RawGuidance, state: &[f32]) -> Result<Guidance, ObservationError> {
-        let (width, horizon) = (self.env_action_dim, self.action_horizon);
+        let (width, horizon) = (self.contract.env_action_dim, self.contract.action_horizon);
         let rows = raw.previous.len() / raw.columns.max(1);
         if raw.columns != width || !(1..=horizon).contains(&rows) || raw.previous.len() != rows * width {
             return Err(ObservationError::Previous {
@@ -344,6 +479,9 @@ fn check_finite(field: &'static str, values: &[f32]) -> Result<(), ObservationEr
 }
 
 #[cfg(test)]
+mod table;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -355,22 +493,24 @@ mod tests {
             q01: None,
             q99: None,
         };
-        Transform {
+        let contract = Contract {
             cameras: ["top", "wrist"].map(str::to_owned).to_vec(),
             image_size: 2,
+            vocab: 5,
             prompt_len: 3,
             action_dim: 4,
             action_horizon: 2,
             env_action_dim: 3,
+            env_state_dim: None,
             discrete_state_input: false,
             normalization: Normalization::ZScore,
             norm_stats: Some(NormStats {
-                state: stats(&[1.0, 2.0], &[2.0, 4.0]),
+                state: stats(&[1.0, 2.0, 0.0, 0.0], &[2.0, 4.0, 0.0, 0.0]),
                 actions: stats(&[0.5, 0.0, -1.0], &[0.5, 2.0, 1.0]),
             }),
-            delta_mask: Some(bool_mask(&[1, -2])),
-            tokenizer: Tokenizer::from_words(&["pick".to_owned()]).expect("words"),
-        }
+            delta_actions: Some(vec![1, -1]),
+        };
+        Transform::new(contract, Tokenizer::from_words(&["pick".to_owned()]).expect("words")).expect("sound")
     }
 
     fn raw(cameras: &[&str]) -> RawObservation {
@@ -419,9 +559,9 @@ mod tests {
         assert!((model[0] - 1.0).abs() < 1e-5, "(6 - 5 - 0.5) / 0.5");
         let narrow = transform
             .env_actions(&padded, &[5.0])
-            .expect_err("the mask covers three dimensions");
+            .expect_err("the mask covers two dimensions");
         assert!(
-            matches!(narrow, NormError::DeltaMask { mask: 3, state: 1, .. }),
+            matches!(narrow, NormError::DeltaMask { mask: 2, state: 1, .. }),
             "{narrow}"
         );
     }
@@ -439,7 +579,9 @@ mod tests {
         let observed = |raw| transform.input(&raw).expect_err("refused").to_string();
         let guided = |raw| transform.guidance(&raw, &[0.0; 3]).expect_err("refused").to_string();
         for (text, expected) in [
-            (observed(with_state(vec![0.0; 5])), "5 numbers"),
+            (observed(with_state(vec![0.0; 5])), "5 numbers, expected 2 to 4"),
+            (observed(with_state(vec![0.1])), "1 numbers, expected 2 to 4"),
+            (observed(with_state(vec![])), "0 numbers, expected 2 to 4"),
             (
                 observed(with_state(vec![0.0, f32::NAN])),
                 "state holds NaN at element 1",

@@ -122,7 +122,7 @@ fn payload(frame: &[u8]) -> Result<&[u8], CodecError> {
 ///
 /// # Errors
 /// There are more than [`MAX_ELEMENTS`] elements, the bytes end early or continue, or the bytes are not MessagePack.
-fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
+pub fn count_elements(bytes: &[u8]) -> Result<usize, CodecError> {
     let broken = |text: &str| CodecError::Payload(text.to_owned());
     let mut rest = bytes;
     let mut take = |count: usize| {

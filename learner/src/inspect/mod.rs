@@ -4,14 +4,17 @@
 mod keys;
 mod differences;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use policy::{
-    config::{Origin, Origins, PrefixCachePlace},
+    config::{Origin, Origins, PrefixCachePlace, TokenizerConfig},
+    contract::{Contract, ContractError},
     dims::Variant,
     flow::{Mdp, Schedule},
+    norm::{NormStats, Normalization},
     params::{ParamSpec, Part, params},
     plan::RunPlan,
+    prompt::Tokenizer,
 };
 
 use crate::{
@@ -28,13 +31,15 @@ const VALUE_WIDTH: usize = 44;
 /// Describes a plan in full; `origins` belong to the configuration of the plan.
 ///
 /// # Errors
-/// The keys cannot be listed, which is impossible for a plan loaded from a file.
+/// Configuration, statistics and tokenizer contradict each other, or the keys cannot be listed, which is impossible for a plan loaded
+/// from a file.
 pub fn describe(plan: &RunPlan, origins: &Origins) -> Result<String> {
     let values = plan.config.keys()?;
     let mut lines = vec![format!("configuration digest {}", plan.config_digest)];
     let files = origins.files().iter().map(|file| file.display().to_string());
     section(&mut lines, "files, a later one wins", files.collect());
     section(&mut lines, "policy", policy(plan));
+    section(&mut lines, "robot", robot(plan)?);
     section(&mut lines, "sampling", sampling(plan));
     section(&mut lines, "an iteration", iteration(plan));
     section(
@@ -164,6 +169,50 @@ fn policy(plan: &RunPlan) -> Vec<String> {
         bytes(all * F32)
     ));
     lines
+}
+
+/// Checks the contract of the robot and describes the contract. Files that are not there are named, and the rest is checked.
+fn robot(plan: &RunPlan) -> Result<Vec<String>> {
+    let model = &plan.config.actor.model;
+    let mut lines = Vec::new();
+    let missing = |path: &Path, what: &str| format!("{what} `{}` does not exist here: not checked", path.display());
+    let norm_stats = match model.norm_stats.as_deref() {
+        Some(path) if !path.exists() => {
+            lines.push(missing(path, "the statistics file"));
+            None
+        }
+        path => path.map(NormStats::load).transpose().map_err(ContractError::from)?,
+    };
+    let tokenizer = match &model.tokenizer {
+        TokenizerConfig::SentencePiece { model } if !model.exists() => {
+            lines.push(missing(model, "the tokenizer"));
+            None
+        }
+        config => Some(Tokenizer::from_config(config, None).map_err(ContractError::from)?),
+    };
+    let mut contract = Contract::of_config(model, norm_stats);
+    if contract.norm_stats.is_none() && model.norm_stats.is_some() {
+        contract.normalization = Normalization::None;
+    }
+    contract.check(tokenizer.as_ref())?;
+    lines.push(format!(
+        "cameras {}; state of {} numbers{}; actions of {} numbers, {}; normalization {}",
+        contract.cameras.join(", "),
+        contract.state_width(),
+        if contract.discrete_state_input {
+            ", in words inside the prompt"
+        } else {
+            ""
+        },
+        contract.env_action_dim,
+        match &contract.delta_actions {
+            Some(runs) => format!("differences from the state by the runs {runs:?}"),
+            None => "absolute".to_owned(),
+        },
+        model.normalization.name()
+    ));
+    lines.extend(contract.warnings().into_iter().map(|line| format!("warning: {line}")));
+    Ok(lines)
 }
 
 fn sampling(plan: &RunPlan) -> Vec<String> {

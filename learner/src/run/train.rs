@@ -27,7 +27,7 @@ use crate::{
     report,
     ring::Ring,
     supervised::{
-        prepare::{libtorch, load, norm_stats, prepare},
+        prepare::{libtorch, load, prepare, transform},
         sft_checkpoint,
     },
     update::Updater,
@@ -60,6 +60,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
         };
         return Err(LearnerError::NoFile { path: start, remedy });
     }
+    let transform = transform(plan)?;
     let store = ParamStore::random(&plan.dims, &plan.heads, config.runner.seed, Device::cuda_if_available())?;
     let policy = Pi0::new(plan.dims.clone(), &plan.heads, store)?;
     let ranks = OneRank;
@@ -75,7 +76,7 @@ pub fn train(plan: &RunPlan, resume: Option<&Resume>) -> Result<()> {
     let mut keeper = Keeper::new(&resume::folder(plan), plan, counters)?;
     let mut log = MetricsLog::open_after(&dir, u64::from(first))?;
     let versions = dir.join("policy");
-    let mut publisher = Publisher::new(&versions, plan, norm_stats(plan)?);
+    let mut publisher = Publisher::new(&versions, plan, transform.contract().norm_stats.clone());
     if let Some(from) = from.as_ref().filter(|_| first > 0) {
         if !publisher.take_over()? && start.exists() {
             policy

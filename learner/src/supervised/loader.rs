@@ -5,7 +5,7 @@ use std::{sync::mpsc::sync_channel, thread};
 use policy::{
     dims::PolicyDims,
     plan::RunPlan,
-    transform::{ModelInput, Transform},
+    transform::{ModelInput, Remark, Transform},
 };
 use tch::Tensor;
 
@@ -79,28 +79,39 @@ impl<'a> Loader<'a> {
             return Err(DatasetError::Empty);
         }
         for prompt in self.source.prompts() {
-            self.transform.check_prompt(prompt).map_err(DatasetError::Prompt)?;
+            let cut = self.transform.check_prompt(prompt).map_err(DatasetError::Prompt)?;
+            self.report(cut.as_slice(), prompt);
         }
         let [length, width] = self.source.target_shape();
         let (fits, expected) = match self.targets {
             Targets::Actions => {
-                let (horizon, most) = (self.dims.action_horizon, self.dims.action_dim);
-                let fits = length == horizon && (1..=most).contains(&width);
-                (fits, format!("[{horizon}, 1 to {most}] of each row"))
+                let expected = [self.dims.action_horizon, self.transform.contract().env_action_dim];
+                ([length, width] == expected, format!("{expected:?} of each row"))
             }
             Targets::KeyPoints(points) => {
                 let expected = format!("[{points}, 2] of each row, by `pretrain.keypoints` and the cameras");
                 ([length, width] == [points, 2], expected)
             }
         };
-        if fits {
-            return Ok(());
+        if !fits {
+            return Err(DatasetError::Shape {
+                field: self.targets.name(),
+                expected,
+                found: vec![length, width],
+            });
         }
-        Err(DatasetError::Shape {
-            field: self.targets.name(),
-            expected,
-            found: vec![length, width],
-        })
+        // a state of another width is found before the first step
+        self.read(&[0]).map(drop)
+    }
+
+    /// Logs remarks that were not logged before.
+    fn report(&self, remarks: &[Remark], prompt: &str) {
+        for line in remarks
+            .iter()
+            .filter_map(|remark| self.transform.report(remark, prompt))
+        {
+            tracing::warn!("data set `{}`: {line}", self.source.path().display());
+        }
     }
 
     fn error(&self, source: DatasetError) -> LearnerError {
@@ -155,7 +166,12 @@ impl<'a> Loader<'a> {
                 });
             }
             let observation = |source| DatasetError::Observation { row, source };
-            inputs.push(self.transform.input(&demo.observation).map_err(observation)?);
+            let (input, remarks) = self
+                .transform
+                .input_with_remarks(&demo.observation)
+                .map_err(observation)?;
+            self.report(&remarks, &demo.observation.prompt);
+            inputs.push(input);
             match self.targets {
                 Targets::KeyPoints(_) => targets.extend(demo.target),
                 Targets::Actions => {

@@ -17,14 +17,13 @@ use policy::{
     config::ConfigError,
     params::{Heads, Part},
     plan::RunPlan,
-    transform::Transform,
 };
 use tch::Device;
 
 use self::{
     dataset::DataFile,
     loader::{Loader, Targets},
-    prepare::{load, norm_stats, prepare},
+    prepare::{load, prepare, transform},
     pretrain::pretrain,
     sft::sft,
 };
@@ -52,6 +51,7 @@ pub fn sft_checkpoint(dir: &Path) -> PathBuf {
 /// The data sets cannot be written or read, do not fit the policy, or a file operation fails.
 pub fn supervised(plan: &RunPlan) -> Result<()> {
     check_seed(plan)?;
+    let transform = transform(plan)?;
     let (dir, _) = prepare(plan)?;
     let config = &plan.config;
     let sft_config = config
@@ -59,7 +59,6 @@ pub fn supervised(plan: &RunPlan) -> Result<()> {
         .as_ref()
         .ok_or_else(|| ConfigError::key("sft", "the section is missing"))?;
     let mut log = MetricsLog::open(&dir)?;
-    let transform = Transform::of_config(&config.actor.model, norm_stats(plan)?)?;
     let mut children = Children::default();
     let store = ParamStore::random(
         &plan.dims,

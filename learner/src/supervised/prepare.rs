@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use policy::{bundle::write_atomic, norm::NormStats, params::Part, plan::RunPlan, weights::WeightFile};
+use policy::{bundle::write_atomic, params::Part, plan::RunPlan, transform::Transform, weights::WeightFile};
 
 use crate::{
     error::{LearnerError, Result},
@@ -24,10 +24,13 @@ pub(crate) fn prepare(plan: &RunPlan) -> Result<(PathBuf, PathBuf)> {
     Ok((dir, config))
 }
 
-/// Loads the statistics of `actor.model.norm_stats`; `None` without the key.
-pub(crate) fn norm_stats(plan: &RunPlan) -> Result<Option<NormStats>> {
-    let path = plan.config.actor.model.norm_stats.as_deref();
-    Ok(path.map(NormStats::load).transpose()?)
+/// Loads the statistics and the tokenizer of the configuration, checks the contract of the robot, and logs what needs attention.
+pub(crate) fn transform(plan: &RunPlan) -> Result<Transform> {
+    let transform = Transform::load(&plan.config.actor.model)?;
+    for line in transform.contract().warnings() {
+        tracing::warn!("{line}");
+    }
+    Ok(transform)
 }
 
 /// Loads parts of a policy from a checkpoint with openpi's parameter names.

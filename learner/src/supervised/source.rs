@@ -15,7 +15,8 @@ pub struct Demo {
     pub target: Vec<f32>,
 }
 
-/// Data set of demonstrations or scenes. [`DemoSource::read`] is called from another thread than the other methods.
+/// Data set of demonstrations or scenes. [`DemoSource::read`] is called from another thread than the other methods,
+/// after a first call for the check of the data set.
 pub trait DemoSource: Sync {
     /// Returns the file or folder, for error messages.
     fn path(&self) -> &Path;

@@ -250,6 +250,7 @@ fn same_policy(live: &Manifest, new: &Manifest) -> Result<(), PolicyError> {
         ("sampling", sampling == new.sampling),
         ("action_chunk", live.action_chunk == new.action_chunk),
         ("env_action_dim", live.env_action_dim == new.env_action_dim),
+        ("env_state_dim", live.env_state_dim == new.env_state_dim),
         ("cameras", live.cameras == new.cameras),
         ("tokenizer", live.tokenizer == new.tokenizer),
         (TOKENIZER_MODEL, tokenizer_model(live) == tokenizer_model(new)),

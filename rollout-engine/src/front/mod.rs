@@ -1,5 +1,6 @@
-//! Outer interfaces of the engine: ZeroMQ for env workers and clients, HTTP for operators.
+//! Outer interfaces of the engine: websockets for openpi's clients, ZeroMQ for env workers and clients, HTTP for operators.
 
+pub mod websocket;
 pub mod zmq;
 mod rows;
 pub mod http;

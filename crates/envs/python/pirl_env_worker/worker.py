@@ -88,8 +88,11 @@ def observation_body(observation: Observation, order: list[int | None]) -> dict[
 
 
 def camera_order(env_cameras: list[str], policy_cameras: list[str]) -> list[int | None]:
-    """Returns the index of the env image for each policy camera: by name if the policy has every name, otherwise in order."""
-    if all(name in policy_cameras for name in env_cameras):
+    """Returns the index of the env image for each policy camera: by name if the policy has every name, in order if the policy has no name."""
+    strangers = [name for name in env_cameras if name not in policy_cameras]
+    if strangers and len(strangers) < len(env_cameras):
+        raise EnvError(f"the policy has no camera {strangers} of the environment, but the others: found {env_cameras}, expected names of {policy_cameras}")
+    if not strangers:
         return [env_cameras.index(name) if name in env_cameras else None for name in policy_cameras]
     if len(env_cameras) > len(policy_cameras):
         raise EnvError(f"the environment has cameras {env_cameras}, the policy only {policy_cameras}: name fewer in the parameter `cameras`")

@@ -84,6 +84,8 @@ class RulesTest(unittest.TestCase):
         self.assertEqual(camera_order(["side"], ["base", "wrist"]), [0, None])
         with self.assertRaises(EnvError):
             camera_order(["side", "top"], ["base"])
+        with self.assertRaisesRegex(EnvError, r"no camera \['side'\].*found \['base', 'side'\], expected names of \['base', 'wrist'\]"):
+            camera_order(["base", "side"], ["base", "wrist"])
 
     def test_only_loopback_is_an_endpoint(self):
         for good in ("tcp://127.0.0.1:5", "tcp://localhost:5", "tcp://[::1]:5"):

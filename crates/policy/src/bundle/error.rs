@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::contract::ContractError;
+
 /// Reason why a bundle cannot be written, or is rejected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -26,6 +28,14 @@ pub enum BundleError {
         path: PathBuf,
         /// Description of the fault.
         detail: String,
+    },
+    /// What the policy reads and commands contradicts itself.
+    #[error("bundle `{path}` contradicts itself")]
+    Contract {
+        /// Folder of the bundle.
+        path: PathBuf,
+        /// First contradiction.
+        source: ContractError,
     },
     /// A format version that this program does not read.
     #[error(

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::BundleFile;
 use crate::{
     config::{Flavour, Precision, TokenizerConfig, WeightMode},
+    contract::Contract,
     cuda::{CudaContract, CudaError},
     dims::PolicyDims,
     flow::Sampling,
@@ -58,6 +59,9 @@ pub struct Manifest {
     pub action_chunk: usize,
     /// Action width of the environment.
     pub env_action_dim: usize,
+    /// State width of the environment; absent: the width of the statistics.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub env_state_dim: Option<usize>,
     /// Camera names in order.
     pub cameras: Vec<String>,
     /// Prompt tokenizer; the path of a `SentencePiece` model is [`TOKENIZER_MODEL`] inside the bundle.
@@ -94,6 +98,25 @@ impl Manifest {
     /// Returns the weights that the two weight files must hold, in the order of the parameter table.
     pub fn params(&self) -> Vec<ParamSpec> {
         params(&self.dims, &self.heads)
+    }
+
+    /// Returns what the policy reads from a robot and commands to the robot.
+    pub fn contract(&self) -> Contract {
+        let dims = &self.dims;
+        Contract {
+            cameras: self.cameras.clone(),
+            image_size: dims.vision.image_size,
+            vocab: dims.vocab,
+            prompt_len: dims.prompt_len,
+            action_dim: dims.action_dim,
+            action_horizon: dims.action_horizon,
+            env_action_dim: self.env_action_dim,
+            env_state_dim: self.env_state_dim,
+            discrete_state_input: self.discrete_state_input,
+            normalization: self.normalization,
+            norm_stats: self.norm_stats.clone(),
+            delta_actions: self.delta_actions.clone(),
+        }
     }
 
     /// Returns the contract of the graphs of flavour `cuda`; `None` for another flavour.

@@ -13,7 +13,6 @@ use super::{
     verified::{Identity, Verified, VerifiedFiles},
 };
 use crate::{
-    norm::mask_fits,
     params::{ParamSpec, Part},
     weights::WeightFile,
 };
@@ -106,16 +105,11 @@ impl Bundle {
                 manifest.batch.unwrap_or(1)
             )));
         }
-        if let Some(runs) = manifest
-            .delta_actions
-            .as_ref()
-            .filter(|runs| !mask_fits(runs, manifest.env_action_dim))
-        {
-            return Err(bad(format!(
-                "`delta_actions` is {runs:?}, expected runs other than 0 over at most `env_action_dim` = {}",
-                manifest.env_action_dim
-            )));
-        }
+        let contradicts = |source| BundleError::Contract {
+            path: dir.to_owned(),
+            source,
+        };
+        manifest.contract().check(None).map_err(contradicts)?;
         let graphs = manifest.graph_files().map_err(|e| bad(e.to_string()))?;
         for required in graphs.iter().map(String::as_str).chain([VLM_WEIGHTS, EXPERT_WEIGHTS]) {
             if manifest.file(required).is_none() {

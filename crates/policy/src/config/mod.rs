@@ -206,6 +206,8 @@ pub struct ModelConfig {
     pub action_dim: usize,
     /// Action width of the environment.
     pub env_action_dim: usize,
+    /// State width of the environment; absent: the width of the statistics.
+    pub env_state_dim: Option<usize>,
     /// Predicted action rows per chunk.
     pub action_horizon: usize,
     /// Action rows executed before the next query.
@@ -214,7 +216,7 @@ pub struct ModelConfig {
     pub num_steps: usize,
     /// Normalization of state and actions.
     pub normalization: Normalization,
-    /// Path of a `norm_stats.json` in openpi's layout; required unless `normalization = "none"`.
+    /// Path of a statistics file (see [`crate::norm::NormStats::from_json`]); required unless `normalization = "none"`.
     pub norm_stats: Option<PathBuf>,
     /// Run lengths of the leading action dimensions that are differences from the state; absent: all dimensions are absolute.
     ///

@@ -62,6 +62,14 @@ pub(super) fn check(model: &ModelConfig) -> Result<(), ConfigError> {
     for (key, value, bound_key, bound) in most {
         at_most(key, value, bound_key, bound)?;
     }
+    if let Some(width) = model.env_state_dim {
+        at_most(
+            "actor.model.env_state_dim",
+            width,
+            "actor.model.action_dim",
+            model.action_dim,
+        )?;
+    }
     let mut cameras = model.cameras.iter().enumerate();
     if let Some((_, name)) = cameras.find(|(index, name)| model.cameras[..*index].contains(name)) {
         return Err(refuse(

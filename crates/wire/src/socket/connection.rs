@@ -82,7 +82,11 @@ impl From<Unsent> for Fault {
     }
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+/// Lets the kernel detect a vanished peer of an accepted connection within 35 s, and send small messages at once.
+///
+/// # Errors
+/// The connection is gone.
+pub fn detect_vanished(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
@@ -128,7 +132,7 @@ pub(super) async fn open(
     own: SocketType,
     traffic: &Arc<Traffic>,
 ) -> Result<(Reader, Arc<Outbox>), Fault> {
-    prepare(&stream).map_err(Fault::Io)?;
+    detect_vanished(&stream).map_err(Fault::Io)?;
     let limits = &traffic.limits;
     let stream = Arc::new(stream);
     let outbox = Outbox::new(Arc::clone(&stream), Arc::clone(limits), Arc::clone(&traffic.queued));

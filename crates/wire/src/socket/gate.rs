@@ -262,7 +262,7 @@ impl Admission {
     }
 
     /// Records that the handshake is complete.
-    pub(super) fn opened(&self) {
+    pub fn opened(&self) {
         self.activity.reach(Stage::Silent);
     }
 

@@ -20,6 +20,7 @@ mod router;
 mod dealer;
 
 pub use closer::{Closed, Counters};
+pub use connection::detect_vanished;
 pub use dealer::{DealerReceiver, DealerSender, connect_dealer};
 pub use router::{Peer, RouterEvent, RouterReceiver, RouterSender, bind_router};
 
