@@ -44,7 +44,7 @@ struct Cli {
 enum Command {
     /// Serve until SIGTERM or ctrl-c.
     Serve(ServeArgs),
-    /// Open, verify and load a bundle, and run its self-test once.
+    /// Open, verify and load a bundle, run its self-test, and push a drawn observation through everything.
     Check(CheckArgs),
     /// Measure chunk latency by batch size.
     Bench(BenchArgs),

@@ -84,7 +84,7 @@ impl WeightSlots {
         })
     }
 
-    /// Takes a free slot, and waits for one while both serve.
+    /// Takes a free slot, and waits for one while all serve.
     ///
     /// # Errors
     /// Both slots are in use for longer than the patience.
